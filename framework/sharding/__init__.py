@@ -1,0 +1,1 @@
+"""Who holds what: one protocol, and the engines that implement it."""

@@ -1,0 +1,96 @@
+"""`metrics.jsonl`: what was measured at each step, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """One optimiser step.
+
+    Attributes:
+        step: number of the step, from 1.
+        loss: mean over the window's supervised tokens (as weighted by the selection), nats.
+        learning_rate: of this step.
+        grad_norm: global norm before clipping.
+        tokens: non-padding tokens of the window, all ranks.
+        supervised_tokens: tokens of them that carry a label.
+        selected_tokens: tokens of them that received gradient; all of them in exact training.
+        step_seconds: wall time of the step with its data, without evaluation and saving.
+        tokens_per_second: `tokens / step_seconds`.
+        peak_memory_bytes: CUDA: peak bytes of live tensors; CPU: the same by the tracker if it is on, else None.
+        peak_reserved_bytes: CUDA: peak bytes held by the allocator; None elsewhere, and then not written.
+        predicted_peak_memory_bytes: by the plan, None where there is none.
+        skipped: the update was left out because of a non-finite loss or gradient; written only then.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    supervised_tokens: int
+    selected_tokens: int
+    step_seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int | None
+    predicted_peak_memory_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    skipped: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The line's object."""
+        record = {"kind": "train"} | asdict(self)
+        if self.peak_reserved_bytes is None:
+            del record["peak_reserved_bytes"]
+        if not self.skipped:
+            del record["skipped"]
+        return record
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluation: `loss` is the mean over `tokens` supervised tokens, nats, after optimiser step `step`."""
+
+    step: int
+    loss: float
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The line's object."""
+        return {"kind": "eval"} | asdict(self)
+
+
+class MetricsFile:
+    """Appends records to `metrics.jsonl`; every line is with the operating system before the next step starts."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: TrainRecord | EvalRecord) -> None:
+        """Append one line. Numbers that JSON has no name for (NaN, infinity) become null."""
+        values = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.to_json().items()
+        }
+        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Put everything written so far on disk, which a checkpoint relies on."""
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> MetricsFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()

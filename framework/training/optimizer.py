@@ -1,0 +1,127 @@
+"""AdamW: parameter groups, and the variant whose bf16 weights are rounded stochastically."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Elements updated at once by `StochasticAdamW`: bounds its float32 temporaries to a few times 64 MiB.
+CHUNK = 1 << 24
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters in two groups: matrices, which decay, and norms and biases, which do not.
+
+    A bias is told by its name too, because experts hold theirs as matrices.
+    """
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trainable if p.dim() >= 2 and not name.endswith("bias")]
+    plain = [p for name, p in trainable if p.dim() < 2 or name.endswith("bias")]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+    stochastic_rounding: bool,
+    seed: int,
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters of a model.
+
+    Args:
+        model: already on its device, with its final parameters (adapters added, shards made).
+        learning_rate: overwritten by the schedule at every step.
+        betas: decay rates of the two moments.
+        epsilon: added to the root of the second moment.
+        weight_decay: for matrices only, see `parameter_groups`.
+        stochastic_rounding: for bf16 weights without a float32 copy (`pure_bf16`).
+        seed: of the rounding.
+    """
+    groups = parameter_groups(model, weight_decay)
+    if stochastic_rounding:
+        return StochasticAdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, seed=seed)
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
+
+
+def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:
+    """Round float32 to bfloat16 up or down at random, such that the expectation is the value itself.
+
+    bfloat16 is the upper half of float32: a uniform 16-bit number added to the bits carries into the upper half with a
+    probability equal to the lower half's share of the gap between the two neighbours.
+
+    Args:
+        value: float32, finite, any shape.
+        generator: on the device of `value`.
+
+    Returns:
+        bfloat16, same shape. What bfloat16 represents is returned exactly.
+    """
+    noise = torch.randint(0, 1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
+    bits = (value.view(torch.int32) + noise).bitwise_and_(-(1 << 16))
+    return bits.view(torch.float32).to(torch.bfloat16)
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW that computes in float32 and rounds bf16 weights and moments stochastically when it stores them.
+
+    With rounding to nearest, an update smaller than half the gap between two bf16 numbers (1/256 of the weight) is lost
+    every time; a stochastic rounding keeps it in expectation. The same holds for the second moment, whose relative
+    change per step is `1 - beta2`.
+
+    Bytes per parameter: weight 2, gradient 2, moments 2 + 2, together 8 (torch's AdamW on float32: 16). Float32
+    parameters, which adapters may have, are updated without rounding and have float32 moments.
+
+    The noise of step t is drawn from a generator seeded by (seed, t): nothing about it needs saving.
+    """
+
+    def __init__(
+        self, params: Any, *, lr: float, betas: tuple[float, float], eps: float, seed: int, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient, in chunks; gradients are left as they are."""
+        assert closure is None
+        self._generators.clear()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+        state["step"] += 1
+        step, (beta1, beta2) = int(state["step"]), group["betas"]
+        generator = self._generator(parameter.device, step)
+        assert parameter.grad is not None
+        stored = (parameter, state["exp_avg"], state["exp_avg_sq"])
+        views = (*(tensor.view(-1) for tensor in stored), parameter.grad.reshape(-1))
+        for weight, mean, square, gradient in zip(*(view.split(CHUNK) for view in views), strict=True):
+            gradient = gradient.float()
+            new_mean = mean.float().lerp_(gradient, 1 - beta1)
+            new_square = square.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            denominator = (new_square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+            new_weight = weight.float().mul(1 - group["lr"] * group["weight_decay"])
+            new_weight.addcdiv_(new_mean, denominator, value=-group["lr"] / (1 - beta1**step))
+            for target, value in ((weight, new_weight), (mean, new_mean), (square, new_square)):
+                target.copy_(round_stochastically(value, generator) if target.dtype == torch.bfloat16 else value)
+
+    def _generator(self, device: torch.device, step: int) -> torch.Generator:
+        """One stream of noise per device and step, shared by the parameters in their order."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed((self._seed << 32) + step)
+        return self._generators[device]

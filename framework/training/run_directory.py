@@ -1,0 +1,88 @@
+"""The files of a run directory that are neither metrics nor checkpoints. Must not import torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+COMPLETED, STOPPED, FAILED = MARKERS = ("COMPLETED", "STOPPED", "FAILED")
+
+
+class RunDirectory:
+    """Where a run writes.
+
+    Attributes:
+        path: the directory; made by `begin`, or by a marker.
+        metrics: `metrics.jsonl`.
+        checkpoints: the folder of the checkpoints.
+        stop_file: a file that users and job scripts create to stop the run.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.stop_file = self.path / "STOP"
+
+    def clear_markers(self) -> None:
+        """Remove what the previous start left: its end marker, and a request to stop it."""
+        for name in (*MARKERS, self.stop_file.name):
+            (self.path / name).unlink(missing_ok=True)
+
+    def begin(self, config: dict[str, Any], plan: dict[str, Any]) -> None:
+        """Make the directory and write `config.json` and `plan.json`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "config.json", config)
+        write_json(self.path / "plan.json", plan)
+
+    def mark(self, marker: str, *, code: int, message: str, rank: int, last_lines: Sequence[str]) -> None:
+        """Write the end marker, which job scripts trust more than exit codes.
+
+        Args:
+            marker: one of `MARKERS`.
+            code: exit code of the process.
+            message: one or more lines for people.
+            rank: of the process that writes.
+            last_lines: of the log or the traceback.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        record = {"code": code, "message": message, "rank": rank, "last_lines": list(last_lines)}
+        write_json(self.path / marker, record)
+
+    def set_aside(self, after_step: int) -> Path | None:
+        """Move checkpoints of later steps out of the way of a run that starts from `after_step`.
+
+        Otherwise a later `--resume auto` would pick up the newest of them, which that run never reached. Metrics are
+        copied along, before they are cut.
+
+        Returns:
+            The folder `previous-N` they are in; None if there was nothing to move.
+        """
+        later = [path for path in self.checkpoints.glob("step-*") if int(path.name.removeprefix("step-")) > after_step]
+        if not later and not (after_step == 0 and self.metrics.exists()):
+            return None
+        number = 1
+        while (target := self.path / f"previous-{number}").exists():
+            number += 1
+        (target / self.checkpoints.name).mkdir(parents=True)
+        if self.metrics.exists():
+            (target / self.metrics.name).write_bytes(self.metrics.read_bytes())
+        for path in later:
+            path.rename(target / self.checkpoints.name / path.name)
+        if after_step == 0:
+            self.metrics.unlink(missing_ok=True)
+        return target
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file such that readers see the old one or the whole new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
