@@ -1,0 +1,56 @@
+"""Fixtures that several rooms share."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+# Tests run side by side; one thread each is faster than many that wait for each other.
+torch.set_num_threads(1)
+
+TINY_SPECIAL_TOKENS = ["<pad>", "<bos>", "<end>", "<user>", "<assistant>", "<unk>"]
+
+TINY_CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message.role == 'assistant' %}<assistant>{% generation %}{{ message.content }}<end>{% endgeneration %}"
+    "{% else %}<user>{{ message.content }}<end>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character (106 in all), so that expected ids can be written down by hand."""
+    vocabulary = [*TINY_SPECIAL_TOKENS, *string.printable]
+    model = models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        extra_special_tokens=["<user>", "<assistant>"],
+    )
+    tokenizer.chat_template = TINY_CHAT_TEMPLATE
+    return tokenizer
+
+
+@pytest.fixture
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of single characters with a chat template that marks assistant turns; free to be changed."""
+    return make_tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the tiny tokenizer, as `load_tokenizer` and `AutoTokenizer` take it."""
+    path = tmp_path_factory.mktemp("tiny-tokenizer")
+    make_tiny_tokenizer().save_pretrained(path)
+    return path
