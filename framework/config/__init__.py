@@ -1,0 +1,38 @@
+"""The typed description of a run: schema, loading, overrides, messages. Does not import torch."""
+
+from framework.config.load import ConfigError, load_config
+from framework.config.schema import (
+    AdapterConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    HardwareConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RetentionConfig,
+    RunConfig,
+    ScheduleConfig,
+    SelectionConfig,
+    ShardingConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "CheckpointConfig",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "HardwareConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RetentionConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "SelectionConfig",
+    "ShardingConfig",
+    "TrainingConfig",
+    "load_config",
+]

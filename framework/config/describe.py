@@ -1,0 +1,90 @@
+"""Words for what a key accepts, from its JSON schema, and for the key that was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from typing import Any
+
+from framework.config.source import KeyPath
+
+Schema = dict[str, Any]
+
+_TYPES = {
+    "string": "a string",
+    "integer": "an integer",
+    "number": "a number",
+    "boolean": "true or false",
+    "object": "an object",
+    "null": "null",
+}
+_BOUNDS = {
+    "minimum": "of at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+}
+
+
+def known_keys(schema: Schema) -> dict[KeyPath, Schema]:
+    """All keys of a config and of its sections: path -> JSON schema.
+
+    Args:
+        schema: the JSON schema of the whole config, with `$defs`.
+    """
+
+    def walk(node: Schema, key_path: KeyPath) -> None:
+        for key, value in node.get("properties", {}).items():
+            found[*key_path, key] = value
+            for option in value.get("anyOf", [value]):
+                if "$ref" in option:
+                    walk(schema["$defs"][option["$ref"].rpartition("/")[2]], (*key_path, key))
+
+    found: dict[KeyPath, Schema] = {}
+    walk(schema, ())
+    return found
+
+
+def describe(schema: Schema) -> str:
+    """What a key accepts, such as "a number above 0, or null"."""
+    if "anyOf" in schema:
+        return ", or ".join(describe(option) for option in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        *most, last = (json.dumps(value) for value in schema.get("enum", [schema.get("const")]))
+        return f"{', '.join(most)} or {last}" if most else last
+    if "$ref" in schema:
+        return _TYPES["object"]
+    if "prefixItems" in schema:
+        return f"a list of {len(schema['prefixItems'])}, each {describe(schema['prefixItems'][0])}"
+    if schema["type"] == "array":
+        return f"a {'non-empty ' if schema.get('minItems') else ''}list, each item {describe(schema['items'])}"
+    if "examples" in schema:
+        return f"{_TYPES[schema['type']]} such as {json.dumps(schema['examples'][0])}"
+    if schema["type"] == "string" and schema.get("minLength"):
+        return "a non-empty string"
+    if "minimum" in schema and schema["minimum"] == schema.get("maximum"):
+        return str(schema["minimum"])
+    bounds = " and ".join(f"{word} {schema[name]}" for name, word in _BOUNDS.items() if name in schema)
+    return f"{_TYPES[schema['type']]} {bounds}".rstrip()
+
+
+def unknown_key(key_path: KeyPath, known: dict[KeyPath, Schema]) -> str:
+    """The message for a key that does not exist: with the key that was probably meant, else with all that exist there.
+
+    A key of that name in another section is meant before one of similar name here.
+    """
+    *section, key = key_path
+    siblings = [path for path in known if path[:-1] == tuple(section)]
+    elsewhere = [path for path in known if path[-1] == key]
+    close_here = difflib.get_close_matches(key, [path[-1] for path in siblings], n=1)
+    close_anywhere = difflib.get_close_matches(key, {path[-1]: None for path in known}, n=1, cutoff=0.75)
+    if elsewhere:
+        meant = elsewhere
+    elif close_here:
+        meant = [(*section, close_here[0])]
+    else:
+        meant = [path for path in known if path[-1] in close_anywhere]
+    if meant:
+        return f"unknown key, did you mean {' or '.join('.'.join(path) for path in meant)}?"
+    place = f"{'.'.join(section)} has" if section else "the sections are"
+    return f"unknown key, {place} {', '.join(path[-1] for path in siblings)}"

@@ -1,0 +1,137 @@
+"""Reading a config: from JSON text and overrides to a `Config`, or to the list of everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from framework.config.describe import Schema, describe, known_keys, unknown_key
+from framework.config.rules import broken_rules
+from framework.config.schema import Config, Section
+from framework.config.source import (
+    OVERRIDE_LINE,
+    KeyPath,
+    Source,
+    SourceError,
+    apply_override,
+    non_finite,
+    read_source,
+    show,
+)
+from framework.errors import UserError
+
+PLANNED_KEYS: tuple[KeyPath, ...] = (
+    ("selection", "ratio"),
+    ("retention", "policy"),
+    ("sharding", "engine"),
+    ("sharding", "zero_stage"),
+    ("training", "micro_batch_size"),
+)
+"""Keys that are the planner's to choose, and that need a value as long as there is no planner."""
+
+
+class ConfigError(UserError):
+    """A config that cannot be used; the message lists everything that is wrong with it.
+
+    Attributes:
+        problems: one line each, with place, key and problem.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], problems: Sequence[str]) -> None:
+        self.problems = tuple(problems)
+        if len(problems) == 1:
+            super().__init__(f"{os.fspath(path)}: {problems[0]}")
+        else:
+            super().__init__("\n  ".join([f"{os.fspath(path)}: {len(problems)} problems", *problems]))
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Read and check a config.
+
+    Args:
+        path: a JSON file.
+        overrides: "section.key=value", applied in order over the file's values; a value is JSON, else a string.
+
+    Raises:
+        ConfigError: the file cannot be read, or at least one key is unknown, missing or wrong; all are listed.
+    """
+    try:
+        source = read_source(Path(path))
+    except SourceError as error:
+        raise ConfigError(path, [str(error)]) from None
+    bad_overrides = [problem for override in overrides if (problem := apply_override(source, override))]
+    # A missing section is read as an empty one, so that each of its missing keys is named.
+    for section in Config.model_fields:
+        source.tree.setdefault(section, {})
+    config, problems = _validate(source)
+    if config is None or problems or bad_overrides:
+        ordered = sorted(problems.items(), key=lambda problem: source.line(problem[0]))
+        lines = [_line(source, key_path, message) for key_path, message in ordered]
+        raise ConfigError(path, [*lines, *(f"--set: {problem}" for problem in bad_overrides)])
+    return config
+
+
+def _line(source: Source, key_path: KeyPath, message: str) -> str:
+    line = source.line(key_path)
+    place = "--set: " if line == OVERRIDE_LINE else f"line {line}: " if line else ""
+    return f"{place}{'.'.join(key_path)}: {message}"
+
+
+def _validate(source: Source) -> tuple[Config | None, dict[KeyPath, str]]:
+    problems = dict(source.problems)
+    for key_path, value in non_finite(source.tree):
+        problems.setdefault(key_path, f"{json.dumps(value)} is not a finite number")
+    for section, key in PLANNED_KEYS:
+        if _get(source.tree, (section, key)) == "auto":
+            problems[section, key] = f'"auto" needs a planner, and there is none for {section}.{key}: give a value'
+    try:
+        # Lists stand for tuples in JSON only, and strictness is that of JSON's types.
+        return Config.model_validate_json(json.dumps(source.tree)), problems
+    except ValidationError as error:
+        known = known_keys(Config.model_json_schema())
+        unknown_in = set()
+        for finding in error.errors(include_url=False, include_input=False, include_context=False):
+            if finding["type"] == "extra_forbidden":
+                key_path = tuple(str(part) for part in finding["loc"])
+                unknown_in.add(key_path[:-1])
+                problems.setdefault(key_path, unknown_key(key_path, known))
+            elif finding["loc"]:
+                key_path = _longest_known(finding["loc"], known)
+                problems.setdefault(key_path, _expectation(source, key_path, known[key_path], finding["type"]))
+
+    def value_of(section: str, key: str) -> Any:
+        if any(bad[:2] == (section, key) or bad == (section,) for bad in problems):
+            raise LookupError(f"{section}.{key} is not valid")
+        if key not in source.tree[section] and (section,) in unknown_in:
+            raise LookupError(f"{section}.{key} may be meant by an unknown key")
+        model = Config.model_fields[section].annotation
+        assert isinstance(model, type) and issubclass(model, Section)
+        return source.tree[section].get(key, model.model_fields[key].default)
+
+    for name, message in broken_rules(value_of):
+        problems.setdefault(tuple(name.split(".")), message)
+    return None, problems
+
+
+def _longest_known(location: tuple[int | str, ...], known: dict[KeyPath, Schema]) -> KeyPath:
+    """The key that a finding is about: pydantic's location without members of unions and elements of lists."""
+    parts = tuple(str(part) for part in location)
+    return next(parts[:depth] for depth in range(len(parts), 0, -1) if parts[:depth] in known)
+
+
+def _expectation(source: Source, key_path: KeyPath, schema: Schema, kind: str) -> str:
+    if kind == "missing":
+        return f"missing, expected {describe(schema)}"
+    return f"expected {describe(schema)}, got {show(_get(source.tree, key_path))}"
+
+
+def _get(tree: Any, key_path: KeyPath) -> Any:
+    """The value of a key, or None where there is none."""
+    for key in key_path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree

@@ -1,0 +1,128 @@
+"""Checks over several keys.
+
+Each rule names the keys it reads and is run only where all of them are valid by themselves, so that its findings are
+reported together with those of single keys and never follow from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Check = Callable[..., tuple[str, str] | None]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A check over the values of `keys` (dotted) that returns the key to change and the problem, or None."""
+
+    keys: tuple[str, ...]
+    check: Check
+
+
+RULES: list[Rule] = []
+
+
+def _rule(*keys: str) -> Callable[[Check], Check]:
+    def register(check: Check) -> Check:
+        RULES.append(Rule(keys, check))
+        return check
+
+    return register
+
+
+def broken_rules(value_of: Callable[[str, str], Any]) -> list[tuple[str, str]]:
+    """Run all rules and return (key, problem) for each broken one.
+
+    Args:
+        value_of: gives the value of a section's key, or raises LookupError where it has no valid one; rules that read
+            it are not run.
+    """
+    findings = []
+    for rule in RULES:
+        try:
+            values = [value_of(*key.split(".")) for key in rule.keys]
+        except LookupError:
+            continue
+        if finding := rule.check(*values):
+            findings.append(finding)
+    return findings
+
+
+@_rule("model.path", "model.from_config")
+def _model_is_named(path: str | None, from_config: dict[str, Any] | None) -> tuple[str, str] | None:
+    if path is None and from_config is None:
+        return "model.path", "missing: give model.path (weights), model.from_config (random weights), or both"
+    if from_config is not None and not isinstance(from_config.get("model_type"), str):
+        return "model.from_config", 'needs "model_type", such as "llama"'
+    return None
+
+
+@_rule("model.dtype", "optimizer.precision")
+def _precision_sets_dtype(dtype: str | None, precision: str) -> tuple[str, str] | None:
+    implied = "bfloat16" if precision == "pure_bf16" else "float32"
+    if dtype in (None, implied):
+        return None
+    return "model.dtype", (
+        f'"{dtype}" contradicts optimizer.precision "{precision}", which holds weights in {implied}: '
+        "leave model.dtype out, or change the precision"
+    )
+
+
+@_rule("selection.strategy", "selection.ratio")
+def _ratio_suits_strategy(strategy: str, ratio: float | str | None) -> tuple[str, str] | None:
+    if ratio == "labelled" and strategy != "supervised":
+        return "selection.ratio", f'"labelled" needs selection.strategy "supervised", which is "{strategy}"'
+    if strategy == "none" and ratio not in (None, 1.0):
+        return "selection.ratio", f'{ratio} has no effect with selection.strategy "none": name a strategy'
+    if strategy in ("uniform", "bernoulli") and ratio is None:
+        return "selection.ratio", f'missing: selection.strategy "{strategy}" needs a number in (0, 1]'
+    return None
+
+
+@_rule("selection.strategy", "selection.tokentune")
+def _tokentune_is_uniform(strategy: str, tokentune: bool) -> tuple[str, str] | None:
+    if tokentune and strategy != "uniform":
+        return "selection.tokentune", f'needs selection.strategy "uniform", which is "{strategy}"'
+    return None
+
+
+@_rule("selection.strategy", "selection.ratio", "retention.policy")
+def _selection_needs_selective(strategy: str, ratio: float | str | None, policy: str) -> tuple[str, str] | None:
+    if strategy == "none" or ratio == 1.0 or policy == "selective":
+        return None
+    return "retention.policy", (
+        f'"{policy}" is for exact training, but selection.strategy "{strategy}" without selection.ratio 1.0 '
+        'leaves tokens out: set retention.policy "selective", or selection.strategy "none"'
+    )
+
+
+@_rule("retention.policy", "retention.retain_linears")
+def _retain_linears_needs_selective(policy: str, retain_linears: bool) -> tuple[str, str] | None:
+    if retain_linears and policy != "selective":
+        return "retention.retain_linears", f'needs retention.policy "selective", which is "{policy}"'
+    return None
+
+
+@_rule("retention.policy", "retention.kv_format")
+def _kv_format_needs_selective(policy: str, kv_format: str) -> tuple[str, str] | None:
+    if kv_format != "model" and policy != "selective":
+        return "retention.kv_format", f'"{kv_format}" needs retention.policy "selective", which is "{policy}"'
+    return None
+
+
+@_rule("sharding.engine", "sharding.offload_optimizer")
+def _single_engine_keeps_optimizer(engine: str, offload_optimizer: bool) -> tuple[str, str] | None:
+    if engine == "single" and offload_optimizer:
+        return "sharding.offload_optimizer", 'sharding.engine "single" cannot offload: set it to false'
+    return None
+
+
+@_rule("training.global_batch_size", "training.micro_batch_size")
+def _micro_batch_divides(global_batch_size: int, micro_batch_size: int) -> tuple[str, str] | None:
+    if global_batch_size % micro_batch_size:
+        return "training.micro_batch_size", (
+            f"{micro_batch_size} does not divide training.global_batch_size, which is {global_batch_size}"
+        )
+    return None
