@@ -1,0 +1,11 @@
+"""Which tokens receive gradient: strategies, inclusion probabilities and seeding.
+
+Nothing here knows a model or a device: a strategy sees which positions carry a label and which document each
+token belongs to, and answers with a `Selection`.
+"""
+
+from framework.selection.selection import Selection
+from framework.selection.strategies import STRATEGIES, check_options, select
+from framework.selection.supervision import documents_of, supervised_positions
+
+__all__ = ["STRATEGIES", "Selection", "check_options", "documents_of", "select", "supervised_positions"]
