@@ -1,0 +1,144 @@
+"""The heart: a block's record pass, and its replay on selected rows inside the backward pass.
+
+Transformers' blocks hand themselves to a checkpointing function; this module is one. The record pass runs the block on
+all tokens without a graph and keeps what the replay needs. The replay runs the same block on the selected rows with a
+graph and back-propagates through it (a nested backward, as reentrant checkpointing does), so every value computed for
+an unselected token is a constant.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from framework.retention.block_pass import BlockPass, Phase
+from framework.retention.randomness import ReplayedRandomness
+from framework.retention.rows import SelectedRows
+
+
+@dataclass(frozen=True)
+class AutocastState:
+    """Autocast as it was in the forward pass. It is thread-local, and the backward pass may run in another thread.
+
+    The cache stays off: casts made without a graph in the record pass must not be found again in the replay.
+    """
+
+    devices: tuple[tuple[str, bool, torch.dtype], ...]
+
+    @classmethod
+    def capture(cls, device_type: str) -> AutocastState:
+        """The state of the CPU and of the device that the block runs on."""
+        types = dict.fromkeys((device_type, "cpu"))
+        return cls(tuple((t, torch.is_autocast_enabled(t), torch.get_autocast_dtype(t)) for t in types))
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """Autocast as captured, without its cache."""
+        with contextlib.ExitStack() as stack:
+            for device_type, enabled, dtype in self.devices:
+                stack.enter_context(torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+
+@dataclass
+class BlockCall:
+    """One call of a block: `function(hidden, *others, **keywords)` with `hidden [batch, tokens, width]`."""
+
+    function: partial[Any]
+    others: tuple[Any, ...]
+    current: BlockPass
+    random: bool
+    autocast: AutocastState
+
+    def record(self, hidden: Tensor) -> Any:
+        """The block's output for all tokens, without a graph."""
+        with torch.no_grad(), self._pass(Phase.RECORD):
+            return self.function(hidden, *self.others)
+
+    def replay(self, rows: Tensor) -> Tensor:
+        """The block's output `[batch, selected, width]` for `rows [batch, selected, width]`, with a graph if enabled."""
+        take = self.current.rows.take_argument
+        keywords = {name: take(value) for name, value in self.function.keywords.items()}
+        others = tuple(take(value) for value in self.others)
+        with self._pass(Phase.REPLAY):
+            return first_output(self.function.func(*self.function.args, rows, *others, **keywords))
+
+    @contextlib.contextmanager
+    def _pass(self, phase: Phase) -> Iterator[None]:
+        random = ReplayedRandomness(self.current) if self.random else contextlib.nullcontext()
+        with self.autocast.restored(), self.current.running(phase), random:
+            yield
+
+
+def first_output(output: Any) -> Tensor:
+    """The hidden states among a block's outputs."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def map_first_output(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A block's output with its hidden states changed."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+
+def block_of(function: Callable[..., Any]) -> nn.Module | None:
+    """The block that hands itself to a checkpointing function, or None if the caller is not a block.
+
+    transformers >= 5.23 passes `partial(forward, block, …)`, earlier ones `partial(super().__call__, …)`.
+    """
+    if not isinstance(function, partial):
+        return None
+    owner = function.args[0] if function.args else getattr(function.func, "__self__", None)
+    return owner if isinstance(owner, nn.Module) else None
+
+
+class SelectiveBlock(torch.autograd.Function):
+    """Record pass forward, replay backward."""
+
+    @staticmethod
+    def forward(ctx: Any, call: BlockCall, anchor: Tensor, hidden: Tensor) -> Any:
+        """The block's output. `anchor` is an empty tensor that requires grad, so that frozen embeddings get a graph."""
+        output = call.record(hidden)
+        ctx.call = call
+        ctx.rows = call.current.rows.take(hidden)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[None, None, Tensor | None]:
+        """Replay, back-propagate into the parameters, and return the gradient of the block's input."""
+        if ctx.call is None:
+            raise RuntimeError("a token-selective block back-propagates once: its retained tensors are gone")
+        call, ctx.call = ctx.call, None
+        selected = call.current.rows
+        rows = ctx.rows.requires_grad_(ctx.needs_input_grad[2])
+        ctx.rows = None
+        with torch.enable_grad():
+            output = call.replay(rows)
+        if output.requires_grad:
+            torch.autograd.backward(output, selected.take_valid(grad))
+        if not ctx.needs_input_grad[2]:
+            return None, None, None
+        grad_hidden = torch.zeros(*grad.shape[:2], rows.shape[-1], dtype=rows.dtype, device=rows.device)
+        if rows.grad is not None:
+            selected.put(grad_hidden, rows.grad)
+        return None, None, grad_hidden
+
+
+def selective_call(
+    function: partial[Any],
+    hidden: Tensor,
+    others: tuple[Any, ...],
+    selected: SelectedRows,
+    *,
+    retain_linears: bool,
+    kv_format: str,
+    random: bool,
+) -> BlockCall:
+    """A block's call in the current autocast state."""
+    current = BlockPass(selected, kv_format=kv_format, retain_linears=retain_linears)
+    return BlockCall(function, others, current, random, AutocastState.capture(hidden.device.type))

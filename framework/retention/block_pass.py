@@ -1,0 +1,63 @@
+"""What one block keeps from its record pass to its replay, and which pass is running."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from torch import Tensor, nn
+
+from framework.retention.formats import Retained
+from framework.retention.rows import SelectedRows
+
+
+class Phase(Enum):
+    """The pass that a block is in."""
+
+    RECORD = "record"
+    REPLAY = "replay"
+
+
+@dataclass
+class RetainedAttention:
+    """One attention call: keys and values of all tokens, and the mask it was given (shared by blocks, not a copy)."""
+
+    keys: Retained
+    values: Retained
+    mask: Any
+
+
+@dataclass
+class BlockPass:
+    """One block's way from its record pass to its replay. Calls are matched in order, per module for linears."""
+
+    rows: SelectedRows
+    kv_format: str = "model"
+    retain_linears: bool = False
+    phase: Phase = Phase.RECORD
+    attention: deque[RetainedAttention] = field(default_factory=deque)
+    linears: defaultdict[nn.Module, deque[Tensor | None]] = field(default_factory=lambda: defaultdict(deque))
+    random: deque[Tensor] = field(default_factory=deque)
+
+    @contextlib.contextmanager
+    def running(self, phase: Phase) -> Iterator[None]:
+        """Make this the current pass of the calling thread."""
+        self.phase = phase
+        token = _CURRENT.set(self)
+        try:
+            yield
+        finally:
+            _CURRENT.reset(token)
+
+
+_CURRENT: ContextVar[BlockPass | None] = ContextVar("current_block_pass", default=None)
+
+
+def current_pass() -> BlockPass | None:
+    """The pass that the calling thread is in, or None outside of record passes and replays."""
+    return _CURRENT.get()

@@ -1,0 +1,109 @@
+"""Retained linears: a replay that recomputes no matrix product.
+
+In the record pass each linear inside a block keeps its output's selected rows. In the replay it returns them through
+a function whose backward is the linear's own, so that a replay costs norms, activations and attention only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from framework.retention.block_pass import BlockPass, Phase, current_pass
+
+
+class KnownOutput(torch.autograd.Function):
+    """`x @ weight + bias` whose result is known; `weight [in, out]` is a view of the parameter for `nn.Linear`.
+
+    dX = dY·Wᵀ, dW = Xᵀ·dY, db = Σ dY, computed in the output's dtype, as autocast does.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: list[Tensor], transposed: bool, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """The only element of `output`; `transposed` says that the weight is stored `[out, in]`."""
+        (known,) = output
+        needs_x, needs_weight = ctx.needs_input_grad[2:4]
+        ctx.transposed, ctx.x_dtype, ctx.bias_dtype = transposed, x.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(x.to(known.dtype) if needs_weight else None, weight if needs_x or needs_weight else None)
+        return known
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of the input, the weight and the bias, where wanted."""
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[2:5]
+        flat = grad.flatten(0, -2)
+        grad_x = grad_weight = grad_bias = None
+        if needs_x:
+            matrix = weight.to(grad.dtype)
+            grad_x = (grad @ (matrix if ctx.transposed else matrix.T)).to(ctx.x_dtype)
+        if needs_weight:
+            rows = x.flatten(0, -2)
+            grad_weight = (flat.T @ rows if ctx.transposed else rows.T @ flat).to(weight.dtype)
+        if needs_bias:
+            grad_bias = flat.sum(0).to(ctx.bias_dtype)
+        return None, None, grad_x, grad_weight, grad_bias
+
+
+def _through_pass(
+    current: BlockPass, module: nn.Linear | Conv1D, x: Tensor, compute: Callable[[Tensor], Tensor], transposed: bool
+) -> Tensor:
+    """Keep the output's selected rows, or return the kept ones.
+
+    Calls whose rows are not the batch's tokens (experts with routed tokens) are recomputed in the replay.
+    """
+    kept = current.linears[module]
+    if current.phase is Phase.RECORD:
+        output, rows = compute(x), current.rows
+        is_tokens = output.numel() == rows.batch * rows.tokens * output.shape[-1]
+        kept.append(rows.take(output.view(rows.batch, rows.tokens, -1)) if is_tokens else None)
+        return output
+    known = kept.popleft()
+    if known is None:
+        return compute(x)
+    output = known.view(*x.shape[:-1], known.shape[-1])
+    return KnownOutput.apply([output], transposed, x, module.weight, module.bias)
+
+
+class RetainedLinear(nn.Linear):
+    """`nn.Linear` that keeps its output's selected rows while a block is recorded."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input [..., in_features]` to `[..., out_features]`."""
+        current = current_pass()
+        if current is None or not current.retain_linears:
+            return super().forward(input)
+        return _through_pass(current, self, input, super().forward, transposed=True)
+
+
+class RetainedConv1D(Conv1D):
+    """GPT-2's linear, with the weight stored `[in, out]`, that keeps its output's selected rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., in]` to `[..., out]`."""
+        current = current_pass()
+        if current is None or not current.retain_linears:
+            return super().forward(x)
+        return _through_pass(current, self, x, super().forward, transposed=False)
+
+
+RETAINED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RetainedLinear, Conv1D: RetainedConv1D}
+PLAIN_CLASSES = {retained: plain for plain, retained in RETAINED_CLASSES.items()}
+
+
+def retain_linears(block: nn.Module) -> None:
+    """Let every plain linear inside a block keep its outputs. Subclasses (quantised linears) are recomputed."""
+    for module in block.modules():
+        module.__class__ = RETAINED_CLASSES.get(type(module), type(module))
+
+
+def release_linears(block: nn.Module) -> None:
+    """Undo `retain_linears`."""
+    for module in block.modules():
+        module.__class__ = PLAIN_CLASSES.get(type(module), type(module))

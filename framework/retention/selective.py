@@ -1,0 +1,146 @@
+"""The transform that makes a model's blocks token-selective, and what it leaves on the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from framework.retention.attention import KERNELS, register_attention, selective_name
+from framework.retention.block import SelectiveBlock, block_of, map_first_output, selective_call
+from framework.retention.blocks import blocks_of
+from framework.retention.formats import KV_FORMATS
+from framework.retention.linears import release_linears, retain_linears
+from framework.retention.locality import reason_to_fall_back
+from framework.retention.randomness import draws_in_blocks
+from framework.retention.rows import KeepGradientRows, SelectedRows
+from framework.selection import Selection
+
+logger = logging.getLogger(__name__)
+
+register_attention()
+
+
+class SelectiveRetention:
+    """The checkpointing function of a model's blocks, and its options.
+
+    While `selection` is set, blocks record and replay; otherwise they run plainly. `fallbacks` names the blocks that
+    mix tokens where a replay cannot follow, with the reason: they are recomputed whole, with the gradient of
+    unselected rows cut at their input and output.
+
+    Args:
+        model: the Hugging Face model; changed in place.
+        retain_linears: keep the linears' outputs at selected rows, so that the replay multiplies no matrices.
+        kv_format: how keys and values of all tokens are kept: `model` (as they are) or `int8`.
+
+    Raises:
+        ValueError: no blocks; unknown `kv_format`; an attention implementation that cannot be replayed.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, retain_linears: bool, kv_format: str) -> None:
+        if kv_format not in KV_FORMATS:
+            raise ValueError(f"retention.kv_format: {kv_format!r} is none of {', '.join(KV_FORMATS)}")
+        self.kernel = model.config._attn_implementation
+        if self.kernel not in KERNELS:
+            raise ValueError(
+                f"model.attention: {self.kernel!r} cannot be replayed on selected rows; "
+                f"load the model with attn_implementation set to one of {', '.join(KERNELS)}"
+            )
+        self.model = model
+        self.blocks = blocks_of(model)
+        self.retain_linears, self.kv_format = retain_linears, kv_format
+        self.selection: Selection | Callable[[Tensor], Selection] | None = None
+        self.fallbacks: dict[str, str] = {}
+        self._rows: SelectedRows | None = None
+        self._names = {id(block): name for name, block in self.blocks.items()}
+        self._tried: set[str] = set()
+        self._random = draws_in_blocks([*self.blocks.values()], model.config)
+
+    def install(self) -> None:
+        """Switch the model's blocks, attention and linears over."""
+        self.model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=self.run_block)
+        self.model.set_attn_implementation(selective_name(self.kernel))
+        if self.retain_linears:
+            for block in self.blocks.values():
+                retain_linears(block)
+
+    def remove(self) -> None:
+        """Give the model back as it was, with checkpointing off."""
+        self.model._set_gradient_checkpointing(enable=False)
+        self.model.set_attn_implementation(self.kernel)
+        for block in self.blocks.values():
+            release_linears(block)
+
+    def begin(self, selection: Selection | Callable[[Tensor], Selection]) -> None:
+        """Let the blocks of the coming forward pass use a selection.
+
+        A callable is called with the first block's `hidden [batch, tokens, width]`, for models whose number of tokens
+        is known only there (images).
+        """
+        self.selection, self._rows = selection, None
+
+    def end(self) -> None:
+        """The forward pass is over; replays hold what they need."""
+        self.selection, self._rows = None, None
+
+    def run_block(self, function: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
+        """Run one block; set as the blocks' checkpointing function. `hidden [batch, tokens, width]`."""
+        if self.selection is None or not torch.is_grad_enabled():
+            return function(hidden, *others)
+        block = block_of(function)
+        name = self._names.get(id(block))
+        if name is None:
+            raise ValueError(f"{function} asks for checkpointing, but is not one of the model's blocks")
+        rows = self._resolve(hidden, name)
+        if not hidden.requires_grad and not any(p.requires_grad for p in block.parameters()):
+            return function(hidden, *others)
+        if name not in self._tried:
+            self._tried.add(name)
+            reason = reason_to_fall_back(function, hidden.detach(), others, self._random)
+            if reason is not None:
+                self.fallbacks[name] = reason
+                logger.warning("block %s falls back to plain checkpointing: %s", name, reason)
+        if name in self.fallbacks:
+            output = checkpoint(function, KeepGradientRows.apply(rows, hidden), *others, use_reentrant=False)
+            return map_first_output(output, lambda out: KeepGradientRows.apply(rows, out))
+        call = selective_call(
+            function,
+            hidden,
+            others,
+            rows,
+            retain_linears=self.retain_linears,
+            kv_format=self.kv_format,
+            random=self._random,
+        )
+        anchor = torch.empty(0, device=hidden.device, requires_grad=True)
+        return SelectiveBlock.apply(call, anchor, hidden)
+
+    def _resolve(self, hidden: Tensor, name: str) -> SelectedRows:
+        """The selected rows of this forward pass, checked against the block's input."""
+        if self._rows is None:
+            selection = self.selection(hidden) if callable(self.selection) else self.selection
+            assert selection is not None
+            self._rows = SelectedRows(selection.to(hidden.device), hidden.shape[1])
+        if hidden.dim() != 3 or hidden.shape[:2] != (self._rows.batch, self._rows.tokens):
+            raise ValueError(
+                f"block {name} takes {[*hidden.shape]}, but the selection is over {self._rows.batch} sequences of "
+                f"{self._rows.tokens} tokens: models that change the number of tokens on the way are not supported"
+            )
+        return self._rows
+
+
+def apply_checkpointing(model: PreTrainedModel) -> None:
+    """Recompute every block whole in the backward pass (policy `checkpoint`). A transform, applied after adapters.
+
+    Raises:
+        ValueError: the model has no blocks.
+    """
+    blocks_of(model)
+    recompute = partial(checkpoint, use_reentrant=False)
+    model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recompute)

@@ -1,0 +1,149 @@
+"""The loss per token: summed over supervised rows, divided by a count that the caller knows.
+
+Logits are formed for supervised rows only, in training and in evaluation.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto as auto
+
+from framework.retention import head_rows, run_backbone, run_head
+from framework.selection import Selection, supervised_positions
+
+
+class LossKind(Enum):
+    """What a label belongs to."""
+
+    CAUSAL = "causal"  # position i predicts label i + 1
+    OWN = "own"  # position i predicts its own label
+    POOLED = "pooled"  # one label a sequence, predicted from a pooled token
+
+
+_KINDS = {
+    LossKind.CAUSAL: (auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,),
+    LossKind.OWN: (auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    LossKind.POOLED: (
+        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    ),
+}
+
+
+def loss_kind(model: PreTrainedModel) -> LossKind:
+    """What the model's labels belong to, by transformers' own tables of model classes.
+
+    Raises:
+        ValueError: the model is no causal LM, masked LM, token, sequence or image classifier.
+    """
+    name = type(model).__name__
+    for base in type(model).__mro__:
+        for kind, tables in _KINDS.items():
+            if any(base.__name__ in table.values() for table in tables):
+                return kind
+    raise ValueError(
+        f"{name} is none of the supported kinds: causal LM, masked LM, token, sequence or image classifier with its head"
+    )
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The Hugging Face model inside a PEFT wrapper, or the model itself.
+
+    Raises:
+        ValueError: there is no Hugging Face model inside.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(
+            f"{type(model).__name__} is not a Hugging Face model (PreTrainedModel) nor a PEFT wrapper of one"
+        )
+    return inner
+
+
+def token_targets(labels: Tensor, kind: LossKind) -> Tensor:
+    """The label that each position predicts, int64 `[batch, sequence]`; meaningless where nothing is supervised."""
+    return functional.pad(labels[:, 1:], (0, 1), value=-100) if kind is LossKind.CAUSAL else labels
+
+
+def rows_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Σ weight · cross-entropy, in float32 or better; a zero with a graph if there are no rows.
+
+    Args:
+        logits: `[rows, classes]`.
+        targets: int64 `[rows]`.
+        weights: `[rows]`, or None for ones.
+    """
+    precise = logits if logits.dtype == torch.float64 else logits.float()
+    if weights is None:
+        return functional.cross_entropy(precise, targets, reduction="sum")
+    return (functional.cross_entropy(precise, targets, reduction="none") * weights).sum()
+
+
+def selected_supervised_rows(
+    labels: Tensor, kind: LossKind, selection: Selection | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The rows that enter the loss.
+
+    Args:
+        labels: int64 `[batch, sequence]`.
+        kind: `CAUSAL` or `OWN`.
+        selection: on the labels' device; None for all supervised rows.
+
+    Returns:
+        Rows of the flattened tokens int64 `[rows]`, their targets int64 `[rows]`, their inclusion probabilities
+        float32 `[rows]` (None without a selection).
+    """
+    supervised = supervised_positions(labels, causal=kind is LossKind.CAUSAL)
+    targets = token_targets(labels, kind).flatten()
+    if selection is None:
+        index = supervised.flatten().nonzero()[:, 0]
+        return index, targets[index], None
+    chosen = supervised.gather(1, selection.positions) & selection.valid
+    first = torch.arange(labels.shape[0], device=labels.device)[:, None] * labels.shape[1]
+    index = (selection.positions + first)[chosen]
+    return index, targets[index], selection.probability[chosen]
+
+
+def exact_loss(model: nn.Module, inputs: dict[str, Any], count: Tensor | float) -> Tensor:
+    """Σ cross-entropy over the supervised tokens of a batch / `count`, with a graph, by ordinary training.
+
+    Args:
+        model: a causal or masked LM or token classifier, possibly wrapped by PEFT, in train mode.
+        inputs: what the model takes, `labels [batch, sequence]` included.
+        count: supervised tokens of the whole accumulation window.
+    """
+    inner = unwrapped(model)
+    arguments = {name: value for name, value in inputs.items() if name != "labels"}
+    index, targets, _ = selected_supervised_rows(inputs["labels"], loss_kind(inner), None)
+    with head_rows(inner, index):
+        logits = model(**arguments, use_cache=False).logits[0]
+    return rows_loss(logits, targets) / count
+
+
+@torch.no_grad()
+def evaluation_loss(model: nn.Module, inputs: dict[str, Any], chunk_tokens: int = 1024) -> tuple[Tensor, int]:
+    """Σ cross-entropy over the supervised tokens of a batch, by the plain model, head and loss in chunks.
+
+    Args:
+        model: a causal or masked LM or token classifier, possibly wrapped by PEFT, in eval mode.
+        inputs: what the model takes, `labels [batch, sequence]` included.
+        chunk_tokens: rows whose logits exist at one time.
+
+    Returns:
+        The sum, float32 `[]` on the device, and the number of supervised tokens.
+    """
+    inner = unwrapped(model)
+    arguments = {name: value for name, value in inputs.items() if name != "labels"}
+    index, targets, _ = selected_supervised_rows(inputs["labels"], loss_kind(inner), None)
+    output = run_backbone(inner, {**arguments, "use_cache": False})
+    hidden = output[0].flatten(0, 1)[index]
+    total = torch.zeros((), device=hidden.device)
+    for rows, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
+        total += rows_loss(run_head(inner, output, rows), wanted)
+    return total, len(index)
