@@ -79,7 +79,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 def _line(source: Source, key_path: KeyPath, message: str) -> str:
     line = source.line(key_path)
     place = "--set: " if line == OVERRIDE_LINE else f"line {line}: " if line else ""
-    return f"{place}{'.'.join(key_path)}: {message}"
+    return f"{place}{'.'.join(key_path) or 'config'}: {message}"
 
 
 def _validate(source: Source) -> tuple[Config | None, dict[KeyPath, str]]:
@@ -100,9 +100,13 @@ def _validate(source: Source) -> tuple[Config | None, dict[KeyPath, str]]:
                 key_path = tuple(str(part) for part in finding["loc"])
                 unknown_in.add(key_path[:-1])
                 problems.setdefault(key_path, unknown_key(key_path, known))
-            elif finding["loc"]:
+            elif not finding["loc"]:
+                # A broken rule, which is run again below, or text that JSON allows but Unicode does not.
+                if finding["type"] != "value_error":
+                    problems[()] = finding["msg"]
+            else:
                 key_path = _longest_known(finding["loc"], known)
-                problems.setdefault(key_path, _expectation(source, key_path, known[key_path], finding["type"]))
+                problems.setdefault(key_path, _expectation(source, key_path, known[key_path]))
 
     def value_of(section: str, key: str) -> Any:
         if any(bad[:2] == (section, key) or bad == (section,) for bad in problems):
@@ -124,10 +128,11 @@ def _longest_known(location: tuple[int | str, ...], known: dict[KeyPath, Schema]
     return next(parts[:depth] for depth in range(len(parts), 0, -1) if parts[:depth] in known)
 
 
-def _expectation(source: Source, key_path: KeyPath, schema: Schema, kind: str) -> str:
-    if kind == "missing":
-        return f"missing, expected {describe(schema)}"
-    return f"expected {describe(schema)}, got {show(_get(source.tree, key_path))}"
+def _expectation(source: Source, key_path: KeyPath, schema: Schema) -> str:
+    section = _get(source.tree, key_path[:-1])
+    if isinstance(section, dict) and key_path[-1] in section:
+        return f"expected {describe(schema)}, got {show(section[key_path[-1]])}"
+    return f"missing, expected {describe(schema)}"
 
 
 def _get(tree: Any, key_path: KeyPath) -> Any:
