@@ -1,0 +1,167 @@
+"""What is known about a model without its weights, and whether it fits the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from framework.errors import UserError
+from framework.models.adapters import add_adapter
+from framework.models.configuration import build_model, read_model_config
+
+if TYPE_CHECKING:
+    from framework.config.schema import AdapterConfig
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The sizes of a model.
+
+    Attributes:
+        family: Hugging Face's `model_type`.
+        parameters: Elements of all parameters, tied ones counted once, adapter included.
+        trainable_parameters: Those that are trained: all, or with an adapter the adapter's.
+        blocks: Number of transformer layers.
+        hidden_size: Width of the rows between blocks.
+        vocab_size: Rows of the token embedding; None for a model without tokens.
+        max_positions: Longest sequence in tokens; None if the family has no limit.
+        attention_heads: Query heads; None if the family does not say.
+        key_value_heads: Key and value heads; None if the family does not say.
+    """
+
+    family: str
+    parameters: int
+    trainable_parameters: int
+    blocks: int
+    hidden_size: int
+    vocab_size: int | None
+    max_positions: int | None
+    attention_heads: int | None
+    key_value_heads: int | None
+
+
+def read_architecture(
+    *,
+    path: str | None,
+    from_config: dict[str, Any] | None,
+    task: str = "causal_lm",
+    attention: str = "sdpa",
+    adapter: AdapterConfig | None = None,
+) -> Architecture:
+    """Describe a model from its config alone: it is built on the meta device, so no weights are read or allocated.
+
+    Args:
+        path: A local directory with `config.json`, or a hub name; unused if `from_config` is given.
+        from_config: A Hugging Face config as JSON values, with `model_type`.
+        task: The head, as in the config's `model.task`.
+        attention: `sdpa` or `eager`; checked, without influence on the sizes.
+        adapter: Counted and checked like in a run.
+
+    Raises:
+        UserError: What `load_model` would refuse, weights apart.
+    """
+    config = read_model_config(path, from_config)
+    with torch.device("meta"):
+        model: nn.Module = build_model(config, task=task, dtype=torch.bfloat16, attention=attention)
+        described = describe(model)
+        if adapter is None:
+            return described
+        parameters, trainable = count_parameters(add_adapter(model, adapter, task=task))
+    return replace(described, parameters=parameters, trainable_parameters=trainable)
+
+
+def describe(model: PreTrainedModel) -> Architecture:
+    """The sizes of a built model without an adapter; its tensors may be on the meta device."""
+    text = model.config.get_text_config()
+    parameters, trainable = count_parameters(model)
+    embedding = _token_embedding(model)
+    heads = getattr(text, "num_attention_heads", None)
+    return Architecture(
+        family=model.config.model_type,
+        parameters=parameters,
+        trainable_parameters=trainable,
+        blocks=_count_blocks(model),
+        hidden_size=text.hidden_size,
+        vocab_size=None if embedding is None else embedding.num_embeddings,
+        max_positions=_max_positions(model),
+        attention_heads=heads,
+        key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+    )
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Elements of all parameters and of those that require gradient, tied ones counted once."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
+
+
+def check_compatibility(
+    architecture: Architecture, tokenizer: PreTrainedTokenizerBase | None, sequence_length: int
+) -> None:
+    """Check that the data fits the model: positions and token ids.
+
+    Args:
+        architecture: Of the model.
+        tokenizer: What makes the token ids; None for a model without tokens.
+        sequence_length: Longest sequence in tokens.
+
+    Raises:
+        UserError: The sequence is longer than the model has positions, or the tokenizer has ids beyond the model's
+            embedding; both problems are reported together.
+    """
+    problems = []
+    if architecture.max_positions is not None and sequence_length > architecture.max_positions:
+        problems.append(
+            f"data.sequence_length: {sequence_length} is more than the {architecture.max_positions} positions of this "
+            f"{architecture.family} model; set it to at most {architecture.max_positions}"
+        )
+    if tokenizer is not None and architecture.vocab_size is not None:
+        token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+        if largest >= architecture.vocab_size:
+            problems.append(
+                f"model.tokenizer: {tokenizer.name_or_path} gives ids up to {largest} ({token!r}), but the model "
+                f"embeds {architecture.vocab_size} tokens, ids 0 to {architecture.vocab_size - 1}; use the model's "
+                f"own tokenizer, or with model.from_config set vocab_size to at least {largest + 1}"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _count_blocks(model: nn.Module) -> int:
+    """Transformer layers that are not part of another one."""
+    count = 0
+    pending: list[nn.Module] = [model]
+    while pending:
+        module = pending.pop()
+        if isinstance(module, GradientCheckpointingLayer):
+            count += 1
+        else:
+            pending.extend(module.children())
+    return count
+
+
+def _token_embedding(model: PreTrainedModel) -> nn.Embedding | None:
+    if model.main_input_name != "input_ids":
+        return None
+    embedding = model.get_input_embeddings()
+    return embedding if isinstance(embedding, nn.Embedding) else None
+
+
+def _max_positions(model: PreTrainedModel) -> int | None:
+    """The longest sequence: what the config says, less the rows that RoBERTa's position table reserves.
+
+    RoBERTa numbers positions from `padding_idx + 1` (`create_position_ids_from_input_ids` of transformers), so a table
+    of 514 rows with padding index 1 has 512 positions.
+    """
+    if model.main_input_name != "input_ids":
+        return None
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return limit

@@ -1,0 +1,146 @@
+"""Loading a model with its weights, or initialising it at random, with or without an adapter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from framework.errors import UserError
+from framework.models.adapters import add_adapter
+from framework.models.architecture import Architecture, describe, read_architecture
+from framework.models.configuration import (
+    attention_errors,
+    auto_class,
+    build_model,
+    check_direction,
+    read_model_config,
+    unreachable,
+)
+
+if TYPE_CHECKING:
+    from framework.config.schema import AdapterConfig
+
+logger = logging.getLogger(__name__)
+
+_LISTED_NAMES = 5
+_SEED_LIMIT = 2**63
+
+
+def load_model(
+    *,
+    path: str | None,
+    from_config: dict[str, Any] | None,
+    task: str,
+    dtype: torch.dtype,
+    attention: str,
+    seed: int,
+    adapter: AdapterConfig | None = None,
+) -> PreTrainedModel | PeftModel:
+    """Load a model from `path`, or initialise one at random if there is only `from_config`.
+
+    What is drawn at random (all weights, a new classification head, an adapter) depends on `seed` alone, and the
+    process's random state is left as it was. An adapter's draw does not depend on how the base was made.
+
+    Args:
+        path: A local directory or a hub name with weights; None for random weights.
+        from_config: A Hugging Face config as JSON values, with `model_type`. With `path` it only describes the
+            architecture for planning: the model is built from the config at `path`, which must agree with it.
+        task: `causal_lm`, `masked_lm` or `sequence_classification`, of text or, where the family is one, of images.
+        dtype: Of the weights. Adapters: see `add_adapter`.
+        attention: `sdpa` or `eager`.
+        seed: Not negative.
+        adapter: Freeze the model and add a low-rank adapter, or None.
+
+    Returns:
+        The model on the CPU in training mode, wrapped by PEFT if there is an adapter.
+
+    Raises:
+        UserError: The model or its weights are missing or do not fit, or the family does not support an option.
+    """
+    with _seeded(seed):
+        if path is None:
+            config = read_model_config(None, from_config)
+            model = build_model(config, task=task, dtype=dtype, attention=attention)
+        else:
+            model = _load_pretrained(path, task=task, dtype=dtype, attention=attention)
+    if path is not None and from_config is not None:
+        described = read_architecture(path=None, from_config=from_config, task=task, attention=attention)
+        _check_description(describe(model), described, path)
+    if adapter is None:
+        return model
+    # Another stream than the weights', so that the adapter is not made of the same draws.
+    with _seeded((seed + 1) % _SEED_LIMIT):
+        return add_adapter(model, adapter, task=task)
+
+
+def _load_pretrained(path: str, *, task: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    config = read_model_config(path, None)
+    auto = auto_class(config, task)
+    directory = Path(path).expanduser()
+    with attention_errors(config, attention):
+        try:
+            model, report = auto.from_pretrained(
+                str(directory) if directory.is_dir() else path,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{unreachable(path, error)}\n(For random weights, leave out model.path and give model.from_config.)"
+            ) from error
+        except RuntimeError as error:
+            raise UserError(f"model.path: the weights in {path} do not fit its config.json: {error}") from error
+    check_direction(model, task)
+    _check_missing(model, set(report["missing_keys"]), task=task, path=path)
+    return model.train()
+
+
+def _check_missing(model: PreTrainedModel, missing: set[str], *, task: str, path: str) -> None:
+    """A new head is what classification starts from; any other weight that is not in the files is a mistake."""
+    if task == "sequence_classification":
+        body = f"{model.base_model_prefix}."
+        heads = sorted(name for name in missing if not name.startswith(body) or ".pooler." in name)
+        if heads:
+            logger.warning("not in %s, so initialised at random: %s", path, _listed(heads))
+        missing -= set(heads)
+    if missing:
+        raise UserError(
+            f"model.path: {path} lacks {len(missing)} weights of a {model.config.model_type} model for {task}: "
+            f"{_listed(sorted(missing))}\nThe files are incomplete, or of a model with another head (model.task)."
+        )
+
+
+def _check_description(loaded: Architecture, described: Architecture, path: str) -> None:
+    if loaded != described:
+        differing = [
+            f"{name} {theirs} instead of {ours}"
+            for name, ours in vars(loaded).items()
+            if (theirs := getattr(described, name)) != ours
+        ]
+        raise UserError(
+            f"model.from_config: describes another model than the one in {path}: {', '.join(differing)}; "
+            "leave it out, or copy the model's config.json"
+        )
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw from `seed` on the CPU, where models are built, and restore the generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _LISTED_NAMES} more" if len(names) > _LISTED_NAMES else ""
+    return ", ".join(names[:_LISTED_NAMES]) + more
