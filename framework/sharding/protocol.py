@@ -100,6 +100,10 @@ class Engine(Protocol):
         """Whether any rank raises a flag; every rank gets the same answer."""
         ...
 
+    def held_tensors(self) -> Iterator[Tensor]:
+        """Weights, buffers and optimiser state that this rank holds now, for counting their bytes."""
+        ...
+
     def gathered_state_dict(self) -> Iterator[tuple[str, Tensor]]:
         """Names and whole tensors of all weights on the CPU, one at a time, so that memory stays bounded."""
         ...

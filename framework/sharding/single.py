@@ -120,6 +120,13 @@ class SingleEngine:
         """The flag itself."""
         return flag
 
+    def held_tensors(self) -> Iterator[Tensor]:
+        """See `Engine.held_tensors`."""
+        yield from self.model.parameters()
+        yield from self.model.buffers()
+        for states in self.optimizer.state.values():
+            yield from states.values()
+
     def gathered_state_dict(self) -> Iterator[tuple[str, Tensor]]:
         """See `Engine.gathered_state_dict`."""
         for name, tensor in self.model.state_dict().items():

@@ -94,3 +94,11 @@ class MetricsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+
+def evaluated_at(path: Path, step: int) -> float | None:
+    """The evaluation loss that a metrics file records for a step; None if there is none, or it was not finite."""
+    with path.open(encoding="utf-8") as file:
+        records = (json.loads(line) for line in file if '"eval"' in line)
+        losses = [record["loss"] for record in records if record["kind"] == "eval" and record["step"] == step]
+    return losses[-1] if losses else None

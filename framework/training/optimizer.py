@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from framework.config import Config
+from framework.errors import UserError
+from framework.sharding.precision import PRECISIONS
 
 # Elements updated at once by `StochasticAdamW`: bounds its float32 temporaries to a few times 64 MiB.
 CHUNK = 1 << 24
@@ -23,31 +28,24 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(
-    model: nn.Module,
-    *,
-    learning_rate: float,
-    betas: tuple[float, float],
-    epsilon: float,
-    weight_decay: float,
-    stochastic_rounding: bool,
-    seed: int,
-) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters of a model.
+def optimizer_factory(config: Config) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """What builds a config's AdamW over the trainable parameters of a model.
 
-    Args:
-        model: already on its device, with its final parameters (adapters added, shards made).
-        learning_rate: overwritten by the schedule at every step.
-        betas: decay rates of the two moments.
-        epsilon: added to the root of the second moment.
-        weight_decay: for matrices only, see `parameter_groups`.
-        stochastic_rounding: for bf16 weights without a float32 copy (`pure_bf16`).
-        seed: of the rounding.
+    The model must be on its device, with its final parameters (adapters added, shards made). The learning rate is
+    overwritten by the schedule at every step.
     """
-    groups = parameter_groups(model, weight_decay)
-    if stochastic_rounding:
-        return StochasticAdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, seed=seed)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=True)
+    settings = config.optimizer
+
+    def build(model: nn.Module) -> torch.optim.Optimizer:
+        groups = parameter_groups(model, settings.weight_decay)
+        if not groups:
+            raise UserError("model.adapter: no parameter of the model is trainable")
+        rate, betas, epsilon = settings.learning_rate, settings.betas, settings.epsilon
+        if PRECISIONS[settings.precision].stochastic_rounding:
+            return StochasticAdamW(groups, lr=rate, betas=betas, eps=epsilon, seed=config.run.seed)
+        return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)
+
+    return build
 
 
 def round_stochastically(value: Tensor, generator: torch.Generator) -> Tensor:

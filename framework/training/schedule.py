@@ -3,6 +3,22 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from framework.config import Config
+
+
+def scheduled_rate(config: Config, step: int) -> float:
+    """The learning rate of step 1 to `training.max_steps` of a run."""
+    return learning_rate(
+        step,
+        peak=config.optimizer.learning_rate,
+        kind=config.schedule.kind,
+        warmup_steps=config.schedule.warmup_steps,
+        max_steps=config.training.max_steps,
+        final_ratio=config.schedule.final_ratio,
+    )
 
 
 def learning_rate(step: int, *, peak: float, kind: str, warmup_steps: int, max_steps: int, final_ratio: float) -> float:

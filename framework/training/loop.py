@@ -1,0 +1,325 @@
+"""A run from top to bottom: data, model, transforms, resume, train, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from framework.checkpoint import (
+    Checkpoint,
+    capture_random_state,
+    find_checkpoint,
+    restore_random_state,
+    save_checkpoint,
+    truncate_metrics,
+)
+from framework.config import Config
+from framework.data import Batch, Loader, TokenizedDataset
+from framework.errors import RunError, UserError
+from framework.models import count_parameters, load_model
+from framework.sharding.protocol import Engine, StepResult
+from framework.sharding.single import SingleEngine
+from framework.training.loss import evaluation_loss
+from framework.training.memory import CpuMemoryTracker, device_peak_memory, reset_device_peak
+from framework.training.metrics import EvalRecord, MetricsFile, TrainRecord, evaluated_at
+from framework.training.objective import Objective, move
+from framework.training.optimizer import optimizer_factory
+from framework.training.plan import settings_plan
+from framework.training.progress import Reporter
+from framework.training.resuming import check_resumable, manifest_of
+from framework.training.run import TrainResult
+from framework.training.run_directory import RunDirectory
+from framework.training.schedule import scheduled_rate
+from framework.training.setup import load_data, make_loaders, seed_everything, use_deterministic_kernels, warm_up
+from framework.training.signals import StopSignals
+
+LISTED_SAMPLES = 16
+
+EvaluationBatches = Callable[..., Iterator[Batch]]
+
+
+def run_training(
+    config: Config, *, resume: str, directory: RunDirectory, signals: StopSignals, reporter: Reporter
+) -> TrainResult:
+    """Do what `framework.train` promises, the end marker aside. See there for arguments and errors."""
+    if config.model.task != "causal_lm":
+        raise UserError(
+            f"model.task: {config.model.task!r} cannot be trained from data.format 'messages', 'completion' or 'text', "
+            "which are for 'causal_lm'; framework.enable_token_selection works on such a model in a loop of your own"
+        )
+    if config.training.deterministic:
+        use_deterministic_kernels()
+
+    train_data, eval_data, pad_token_id = load_data(config, reporter)
+    loader, evaluation_batches = make_loaders(config, train_data, pad_token_id)
+
+    # The order of the transforms: adapters, then selection and retention, then the engine.
+    model = load_model(
+        path=config.model.path,
+        from_config=config.model.from_config,
+        task=config.model.task,
+        dtype=getattr(torch, config.weights_dtype),
+        attention=config.model.attention,
+        seed=config.run.seed,
+        adapter=config.model.adapter,
+    )
+    objective = Objective(model, config)
+    engine = SingleEngine(config.optimizer.precision)
+    engine.prepare(model, optimizer_factory(config))
+    parameters, trainable = count_parameters(model)
+    reporter.line(f"model: {parameters:,} parameters, {trainable:,} trained, on {engine.device}")
+    seed_everything(config.run.seed)
+
+    checkpoint = find_checkpoint(directory.path, resume)
+    if checkpoint is not None:
+        resume_from(checkpoint, config, train_data, engine, loader, reporter)
+    step = checkpoint.step if checkpoint else 0
+    if (moved := directory.set_aside(after_step=step)) is not None:
+        reporter.line(f"what this run does not continue was moved to {moved}")
+    directory.begin(config.to_json(), settings_plan(config))
+    if directory.metrics.exists():
+        truncate_metrics(directory.metrics, step)
+
+    signals.defer()
+    warm_up(engine, objective, next(evaluation_batches(train_data)))
+    with MetricsFile(directory.metrics) as metrics, cpu_tracker(config, engine) or nullcontext() as tracker:
+        run = Run(config, directory, signals, reporter, engine, objective, loader, train_data, metrics, tracker)
+        run.begin(checkpoint)
+        run.train(partial(evaluation_batches, eval_data) if eval_data is not None else None)
+    return run.result()
+
+
+def resume_from(
+    checkpoint: Checkpoint,
+    config: Config,
+    train_data: TokenizedDataset,
+    engine: Engine,
+    loader: Loader,
+    reporter: Reporter,
+) -> None:
+    """Put engine, loader and random states where the checkpoint has them."""
+    for difference in check_resumable(checkpoint.manifest, config, train_data):
+        reporter.line(f"warning: resuming with another setting: {difference}")
+    engine.load(checkpoint.path)
+    state = checkpoint.load_state()
+    loader.load_state_dict(state["loader"])
+    restore_random_state(state["random"])
+    reporter.line(f"resuming from {checkpoint.path}, step {checkpoint.step}")
+
+
+def cpu_tracker(config: Config, engine: Engine) -> CpuMemoryTracker | None:
+    """The counter of live tensor bytes, if it is asked for and the device has none of its own."""
+    if not config.logging.track_cpu_memory or engine.device.type != "cpu":
+        return None
+    tracker = CpuMemoryTracker()
+    tracker.track(engine.held_tensors())
+    return tracker
+
+
+class Run:
+    """A run in progress.
+
+    Attributes:
+        step: optimiser steps done.
+        tokens: non-padding tokens they trained on, all ranks.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        directory: RunDirectory,
+        signals: StopSignals,
+        reporter: Reporter,
+        engine: Engine,
+        objective: Objective,
+        loader: Loader,
+        train_data: TokenizedDataset,
+        metrics: MetricsFile,
+        tracker: CpuMemoryTracker | None,
+    ) -> None:
+        self.config, self.directory, self.signals, self.reporter = config, directory, signals, reporter
+        self.engine, self.objective, self.loader, self.train_data = engine, objective, loader, train_data
+        self.metrics, self.tracker = metrics, tracker
+        self.step = self.tokens = 0
+        self.complete = False
+        self.train_loss: float | None = None
+        self.eval_loss: float | None = None
+        self.checkpoint: Path | None = None
+        self._saved_step = 0
+
+    def begin(self, checkpoint: Checkpoint | None) -> None:
+        """Take over the counters of a checkpoint."""
+        if checkpoint is None:
+            return
+        self.step, self.tokens, self.checkpoint = checkpoint.step, checkpoint.manifest["tokens"], checkpoint.path
+        own = checkpoint.path.parent.resolve() == self.directory.checkpoints.resolve()
+        # Another run's checkpoint is not this one's: even without a further step it is saved here.
+        self._saved_step = checkpoint.step if own else 0
+
+    def train(self, evaluation: EvaluationBatches | None) -> None:
+        """Train to the last step or until asked to stop, evaluate, save.
+
+        Args:
+            evaluation: gives the evaluation batches; None if there is no evaluation set.
+        """
+        settings, last_step = self.config.training, self.config.training.max_steps
+        if self.step >= last_step:
+            self.reporter.line(f"nothing left to train: the checkpoint is of step {self.step} of {last_step}")
+        self.reporter.start(self.step, last_step)
+        while self.step < last_step and not self.stopping():
+            self.one_step()
+            if self.step < last_step:
+                if evaluation is not None and _due(self.step, settings.eval_every_steps):
+                    self.evaluate(evaluation)
+                if _due(self.step, self.config.checkpoint.every_steps):
+                    self.save()
+        self.complete = self.step >= last_step
+        if self.complete and evaluation is not None:
+            # A run that was stopped in its last evaluation owes it still when it resumes; no other resumed one does.
+            self.eval_loss = evaluated_at(self.directory.metrics, self.step)
+            if self.eval_loss is None:
+                self.complete = self.evaluate(evaluation)
+        self.save()
+        cause = "done" if self.complete else f"stopped by {self.signals.requested(self.directory.stop_file)}"
+        self.reporter.line(f"{cause} after step {self.step}; checkpoint: {self.checkpoint}")
+
+    def one_step(self) -> None:
+        """Train on one accumulation window and write its record."""
+        started = time.perf_counter()
+        if self.tracker is not None:
+            self.tracker.reset_peak()
+        reset_device_peak(self.engine.device)
+        step, settings = self.step + 1, self.config.training
+        window = self.loader.next_window()
+        rate = scheduled_rate(self.config, step)
+        result, selected = train_window(self.engine, self.objective, window, rate, settings.max_grad_norm)
+        if not result.finite and settings.non_finite == "stop":
+            raise RunError(self._non_finite(step, result, window))
+        seconds = time.perf_counter() - started
+        tokens = self._sum(batch.tokens for batch in window)
+        peak = device_peak_memory(self.engine.device)
+        record = TrainRecord(
+            step=step,
+            loss=result.loss,
+            learning_rate=rate,
+            grad_norm=result.grad_norm,
+            tokens=tokens,
+            supervised_tokens=self._sum(batch.supervised_tokens for batch in window),
+            selected_tokens=self._sum([selected]),
+            step_seconds=seconds,
+            tokens_per_second=tokens / seconds,
+            peak_memory_bytes=peak.allocated if peak else self.tracker.peak if self.tracker else None,
+            peak_reserved_bytes=peak.reserved if peak else None,
+            skipped=result.skipped,
+        )
+        self.step, self.tokens, self.train_loss = step, self.tokens + tokens, result.loss
+        if _due(step, self.config.logging.every_steps) or step == settings.max_steps:
+            self.metrics.write(record)
+            self.reporter.train(record, settings.max_steps)
+
+    def evaluate(self, evaluation: EvaluationBatches) -> bool:
+        """Evaluate and write the record; false if a request to stop came in between.
+
+        Raises:
+            RunError: the loss is not finite, and the config does not say to go on then.
+        """
+        batches = evaluation(max_samples=self.config.training.eval_max_samples)
+        total, count = torch.zeros((), dtype=torch.float64, device=self.engine.device), 0
+        self.engine.model.eval()
+        for batch in batches:
+            if self.stopping():
+                break
+            with self.engine.autocast():
+                loss, tokens = evaluation_loss(self.engine.model, move(batch.inputs, self.engine.device))
+            total += loss
+            count += tokens
+        self.engine.model.train()
+        if self.stopping():
+            return False
+        count = self._sum([count])
+        record = EvalRecord(self.step, self.engine.sum_over_ranks(float(total)) / count, count)
+        self.eval_loss = record.loss
+        self.metrics.write(record)
+        self.reporter.evaluation(record)
+        if not math.isfinite(record.loss) and self.config.training.non_finite == "stop":
+            raise RunError(f"step {self.step}: the evaluation loss is {record.loss}; {self._advice()}")
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step, unless there is one."""
+        if self.step == self._saved_step:
+            return
+        self.metrics.sync()
+        position = self.loader.state_dict()
+        self.checkpoint = save_checkpoint(
+            self.directory.path,
+            self.step,
+            write_shards=self.engine.save,
+            state={"loader": position, "random": capture_random_state()},
+            manifest=manifest_of(
+                self.config,
+                settings_plan(self.config),
+                self.train_data,
+                tokens=self.tokens,
+                data=position,
+                world_size=self.engine.world_size,
+            ),
+            keep_last=self.config.checkpoint.keep_last,
+        )
+        self._saved_step = self.step
+
+    def stopping(self) -> bool:
+        """Whether any rank was asked to stop."""
+        return self.engine.any_rank(self.signals.requested(self.directory.stop_file) is not None)
+
+    def result(self) -> TrainResult:
+        """How the run ended."""
+        status = "completed" if self.complete else "stopped"
+        return TrainResult(status, self.step, self.directory.path, self.checkpoint, self.train_loss, self.eval_loss)
+
+    def _sum(self, values: Iterable[int]) -> int:
+        return int(self.engine.sum_over_ranks(sum(values)))
+
+    def _non_finite(self, step: int, result: StepResult, window: list[Batch]) -> str:
+        """Names the samples as the data set counts them, which is what a person can look up."""
+        draws = torch.cat([batch.documents.flatten() for batch in window]).unique().tolist()
+        samples = [str(draw % len(self.train_data)) for draw in draws if draw >= 0]
+        listed = ", ".join(samples[:LISTED_SAMPLES]) + (", …" if len(samples) > LISTED_SAMPLES else "")
+        return (
+            f"step {step}: the loss is {result.loss} and the norm of the gradient {result.grad_norm}; samples of "
+            f"data.train in this step, counted from 0: {listed}; {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        kept = f"{self.checkpoint} is intact" if self.checkpoint else "no checkpoint was saved yet"
+        return f"{kept}; lower optimizer.learning_rate, or set training.non_finite to 'skip' to leave such steps out"
+
+
+def train_window(
+    engine: Engine, objective: Objective, window: list[Batch], rate: float, max_grad_norm: float | None
+) -> tuple[StepResult, int]:
+    """One optimiser step on an accumulation window; returns its result and this rank's number of selected tokens."""
+    selections = [objective.select(batch) for batch in window]
+    # Counted over all micro-batches and ranks before the first of them runs: the loss does not depend on the split.
+    counts = [objective.denominator(*pair) for pair in zip(window, selections, strict=True)]
+    count = max(1, int(engine.sum_over_ranks(sum(counts))))
+    total = torch.zeros((), device=engine.device)
+    selected = 0
+    for batch, selection in zip(window, selections, strict=True):
+        with engine.autocast():
+            loss = objective.loss(engine.model, batch, selection, count)
+        engine.backward(loss)
+        total += loss.detach()
+        selected += batch.tokens if selection is None else selection.selected_tokens
+    return engine.step(loss=total, max_grad_norm=max_grad_norm, learning_rate=rate), selected
+
+
+def _due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after this one."""
+    return every > 0 and step % every == 0

@@ -1,0 +1,93 @@
+"""From a micro-batch to its share of the window's loss: what is selected, what it is divided by."""
+
+from __future__ import annotations
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from framework.config import Config
+from framework.data import Batch
+from framework.retention import apply_checkpointing
+from framework.selection import Selection, select, supervised_positions
+from framework.token_selection import enable_token_selection, fixed_selection
+from framework.training.loss import exact_loss, unwrapped
+
+
+class Objective:
+    """The loss that a config describes.
+
+    Applies the config's retention policy to the model, in place: the transform after adapters, before the engine.
+    """
+
+    def __init__(self, model: PreTrainedModel | PeftModel, config: Config) -> None:
+        self._config = config
+        if config.retention.policy == "selective":
+            strategy, ratio = effective_selection(config)
+            enable_token_selection(
+                model,
+                strategy=strategy,
+                ratio=ratio,
+                retain_linears=config.retention.retain_linears,
+                kv_format=config.retention.kv_format,
+                seed=config.run.seed,
+                tokentune=config.selection.tokentune,
+                normalization=config.selection.normalization,
+            )
+        elif config.retention.policy == "checkpoint":
+            apply_checkpointing(unwrapped(model))
+
+    def select(self, batch: Batch) -> Selection | None:
+        """The tokens of a micro-batch that receive gradient; None for all of them, by ordinary autograd."""
+        return draw_selection(self._config, batch)
+
+    def denominator(self, batch: Batch, selection: Selection | None) -> int:
+        """What a micro-batch adds to the number that the window's loss is divided by."""
+        if selection is None or self._config.selection.normalization == "supervised":
+            return batch.supervised_tokens
+        supervised = supervised_positions(batch.inputs["labels"], causal=True)
+        return int((supervised & selection.mask(supervised.shape[1])).sum())
+
+    def loss(self, model: nn.Module, batch: Batch, selection: Selection | None, count: int) -> Tensor:
+        """The micro-batch's share of the window's loss, a scalar with a graph.
+
+        Args:
+            model: the engine's.
+            batch: the micro-batch.
+            selection: from `select`.
+            count: sum of `denominator` over the window, all micro-batches and ranks.
+        """
+        device = next(model.parameters()).device
+        inputs = move(batch.inputs, device)
+        if selection is None:
+            return exact_loss(model, inputs, count)
+        with fixed_selection(model, selection.to(device)):
+            return model(**inputs, num_items_in_batch=count).loss
+
+
+def move(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The same tensors on another device, without waiting for the copies."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+def draw_selection(config: Config, batch: Batch) -> Selection | None:
+    """Draw the tokens of a micro-batch that receive gradient, by document; None if blocks are not selective."""
+    if config.retention.policy != "selective":
+        return None
+    strategy, ratio = effective_selection(config)
+    return select(
+        strategy=strategy,
+        ratio=ratio,
+        supervised=supervised_positions(batch.inputs["labels"], causal=True),
+        documents=batch.documents,
+        seed=config.run.seed,
+        tokentune=config.selection.tokentune,
+    )
+
+
+def effective_selection(config: Config) -> tuple[str, float | str]:
+    """Strategy and ratio of selective blocks: exact training through record and replay selects everything."""
+    if config.selection.strategy == "none":
+        return "supervised", 1.0
+    return config.selection.strategy, config.resolved_ratio

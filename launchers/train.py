@@ -1,0 +1,80 @@
+"""Train a model as a config describes. Also runs under `deepspeed` and `torchrun` with one process.
+
+python launchers/train.py --config configs/tiny.json --set training.max_steps=50
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from framework.cli import run_command
+from framework.config import load_config
+from framework.errors import UserError
+from framework.training.run import check_launch, train
+from framework.training.signals import StopRequested, StopSignals
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="exit codes: 0 done or stopped on request, 1 failure while running, 2 bad config, data or arguments",
+        allow_abbrev=False,
+    )
+    options.add_argument("--config", required=True, metavar="FILE", help="JSON config; see python -m framework.config")
+    options.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override one key of the config",
+    )
+    options.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|none|DIR",
+        help="continue the newest complete checkpoint of the run directory (default), start over, or continue DIR",
+    )
+    options.add_argument("--dry-run", action="store_true", help="check everything, print the plan, touch nothing")
+    options.add_argument(
+        "--inspect-data", type=int, nargs="?", const=3, metavar="N", help="show N samples (3) with labels and selection"
+    )
+    launched = options.add_argument_group("set by launchers")
+    launched.add_argument("--local_rank", "--local-rank", type=int, default=0, metavar="N", help="accepted, not used")
+    launched.add_argument("--deepspeed", action="store_true", help="accepted; sharding.engine decides")
+    launched.add_argument("--deepspeed_config", metavar="FILE", help="refused: no engine here takes one")
+    return options
+
+
+def main() -> int:
+    """Parse, validate, then import torch and run."""
+    arguments = parser().parse_args()
+    config = load_config(arguments.config, arguments.overrides)
+    check_launch()
+    if arguments.deepspeed_config is not None:
+        raise UserError(f"--deepspeed_config: sharding.engine {config.sharding.engine!r} takes no DeepSpeed config")
+    if arguments.inspect_data is not None and arguments.inspect_data < 1:
+        raise UserError(f"--inspect-data: {arguments.inspect_data} samples cannot be shown; give at least 1")
+    with StopSignals() as signals:
+        try:
+            if arguments.dry_run:
+                from framework.training.preview import dry_run
+
+                print(dry_run(config))
+            elif arguments.inspect_data is not None:
+                from framework.training.preview import inspect_data
+
+                inspect_data(config, arguments.inspect_data)
+            else:
+                from torch.distributed.elastic.multiprocessing.errors import record
+
+                record(train)(config, resume=arguments.resume, signals=signals)
+        except StopRequested as request:
+            print(f"stopped by {request} before training started", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
