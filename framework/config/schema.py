@@ -93,14 +93,14 @@ class DataConfig(Section):
     """What the model is trained and evaluated on."""
 
     train: Paths
-    """Path of a JSON lines file, or a list of them, relative to the current directory."""
+    """JSON lines: a file, a directory of `*.jsonl` files, or a list of them, relative to the current directory."""
 
     eval: Paths | None = None
     """The same for evaluation. Null: no evaluation."""
 
     format: Literal["auto", "messages", "completion", "text"] = "auto"
     """Format of the lines: `messages` (chat), `completion` (prompt and completion), `text`; "auto" recognises it by
-    the keys of each file's first line."""
+    the keys of each file's first record."""
 
     sequence_length: Annotated[int, Field(ge=2)]
     """Longest sequence, in tokens."""
