@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -121,5 +122,7 @@ class StochasticAdamW(torch.optim.Optimizer):
     def _generator(self, device: torch.device, step: int) -> torch.Generator:
         """One stream of noise per device and step, shared by the parameters in their order."""
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed((self._seed << 32) + step)
+            # Mixed, because torch's CPU generator looks at 32 bits of its seed only.
+            mixed = int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0])
+            self._generators[device] = torch.Generator(device).manual_seed(mixed)
         return self._generators[device]

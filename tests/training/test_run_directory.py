@@ -1,0 +1,59 @@
+import json
+
+from framework.training.run_directory import COMPLETED, FAILED, RunDirectory
+
+
+def test_markers_are_json_and_cleared_with_the_request_to_stop(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.mark(FAILED, code=1, message="broken", rank=0, last_lines=["a", "b"])
+    (directory.path / "STOP").touch()
+    assert json.loads((directory.path / "FAILED").read_text()) == {
+        "code": 1,
+        "message": "broken",
+        "rank": 0,
+        "last_lines": ["a", "b"],
+    }
+    directory.clear_markers()
+    assert list(directory.path.iterdir()) == []
+    directory.mark(COMPLETED, code=0, message="", rank=0, last_lines=[])
+    assert [path.name for path in directory.path.iterdir()] == ["COMPLETED"]
+
+
+def test_clearing_makes_no_directory(tmp_path):
+    RunDirectory(tmp_path / "run").clear_markers()
+    assert not (tmp_path / "run").exists()
+
+
+def make(directory, steps):
+    for step in steps:
+        (directory.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    directory.metrics.write_text("lines\n")
+
+
+def test_a_fresh_start_moves_everything_aside(tmp_path):
+    directory = RunDirectory(tmp_path)
+    make(directory, [10, 20])
+    moved = directory.set_aside(after_step=0)
+    assert moved == tmp_path / "previous-1"
+    assert sorted(path.name for path in (moved / "checkpoints").iterdir()) == ["step-00000010", "step-00000020"]
+    assert (moved / "metrics.jsonl").read_text() == "lines\n"
+    assert not directory.metrics.exists()
+    assert list(directory.checkpoints.iterdir()) == []
+    make(directory, [10])
+    assert directory.set_aside(after_step=0) == tmp_path / "previous-2"
+
+
+def test_a_start_from_an_older_step_moves_later_checkpoints_only(tmp_path):
+    directory = RunDirectory(tmp_path)
+    make(directory, [10, 20])
+    moved = directory.set_aside(after_step=10)
+    assert [path.name for path in (moved / "checkpoints").iterdir()] == ["step-00000020"]
+    assert [path.name for path in directory.checkpoints.iterdir()] == ["step-00000010"]
+    assert directory.metrics.exists()
+
+
+def test_nothing_is_moved_when_the_newest_is_continued(tmp_path):
+    directory = RunDirectory(tmp_path)
+    make(directory, [10, 20])
+    assert directory.set_aside(after_step=20) is None
+    assert RunDirectory(tmp_path / "other").set_aside(after_step=0) is None
