@@ -19,7 +19,7 @@ _DECODER = {
 _CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {**_DECODER, "num_key_value_heads": 2, "max_position_embeddings": 128},
     "qwen2": {**_DECODER, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": True},
-    "gemma2": {**_DECODER, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64},
     "gpt2": {
         "n_embd": 32,
         "n_layer": 2,

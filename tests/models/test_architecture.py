@@ -93,11 +93,12 @@ def test_counts_are_those_of_the_loaded_model(family_config: Any, family: str, t
         ("gpt2", "causal_lm", (64, 96, 4, 4)),
         ("bert", "masked_lm", (64, 80, 4, 4)),
         ("roberta", "masked_lm", (64, 64, 4, 4)),
+        ("bloom", "causal_lm", (64, None, 4, 4)),
         ("vit", "sequence_classification", (None, None, 4, 4)),
     ],
 )
 def test_tokens_positions_and_heads(family_config: Any, family: str, task: str, sizes: tuple[Any, ...]) -> None:
-    found = read_architecture(path=None, from_config=family_config(family), task=task)
+    found = read_architecture(path=None, from_config=family_config(family), task=task, attention="eager")
     assert (found.vocab_size, found.max_positions, found.attention_heads, found.key_value_heads) == sizes
 
 
