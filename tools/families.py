@@ -16,6 +16,8 @@ from transformers import (
 )
 
 VOCABULARY = 99
+# Model types of families whose text model has a type of its own.
+ALIASES = {"gemma3": "gemma3_text"}
 AUTO = {
     "causal_lm": AutoModelForCausalLM,
     "masked_lm": AutoModelForMaskedLM,
@@ -157,6 +159,7 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     Raises:
         ValueError: `model_type` is unknown to the installed transformers.
     """
+    model_type = ALIASES.get(model_type, model_type)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type: transformers knows no {model_type!r}")
     kind = CONFIG_MAPPING[model_type]
@@ -188,7 +191,7 @@ def build(
         overrides: config fields.
     """
     torch.manual_seed(seed)
-    task = task or TINY.get(model_type, {}).get("task", "causal_lm")
+    task = task or TINY.get(ALIASES.get(model_type, model_type), {}).get("task", "causal_lm")
     config = tiny_config(model_type, **overrides)
     model = AUTO[task].from_config(config, attn_implementation=attention)
     # Norm weights of one and biases of zero would hide an error in either.
