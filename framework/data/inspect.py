@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 APPEARANCE = {
     (False, False): ("dim", "", ""),
     (True, False): ("bold green", "⟦", "⟧"),
-    (False, True): ("cyan underline", "{", "}"),
-    (True, True): ("bold green underline", "⟦{", "}⟧"),
+    (False, True): ("cyan underline", "⟪", "⟫"),
+    (True, True): ("bold green underline", "⟦⟪", "⟫⟧"),
 }
 
 
