@@ -125,6 +125,7 @@ class TokenSelection:
     def _selection(self, supervised: Tensor, inputs: dict[str, Any], hidden: Tensor | None = None) -> Selection:
         """The fixed selection, or a new draw over the batch's documents."""
         if self.fixed is not None:
+            self.fixed.check_fits(*supervised.shape)
             return self.fixed
         mask = inputs.get("attention_mask")
         mask = mask if mask is not None and mask.dim() == 2 else None

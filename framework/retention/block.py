@@ -62,7 +62,7 @@ class BlockCall:
             return self.function(hidden, *self.others)
 
     def replay(self, rows: Tensor) -> Tensor:
-        """The block's output `[batch, selected, width]` for `rows [batch, selected, width]`, with a graph if enabled."""
+        """The block's output for `rows [batch, selected, width]`, of the same shape, with a graph if enabled."""
         take = self.current.rows.take_argument
         keywords = {name: take(value) for name, value in self.function.keywords.items()}
         others = tuple(take(value) for value in self.others)

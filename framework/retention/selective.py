@@ -58,7 +58,7 @@ class SelectiveRetention:
         self.selection: Selection | Callable[[Tensor], Selection] | None = None
         self.fallbacks: dict[str, str] = {}
         self._rows: SelectedRows | None = None
-        self._names = {id(block): name for name, block in self.blocks.items()}
+        self._names = {block: name for name, block in self.blocks.items()}
         self._tried: set[str] = set()
         self._random = draws_in_blocks([*self.blocks.values()], model.config)
 
@@ -94,9 +94,9 @@ class SelectiveRetention:
         if self.selection is None or not torch.is_grad_enabled():
             return function(hidden, *others)
         block = block_of(function)
-        name = self._names.get(id(block))
-        if name is None:
-            raise ValueError(f"{function} asks for checkpointing, but is not one of the model's blocks")
+        if block not in self._names:
+            raise ValueError(f"{type(block).__name__} asks for checkpointing, but is not one of the model's blocks")
+        name = self._names[block]
         rows = self._resolve(hidden, name)
         if not hidden.requires_grad and not any(p.requires_grad for p in block.parameters()):
             return function(hidden, *others)
@@ -126,6 +126,7 @@ class SelectiveRetention:
         if self._rows is None:
             selection = self.selection(hidden) if callable(self.selection) else self.selection
             assert selection is not None
+            selection.check_fits(*hidden.shape[:2])
             self._rows = SelectedRows(selection.to(hidden.device), hidden.shape[1])
         if hidden.dim() != 3 or hidden.shape[:2] != (self._rows.batch, self._rows.tokens):
             raise ValueError(

@@ -67,6 +67,18 @@ class Selection:
         kept = probability.gather(1, positions).masked_fill(~valid, 1.0)
         return cls(positions, valid, kept.to(torch.float32), ragged=not bool(valid.all()))
 
+    def check_fits(self, batch: int, sequence: int) -> None:
+        """Refuse another batch's selection. Positions are compared where that needs no device synchronisation.
+
+        Raises:
+            ValueError: another number of sequences, or a position beyond the sequence.
+        """
+        if self.positions.shape[0] != batch:
+            raise ValueError(f"the selection is over {self.positions.shape[0]} sequences, the batch has {batch}")
+        on_cpu = self.positions.device.type == "cpu"
+        if self.positions.shape[1] > sequence or (on_cpu and int(self.positions.max()) >= sequence):
+            raise ValueError(f"the selection has positions beyond the sequence of {sequence} tokens")
+
     @property
     def selected_tokens(self) -> int:
         """Number of selected tokens of the batch, fillers not counted."""

@@ -47,9 +47,7 @@ def loss_kind(model: PreTrainedModel) -> LossKind:
         for kind, tables in _KINDS.items():
             if any(base.__name__ in table.values() for table in tables):
                 return kind
-    raise ValueError(
-        f"{name} is none of the supported kinds: causal LM, masked LM, token, sequence or image classifier with its head"
-    )
+    raise ValueError(f"{name} is no supported kind of model: causal LM, masked LM, token, sequence or image classifier")
 
 
 def unwrapped(model: nn.Module) -> PreTrainedModel:

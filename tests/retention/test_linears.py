@@ -1,0 +1,75 @@
+"""Retained linears: the linear's own backward, and no matrix product in the replay."""
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+import framework
+from framework.retention.linears import KnownOutput
+
+
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("frozen", [(), ("x",), ("weight", "bias"), ("bias",)])
+def test_known_output_has_the_gradients_of_the_product(transposed, frozen):
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(name, *shape):
+        tensor = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return tensor.requires_grad_(name not in frozen)
+
+    x, bias = leaf("x", 2, 5, 3), leaf("bias", 4)
+    weight = leaf("weight", 4, 3) if transposed else leaf("weight", 3, 4)
+    leaves = [t for t in (x, weight, bias) if t.requires_grad]
+    product = functional.linear(x, weight if transposed else weight.T, bias)
+    grad = torch.randn(product.shape, generator=generator, dtype=torch.float64)
+    want = torch.autograd.grad(product, leaves, grad)
+    known = KnownOutput.apply([product.detach().clone()], transposed, x, weight, bias)
+    assert known.equal(product)
+    got = torch.autograd.grad(known, leaves, grad)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-13)
+
+
+def matrix_flops(model, inputs, run):
+    """FLOPs of linears in a training step, attention and head apart."""
+    model.zero_grad()
+    with FlopCounterMode(display=False) as counter:
+        run(model, inputs).backward()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(counts.get(op, 0) for op in (torch.ops.aten.mm, torch.ops.aten.addmm))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_units_of_matrix_work(families, steps, family):
+    """Ordinary 3, checkpointed 4, selective 1 + 3r, with retained linears 1 + 2r units of one forward's work."""
+    model = families.build(family)
+    inputs = {**families.sample_inputs(model, tokens=32, padding=0)}
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    inputs["labels"][:, 5] = 7
+    head = 2 * model.config.hidden_size * model.config.vocab_size
+    chosen = torch.stack([torch.arange(4, 12)] * 2)
+    ratio = chosen.shape[1] / 32
+
+    def ordinary(model, inputs):
+        return framework.training.loss.exact_loss(model, inputs, 2)
+
+    def selective(model, inputs):
+        with framework.fixed_selection(model, chosen):
+            return model(**inputs).loss
+
+    heads = 3 * 2 * head  # two rows, forward and backward
+    unit = (matrix_flops(model, inputs, ordinary) - heads) / 3
+    measured = {}
+    framework.retention.apply_checkpointing(model)
+    measured["checkpoint"] = matrix_flops(model, inputs, ordinary) - heads
+    model._set_gradient_checkpointing(enable=False)
+    for retain_linears in (False, True):
+        framework.enable_token_selection(model, retain_linears=retain_linears)
+        selective(model, inputs).backward()  # blocks are tried on their first input
+        measured[retain_linears] = matrix_flops(model, inputs, selective) - heads
+        framework.disable_token_selection(model)
+    # Non-reentrant recomputation stops after the last needed tensor: the block's last product is not repeated.
+    assert 3.7 < measured["checkpoint"] / unit <= 4
+    assert measured[False] / unit == pytest.approx(1 + 3 * ratio)
+    assert measured[True] / unit == pytest.approx(1 + 2 * ratio)
