@@ -7,6 +7,7 @@ of the kernel they wrap, so that a model switches to them by name and its modell
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -22,6 +23,11 @@ from framework.retention.formats import KV_FORMATS
 from framework.retention.rows import PutRows, SelectedRows
 
 Kernel = Callable[..., tuple[Tensor, Tensor | None]]
+
+_NO_ATTENTION_DROPOUT = (
+    "dropout on attention probabilities is off under token selection: the record pass does not keep the probabilities "
+    "that the replay would have to drop again; set the model's attention dropout to 0 to silence this"
+)
 
 
 def _eager_kernel(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -54,7 +60,9 @@ def _selective_attention(
     current = current_pass()
     if current is None:
         return kernel(module, query, key, value, attention_mask, **kwargs)
-    kwargs["dropout"] = 0.0  # attention probabilities of the record pass are not kept: no mask to replay
+    if kwargs.get("dropout"):
+        warnings.warn(_NO_ATTENTION_DROPOUT, stacklevel=2)
+    kwargs["dropout"] = 0.0
     if current.phase is Phase.RECORD:
         keep = KV_FORMATS[current.kv_format]
         current.attention.append(RetainedAttention(keep(key), keep(value), attention_mask))

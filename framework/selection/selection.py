@@ -86,8 +86,10 @@ class Selection:
 
     def to(self, device: torch.device | str) -> Selection:
         """The same selection on another device."""
-        move = [t.to(device, non_blocking=True) for t in (self.positions, self.valid, self.probability)]
-        return Selection(*move, ragged=self.ragged)
+        positions, valid, probability = (
+            tensor.to(device, non_blocking=True) for tensor in (self.positions, self.valid, self.probability)
+        )
+        return Selection(positions, valid, probability, self.ragged)
 
     def mask(self, sequence: int) -> Tensor:
         """Bool `[batch, sequence]`, true at selected positions."""

@@ -81,6 +81,16 @@ def test_dropout_is_replayed(families, steps, family):
     assert abs(other_loss - want_loss) > 1e-4
 
 
+def test_attention_dropout_is_switched_off_and_said(families, steps):
+    model = families.build("llama", attention_dropout=0.5)
+    inputs = families.sample_inputs(model)
+    chosen = steps.positions(model, inputs)
+    _, want = steps.reference(families.build("llama"), inputs, chosen)
+    with pytest.warns(UserWarning, match="dropout on attention probabilities is off"):
+        _, got, _ = steps.selective(model, inputs, chosen)
+    assert steps.worst_error(got, want) < EXACT
+
+
 @pytest.mark.parametrize(("family", "targets"), [("llama", "all-linear"), ("gpt2", ["c_attn", "c_proj", "c_fc"])])
 def test_lora_with_frozen_base(families, steps, family, targets):
     torch.manual_seed(3)
