@@ -83,8 +83,7 @@ def run_training(
     if (moved := directory.set_aside(after_step=step)) is not None:
         reporter.line(f"what this run does not continue was moved to {moved}")
     directory.begin(config.to_json(), settings_plan(config))
-    if directory.metrics.exists():
-        truncate_metrics(directory.metrics, step)
+    truncate_metrics(directory.metrics, step)
 
     signals.defer()
     warm_up(engine, objective, next(evaluation_batches(train_data)))
@@ -267,7 +266,7 @@ class Run:
                 settings_plan(self.config),
                 self.train_data,
                 tokens=self.tokens,
-                data=position,
+                loader=position,
                 world_size=self.engine.world_size,
             ),
             keep_last=self.config.checkpoint.keep_last,

@@ -1,0 +1,338 @@
+"""Whole runs within this process."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import framework
+from framework.data import Loader, load_dataset, load_tokenizer
+from framework.errors import RunError, UserError
+from framework.models import load_model
+from framework.selection import supervised_positions
+from framework.sharding.single import SingleEngine
+from framework.training import loop
+from framework.training.objective import Objective, draw_selection
+from framework.training.optimizer import optimizer_factory
+
+
+def records(run_dir: Path, kind: str) -> list[dict]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def losses(result) -> list[float]:
+    return [record["loss"] for record in records(result.run_dir, "train")]
+
+
+def parts(config):
+    """Model, objective and the first window of a config, without an engine."""
+    tokenizer = load_tokenizer(config.model.tokenizer)
+    data = load_dataset(config.data.train, tokenizer=tokenizer, sequence_length=32, format="completion")
+    loader = Loader(
+        data,
+        sequence_length=32,
+        packing=config.data.packing,
+        global_batch_size=config.training.global_batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+        seed=config.run.seed,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = load_model(
+        path=None,
+        from_config=config.model.from_config,
+        task="causal_lm",
+        dtype=torch.float32,
+        attention="sdpa",
+        seed=config.run.seed,
+    )
+    return model, loader.next_window()
+
+
+EXACT = {"selection__strategy": "none", "retention__policy": "all", "retention__retain_linears": False}
+UNIFORM = {"selection__strategy": "uniform", "selection__ratio": 0.5}
+
+
+def test_the_files_of_a_run_and_a_falling_loss(make_config):
+    config = make_config(training__eval_every_steps=3, checkpoint__every_steps=2, training__max_steps=6)
+    result = framework.train(config)
+    assert (result.status, result.step) == ("completed", 6)
+    run_dir = result.run_dir
+    assert sorted(path.name for path in run_dir.iterdir()) == [
+        "COMPLETED",
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "plan.json",
+    ]
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
+        "latest",
+        "step-00000004",
+        "step-00000006",
+    ]
+    assert result.checkpoint == run_dir / "checkpoints" / "step-00000006"
+    assert json.loads((run_dir / "config.json").read_text()) == config.to_json()
+    train, evaluations = records(run_dir, "train"), records(run_dir, "eval")
+    assert [record["step"] for record in train] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in evaluations] == [3, 6]
+    assert train[0]["loss"] == pytest.approx(math.log(106), rel=0.02)
+    assert train[-1]["loss"] < train[0]["loss"] - 0.2
+    assert evaluations[1]["loss"] < evaluations[0]["loss"]
+    assert result.eval_loss == evaluations[1]["loss"]
+    assert train[0]["predicted_peak_memory_bytes"] is None and train[0]["peak_memory_bytes"] is None
+    marker = json.loads((run_dir / "COMPLETED").read_text())
+    assert (marker["code"], marker["rank"]) == (0, 0) and marker["last_lines"]
+    plan = json.loads((run_dir / "plan.json").read_text())
+    assert plan["fits"] is None and plan["chosen"]["gradient_accumulation"] == 2
+
+
+def test_the_first_losses_are_those_of_a_plain_loop(make_config):
+    config = make_config(**EXACT, training__max_steps=3)
+    result = framework.train(config)
+    model, _ = parts(config)
+    tokenizer = load_tokenizer(config.model.tokenizer)
+    data = load_dataset(config.data.train, tokenizer=tokenizer, sequence_length=32, format="completion")
+    loader = Loader(
+        data, sequence_length=32, packing=False, global_batch_size=8, micro_batch_size=8, seed=3, pad_token_id=0
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.0)
+    expected, norms = [], []
+    for _ in range(3):
+        (batch,) = loader.next_window()
+        loss = model(**batch.inputs).loss
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert losses(result) == pytest.approx(expected, rel=1e-5)
+    assert [record["grad_norm"] for record in records(result.run_dir, "train")] == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        EXACT,
+        {},
+        UNIFORM,
+        UNIFORM | {"selection__normalization": "selected"},
+        {"selection__strategy": "bernoulli", "selection__ratio": 0.4},
+        {"data__packing": True},
+    ],
+    ids=["exact", "supervised", "uniform", "selected", "bernoulli", "packing"],
+)
+def test_loss_and_gradients_do_not_depend_on_the_split(make_config, changes):
+    outcomes = []
+    for micro in (8, 4, 2, 1):
+        config = make_config(training__micro_batch_size=micro, **changes)
+        model, window = parts(config)
+        objective = Objective(model, config)
+        engine = SingleEngine("fp32", torch.device("cpu"))
+        engine.prepare(model, optimizer_factory(config))
+        gradients = {}
+
+        def keep(*, loss, max_grad_norm, learning_rate, engine=engine, gradients=gradients):
+            gradients |= {name: p.grad.clone() for name, p in engine.model.named_parameters()}
+            return type(engine).step(engine, loss=loss, max_grad_norm=max_grad_norm, learning_rate=learning_rate)
+
+        engine.step = keep
+        result, selected = loop.train_window(engine, objective, window, 0.01, None)
+        outcomes.append((result.loss, selected, gradients))
+    loss, selected, gradients = outcomes[0]
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients.values())
+    for other_loss, other_selected, other in outcomes[1:]:
+        assert other_loss == pytest.approx(loss, rel=1e-6)
+        assert other_selected == selected
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-6 * gradient.abs().max().item())
+
+
+def test_counts_in_the_metrics(make_config):
+    config = make_config(**UNIFORM, training__max_steps=1)
+    record = records(framework.train(config).run_dir, "train")[0]
+    _, window = parts(config)
+    assert record["tokens"] == sum(int(batch.inputs["attention_mask"].sum()) for batch in window)
+    supervised = [supervised_positions(batch.inputs["labels"], causal=True) for batch in window]
+    assert record["supervised_tokens"] == sum(int(mask.sum()) for mask in supervised)
+    assert record["selected_tokens"] == sum(draw_selection(config, batch).selected_tokens for batch in window)
+    lengths = torch.cat([batch.inputs["attention_mask"].sum(1) for batch in window])
+    assert record["selected_tokens"] == sum(round(length / 2) for length in lengths.tolist())
+
+
+def test_the_mean_over_selected_supervised_tokens(make_config):
+    config = make_config(**UNIFORM, selection__normalization="selected", training__max_steps=1)
+    loss = losses(framework.train(config))[0]
+    model, window = parts(config)
+    chosen = []
+    for batch in window:
+        labels = batch.inputs["labels"]
+        with torch.no_grad():
+            logits = model(**{key: value for key, value in batch.inputs.items() if key != "labels"}).logits
+        each = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+        mask = draw_selection(config, batch).mask(labels.shape[1]) & supervised_positions(labels, causal=True)
+        chosen.append(each[mask[:, :-1]])
+    assert loss == pytest.approx(torch.cat(chosen).mean().item(), rel=1e-5)
+
+
+def test_selecting_everything_equals_exact_training(make_config, settings):
+    exact = losses(framework.train(make_config(**EXACT)))
+    changes = {"selection__strategy": "none", "retention__policy": "selective", "retention__retain_linears": True}
+    settings["run"]["output_dir"] += "-selective"
+    selective = losses(framework.train(make_config(**changes)))
+    settings["run"]["output_dir"] += "-checkpoint"
+    checkpoint = losses(framework.train(make_config(**EXACT | {"retention__policy": "checkpoint"})))
+    assert selective == pytest.approx(exact, rel=1e-5)
+    assert checkpoint == pytest.approx(exact, rel=1e-5)
+
+
+# Largest difference of a step's loss to fp32 over 6 steps; the loss starts at 4.7 and falls to some 3.9.
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32_master", 0.02), ("fp16", 0.005), ("pure_bf16", 0.06)])
+@pytest.mark.parametrize("policy", ["all", "selective"])
+def test_every_precision_stays_close_to_fp32(make_config, settings, precision, tolerance, policy):
+    changes = EXACT if policy == "all" else {}
+    reference = losses(framework.train(make_config(**changes)))
+    settings["run"]["output_dir"] += precision
+    lower = losses(framework.train(make_config(optimizer__precision=precision)))
+    assert lower[-1] < lower[0] - 0.2
+    assert max(abs(a - b) for a, b in zip(lower, reference, strict=True)) < tolerance
+
+
+@pytest.mark.parametrize("changes", [{}, {"data__packing": True}, {"optimizer__precision": "pure_bf16"}])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_resumed_losses_are_equal_to_the_bit(make_config, settings, changes, dropout):
+    adapter = {"kind": "lora", "rank": 2, "alpha": 4.0, "dropout": dropout}
+    changes = changes | {"checkpoint__every_steps": 2} | ({"model__adapter": adapter} if dropout else {})
+    whole = framework.train(make_config(**changes))
+    settings["run"]["output_dir"] += "-again"
+    framework.train(make_config(**changes | {"training__max_steps": 4}))
+    torch.manual_seed(99), random.seed(99), np.random.seed(99)
+    resumed = framework.train(make_config(**changes | {"training__max_steps": 6}))
+    assert losses(resumed) == losses(whole)
+    assert resumed.eval_loss == whole.eval_loss
+    assert [record["step"] for record in records(resumed.run_dir, "eval")] == [4, 6]
+
+
+def test_a_completed_run_trains_no_further(make_config):
+    config = make_config()
+    framework.train(config)
+    before = (Path(config.run.output_dir) / "metrics.jsonl").read_text()
+    again = framework.train(config)
+    assert (again.status, again.step, again.train_loss) == ("completed", 6, None)
+    assert again.eval_loss is not None
+    assert (again.run_dir / "metrics.jsonl").read_text() == before
+    assert (again.run_dir / "COMPLETED").exists()
+
+
+def test_starting_over_moves_the_former_run_aside(make_config):
+    config = make_config()
+    first = losses(framework.train(config))
+    result = framework.train(config, resume="none")
+    assert losses(result) == first
+    assert (result.run_dir / "previous-1" / "checkpoints" / "step-00000006" / "manifest.json").exists()
+
+
+def test_a_checkpoint_of_another_run_can_be_continued(make_config, settings):
+    first = framework.train(make_config(checkpoint__every_steps=2, training__max_steps=4))
+    settings["run"]["output_dir"] += "-branch"
+    branch = framework.train(make_config(training__max_steps=6), resume=str(first.checkpoint))
+    assert [record["step"] for record in records(branch.run_dir, "train")] == [5, 6]
+    assert branch.checkpoint == branch.run_dir / "checkpoints" / "step-00000006"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"optimizer__precision": "fp32_master"}, r"optimizer\.precision"),
+        ({"data__sequence_length": 24}, r"data\.sequence_length"),
+        ({"model__adapter": {"kind": "lora", "rank": 2, "alpha": 4.0}}, r"model\.adapter"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_of_run_is_refused(make_config, changes, named):
+    result = framework.train(make_config(training__max_steps=2))
+    with pytest.raises(UserError, match=named):
+        framework.train(make_config(training__max_steps=4, **changes))
+    assert json.loads((result.run_dir / "FAILED").read_text())["code"] == 2
+    assert result.checkpoint.is_dir()
+
+
+def test_changed_samples_are_refused_and_renamed_files_are_not(make_config, settings):
+    framework.train(make_config(training__max_steps=2))
+    train = Path(settings["data"]["train"])
+    renamed = train.with_name("renamed.jsonl")
+    renamed.write_text(train.read_text())
+    framework.train(make_config(training__max_steps=3, data__train=str(renamed)))
+    renamed.write_text(renamed.read_text().replace("1", "2"))
+    with pytest.raises(UserError, match=r"data\.train"):
+        framework.train(make_config(training__max_steps=4))
+
+
+def test_another_learning_rate_is_a_warning(make_config, capsys):
+    framework.train(make_config(training__max_steps=2))
+    framework.train(make_config(training__max_steps=4, optimizer__learning_rate=0.005))
+    assert "warning: resuming with another setting: optimizer.learning_rate: 0.01 -> 0.005" in capsys.readouterr().out
+
+
+def poison(monkeypatch, at_step: int):
+    """Make the loss of one step NaN."""
+    plain, calls = loop.train_window, []
+
+    def train_window(engine, objective, window, rate, max_grad_norm):
+        calls.append(rate)
+        if len(calls) == at_step:
+            unpoisoned = objective.loss
+            monkeypatch.setattr(objective, "loss", lambda *arguments: unpoisoned(*arguments) * math.nan)
+            try:
+                return plain(engine, objective, window, rate, max_grad_norm)
+            finally:
+                monkeypatch.setattr(objective, "loss", unpoisoned)
+        return plain(engine, objective, window, rate, max_grad_norm)
+
+    monkeypatch.setattr(loop, "train_window", train_window)
+
+
+def test_a_non_finite_loss_stops_the_run(make_config, monkeypatch):
+    poison(monkeypatch, at_step=5)
+    config = make_config(checkpoint__every_steps=2)
+    with pytest.raises(RunError, match=r"step 5.*nan.*samples of data\.train.*step-00000004 is intact"):
+        framework.train(config)
+    run_dir = Path(config.run.output_dir)
+    marker = json.loads((run_dir / "FAILED").read_text())
+    assert marker["code"] == 1 and "step 5" in marker["message"]
+    assert not (run_dir / "COMPLETED").exists()
+    monkeypatch.undo()
+    assert framework.train(config).status == "completed"
+    assert not (run_dir / "FAILED").exists()
+
+
+def test_a_non_finite_loss_can_be_skipped(make_config, monkeypatch):
+    poison(monkeypatch, at_step=3)
+    result = framework.train(make_config(training__non_finite="skip"))
+    train = records(result.run_dir, "train")
+    assert [record.get("skipped", False) for record in train] == [False, False, True, False, False, False]
+    assert train[2]["loss"] is None
+    assert all(math.isfinite(record["loss"]) for record in train[3:])
+
+
+def test_tracked_bytes_of_the_cpu(make_config):
+    result = framework.train(make_config(logging__track_cpu_memory=True, training__max_steps=3))
+    peaks = [record["peak_memory_bytes"] for record in records(result.run_dir, "train")]
+    parameters = sum(p.numel() for p in parts(make_config())[0].parameters())
+    # Weights and two moments stay between steps; gradients and activations come on top.
+    assert all(peak > 4 * 4 * parameters for peak in peaks[1:])
+
+
+def test_other_tasks_are_refused(make_config):
+    config = make_config(model__task="masked_lm")
+    with pytest.raises(UserError, match=r"model\.task.*causal_lm"):
+        framework.train(config)
+    assert not Path(config.run.output_dir).exists()
+
+
+def test_several_processes_are_refused(make_config, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"sharding\.engine.*2 \(WORLD_SIZE\)"):
+        framework.train(make_config())
