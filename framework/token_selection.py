@@ -84,9 +84,11 @@ class TokenSelection:
 
     def _named_arguments(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name, without a key/value cache, which a replay would fill twice."""
-        bound = self.signature.bind_partial(model, *args, **kwargs).arguments
-        inputs = {name: value for name, value in bound.items() if name not in ("self", "kwargs")}
-        inputs.update(bound.get("kwargs", {}))
+        (_, *bound) = self.signature.bind_partial(model, *args, **kwargs).arguments.items()
+        inputs: dict[str, Any] = {}
+        for name, value in bound:
+            collected = self.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+            inputs.update(value if collected else {name: value})
         if "use_cache" in self.signature.parameters or "use_cache" in inputs:
             inputs["use_cache"] = False
         return inputs

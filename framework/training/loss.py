@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -56,7 +57,7 @@ def unwrapped(model: nn.Module) -> PreTrainedModel:
     Raises:
         ValueError: there is no Hugging Face model inside.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
         raise ValueError(
             f"{type(model).__name__} is not a Hugging Face model (PreTrainedModel) nor a PEFT wrapper of one"
