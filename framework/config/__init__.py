@@ -1,10 +1,10 @@
 """The typed description of a run: schema, loading, overrides, messages. Does not import torch."""
 
 from framework.config.load import ConfigError, load_config
-from framework.config.schema import (
+from framework.config.schema import Config
+from framework.config.sections import (
     AdapterConfig,
     CheckpointConfig,
-    Config,
     DataConfig,
     HardwareConfig,
     LoggingConfig,

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from framework.config.describe import Schema, describe, known_keys, unknown_key
 from framework.config.rules import broken_rules
-from framework.config.schema import Config, Section
+from framework.config.schema import Config
+from framework.config.sections import Section
 from framework.config.source import (
     OVERRIDE_LINE,
     KeyPath,

@@ -1,258 +1,32 @@
-"""The sections of a config: every key, its type, its default and what it means."""
+"""A run as one value: its sections, what follows from them, and its hash."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import model_validator
 
 from framework.config.rules import broken_rules
-
-NonEmpty = Annotated[str, Field(min_length=1)]
-Paths = NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+from framework.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    HardwareConfig,
+    LoggingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RetentionConfig,
+    RunConfig,
+    ScheduleConfig,
+    Section,
+    SelectionConfig,
+    ShardingConfig,
+    TrainingConfig,
+)
 
 RESULT_NEUTRAL_SECTIONS = frozenset({"checkpoint", "logging", "hardware"})
 """Sections that say how a run is watched, saved or described, and leave its losses as they are."""
-
-
-class Section(BaseModel):
-    """What all sections share: frozen, strict types, no unknown keys, no NaN or infinity."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-class RunConfig(Section):
-    """Where a run writes, and its randomness."""
-
-    output_dir: NonEmpty
-    """The run directory, relative to the current directory."""
-
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seeds random initialisation, the order of the samples, the selection and dropout."""
-
-
-class AdapterConfig(Section):
-    """A low-rank adapter: the weights of the model are frozen and small matrices beside them are trained."""
-
-    kind: Literal["lora"]
-    """The adapter method."""
-
-    rank: Count
-    """Inner dimension of the low-rank matrices."""
-
-    alpha: Annotated[float, Field(gt=0)]
-    """The product of the low-rank matrices is scaled by alpha / rank."""
-
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability of dropping an input of the low-rank matrices."""
-
-    target_modules: Paths = "all-linear"
-    """Linear modules that get an adapter: "all-linear" (all but the head), a regular expression over full module
-    names, or a list of module names."""
-
-    modules_to_save: list[NonEmpty] = []
-    """Names of modules that are trained in full and saved with the adapter, such as a classification head."""
-
-
-class ModelConfig(Section):
-    """The model and how its weights are held."""
-
-    path: NonEmpty | None = None
-    """A local directory or a hub name, with weights. Without it, `from_config` alone gives random weights."""
-
-    from_config: dict[str, Any] | None = None
-    """A Hugging Face config as an object, with `model_type`. Alone: random initialisation. Together with `path`: the
-    architecture, so that checking a run needs no weights, which come from `path` when training."""
-
-    task: Literal["causal_lm", "masked_lm", "sequence_classification"] = "causal_lm"
-    """The head on the model."""
-
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the weights. Null: what `optimizer.precision` implies."""
-
-    tokenizer: NonEmpty | None = None
-    """A local directory or a hub name. Null: `path`."""
-
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel: torch's scaled dot product attention, or plain matrix products."""
-
-    adapter: AdapterConfig | None = None
-    """Null: all weights are trained."""
-
-    quantization: None = None
-    """Weights are not quantised."""
-
-
-class DataConfig(Section):
-    """What the model is trained and evaluated on."""
-
-    train: Paths
-    """JSON lines: a file, a directory of `*.jsonl` files, or a list of them, relative to the current directory."""
-
-    eval: Paths | None = None
-    """The same for evaluation. Null: no evaluation."""
-
-    format: Literal["auto", "messages", "completion", "text"] = "auto"
-    """Format of the lines: `messages` (chat), `completion` (prompt and completion), `text`; "auto" recognises it by
-    the keys of each file's first record."""
-
-    sequence_length: Annotated[int, Field(ge=2)]
-    """Longest sequence, in tokens."""
-
-    packing: bool = False
-    """Put several documents into one sequence, with attention and positions kept apart."""
-
-    overlong: Literal["drop", "truncate"] = "drop"
-    """What becomes of a sample that is longer than `sequence_length`: left out and counted, or cut at its end."""
-
-
-class SelectionConfig(Section):
-    """Which tokens receive gradient. Without this section training is exact."""
-
-    strategy: Literal["none", "supervised", "uniform", "bernoulli"] = "none"
-    """`none`: all tokens, exact. `supervised`: every labelled token, and a share of the context up to `ratio`.
-    `uniform`: a fixed count per sequence, without replacement. `bernoulli`: each token independently."""
-
-    ratio: Annotated[float, Field(gt=0, le=1)] | Literal["labelled"] | None = None
-    """Selected tokens / all tokens that are not padding; "labelled" selects the labelled tokens only. Null: 1 for
-    `none`, "labelled" for `supervised`; `uniform` and `bernoulli` need a number."""
-
-    tokentune: bool = False
-    """With `uniform`: always select the first and the last token, as the reference code of TokenTune does."""
-
-    normalization: Literal["supervised", "selected"] = "supervised"
-    """`supervised`: the weighted sum of the selected losses over the count of all supervised tokens. `selected`:
-    TokenTune's mean over the selected supervised tokens."""
-
-
-class RetentionConfig(Section):
-    """What a block keeps for its backward pass."""
-
-    policy: Literal["all", "checkpoint", "selective"] = "all"
-    """`all`: ordinary autograd. `checkpoint`: the block's input, the rest is recomputed. `selective`: the inputs of
-    the selected rows and the keys and values of all, the selected rows are replayed."""
-
-    retain_linears: bool = False
-    """With `selective`: also keep the linear layers' outputs at selected rows, so that no product is recomputed."""
-
-    kv_format: Literal["model", "int8"] = "model"
-    """With `selective`: format of the retained keys and values; "model" is the type that the model computes in."""
-
-
-class ShardingConfig(Section):
-    """Who holds what."""
-
-    engine: Literal["single"] = "single"
-    """`single`: one process holds everything."""
-
-    zero_stage: Annotated[int, Field(ge=0, le=0)] = 0
-    """Nothing is sharded by the single engine."""
-
-    offload_optimizer: bool = False
-    """The single engine keeps the optimiser's state on its device: false only."""
-
-
-class OptimizerConfig(Section):
-    """The update rule and the precision it works in."""
-
-    name: Literal["adamw"] = "adamw"
-    """AdamW; biases, norms and other one-dimensional parameters are not decayed."""
-
-    learning_rate: Annotated[float, Field(gt=0)]
-    """Peak learning rate."""
-
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
-    """Decay rates of the running averages of the gradient and of its square."""
-
-    epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the denominator of the update."""
-
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay, scaled by the learning rate."""
-
-    precision: Literal["fp32", "fp32_master", "pure_bf16", "fp16"] = "fp32"
-    """`fp32`: everything in float32. `fp32_master`: float32 weights, bfloat16 computation. `pure_bf16`: bfloat16
-    weights, updated with stochastic rounding. `fp16`: float32 weights, float16 computation with loss scaling."""
-
-
-class ScheduleConfig(Section):
-    """The learning rate over the steps."""
-
-    kind: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the decay after the warm-up."""
-
-    warmup_steps: CountOrZero = 0
-    """Steps of linear rise to the peak."""
-
-    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Learning rate at the last step / peak learning rate; without effect on a constant schedule."""
-
-
-class TrainingConfig(Section):
-    """Steps, batches and evaluation."""
-
-    max_steps: Count
-    """Optimiser steps."""
-
-    global_batch_size: Count
-    """Sequences per optimiser step."""
-
-    micro_batch_size: Count
-    """Sequences per forward and backward pass; divides `global_batch_size`."""
-
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    """Gradients are scaled down to this norm. Null: no clipping."""
-
-    deterministic: bool = False
-    """Use deterministic kernels only, so that a repeated run gives the same losses to the bit."""
-
-    non_finite: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is not finite does: stop the run, or skip the step."""
-
-    eval_every_steps: CountOrZero = 0
-    """Steps between evaluations; 0: at the end only."""
-
-    eval_max_samples: Count | None = None
-    """Evaluate on the first so many samples. Null: all."""
-
-
-class CheckpointConfig(Section):
-    """When a run is saved."""
-
-    every_steps: CountOrZero = 0
-    """Steps between checkpoints; 0: only at the end or when stopped."""
-
-    keep_last: Count = 2
-    """Number of newest checkpoints that are kept."""
-
-
-class LoggingConfig(Section):
-    """What is written about a run."""
-
-    every_steps: Count = 1
-    """Steps between lines of metrics."""
-
-    track_cpu_memory: bool = False
-    """Without an accelerator: measure live tensor bytes, which slows each step down."""
-
-
-class HardwareConfig(Section):
-    """The machines a run is meant for, as a description."""
-
-    nodes: Count = 1
-    """Machines."""
-
-    gpus_per_node: Count = 1
-    """Accelerators per machine."""
-
-    gpu_memory: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(GiB|MiB|GB|MB)$", examples=["80GiB"])] | None = None
-    """Memory of one accelerator, such as "80GiB". Null: not described."""
 
 
 class Config(Section):

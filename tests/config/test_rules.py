@@ -1,0 +1,111 @@
+"""Keys that do not go together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from framework.config import Config, load_config
+
+Write = Callable[[str], Path]
+Problems = Callable[..., list[str]]
+
+
+def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None:
+    bad = settings | {"training": {"max_steps": 1, "global_batch_size": 8, "micro_batch_size": 3}}
+    with pytest.raises(ValueError, match=r"3 does not divide training\.global_batch_size, which is 8"):
+        Config.model_validate(bad)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["training.micro_batch_size=3"],
+            "training.micro_batch_size: 3 does not divide training.global_batch_size, which is 8",
+        ),
+        (
+            ["model.path=null"],
+            "model.path: missing: give model.path (weights), model.from_config (random weights), or both",
+        ),
+        (['model.from_config={"vocab_size": 9}'], 'model.from_config: needs "model_type", such as "llama"'),
+        (
+            ["model.dtype=bfloat16"],
+            'model.dtype: "bfloat16" contradicts optimizer.precision "fp32", which holds weights in float32: '
+            "leave model.dtype out, or change the precision",
+        ),
+        (
+            ["model.dtype=float32", "optimizer.precision=pure_bf16"],
+            'model.dtype: "float32" contradicts optimizer.precision "pure_bf16", which holds weights in bfloat16: '
+            "leave model.dtype out, or change the precision",
+        ),
+        (
+            ["selection.ratio=0.25"],
+            'selection.ratio: 0.25 has no effect with selection.strategy "none": name a strategy',
+        ),
+        (
+            ["selection.ratio=labelled", "selection.strategy=uniform", "retention.policy=selective"],
+            'selection.ratio: "labelled" needs selection.strategy "supervised", which is "uniform"',
+        ),
+        (["selection.tokentune=true"], 'selection.tokentune: needs selection.strategy "uniform", which is "none"'),
+        (
+            ["selection.strategy=supervised", "retention.policy=checkpoint"],
+            'retention.policy: "checkpoint" is for exact training, but selection.strategy "supervised" without '
+            'selection.ratio 1.0 leaves tokens out: set retention.policy "selective", or selection.strategy "none"',
+        ),
+        (
+            ["retention.kv_format=int8", "retention.policy=checkpoint"],
+            'retention.kv_format: "int8" needs retention.policy "selective", which is "checkpoint"',
+        ),
+        (
+            ["sharding.offload_optimizer=true"],
+            'sharding.offload_optimizer: sharding.engine "single" cannot offload: set it to false',
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other(small: Path, overrides: list[str], expected: str, problems: Problems) -> None:
+    assert problems(small, *overrides) == [f"--set: {expected}"]
+
+
+def test_rule_on_the_file_names_the_line_of_the_key(write: Write, problems: Problems, settings: dict[str, Any]) -> None:
+    text = json.dumps(settings, indent=1).replace('"micro_batch_size": 2', '"micro_batch_size": 5')
+    number = next(index for index, line in enumerate(text.splitlines(), start=1) if "micro" in line)
+    assert problems(write(text)) == [
+        f"line {number}: training.micro_batch_size: 5 does not divide training.global_batch_size, which is 8"
+    ]
+
+
+def test_misspelt_key_is_not_blamed_on_the_default_in_its_place(small: Path, problems: Problems) -> None:
+    assert problems(small, "selection.strategy=supervised", "retention.polcy=selective") == [
+        "--set: retention.polcy: unknown key, did you mean retention.policy?"
+    ]
+
+
+def test_ratio_one_is_exact_under_any_policy(small: Path) -> None:
+    for strategy in ("supervised", "uniform", "bernoulli"):
+        config = load_config(small, [f"selection.strategy={strategy}", "selection.ratio=1"])
+        assert config.resolved_ratio == 1.0
+    assert load_config(small, ["retention.policy=selective"]).resolved_ratio == 1.0
+    supervised = ["selection.strategy=supervised", "retention.policy=selective"]
+    assert load_config(small, supervised).resolved_ratio == "labelled"
+    assert load_config(small, [*supervised, "selection.ratio=0.5"]).resolved_ratio == 0.5
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "selection.ratio",
+        "retention.policy",
+        "sharding.engine",
+        "sharding.zero_stage",
+        "training.micro_batch_size",
+    ],
+)
+def test_auto_needs_a_planner(small: Path, key: str, problems: Problems) -> None:
+    assert problems(small, f"{key}=auto") == [
+        f'--set: {key}: "auto" needs a planner, and there is none for {key}: give a value'
+    ]
