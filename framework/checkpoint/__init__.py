@@ -1,5 +1,6 @@
 """Saving, resuming and exporting: what a run leaves on the disk, complete or not at all."""
 
+from framework.checkpoint.export import export_run
 from framework.checkpoint.finding import compare_configs, find_checkpoint, find_step, truncate_metrics
 from framework.checkpoint.layout import Checkpoint
 from framework.checkpoint.random_state import capture_random_state, restore_random_state
@@ -11,6 +12,7 @@ __all__ = [
     "Checkpoint",
     "capture_random_state",
     "compare_configs",
+    "export_run",
     "find_checkpoint",
     "find_step",
     "load_weights",

@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -70,35 +72,30 @@ def load_weights(path: Path, model: nn.Module) -> None:
         UserError: The file is not a safetensors file, or its names or shapes are not those of the model. Nothing has
             been copied then.
     """
-    names = _names_of_tensors(model)
-    required = {id(tensor): name for name, tensor in stored_tensors(model).items()}
-    try:
-        file = safe_open(path, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as weights: {error}") from error
-    with file:
-        stored = list(file.keys())
-        unexpected = [name for name in stored if name not in names]
-        found = {id(names[name]) for name in stored if name in names}
-        missing = [name for key, name in required.items() if key not in found]
-        wrong_shape = [
-            f"{name} {list(shape)} in the file, {list(names[name].shape)} in the model"
-            for name in stored
-            if name in names and (shape := tuple(file.get_slice(name).get_shape())) != tuple(names[name].shape)
-        ]
-        problems = [
-            f"  {title}: {_listed(entries)}"
-            for title, entries in (("missing", missing), ("unexpected", unexpected), ("other shape", wrong_shape))
-            if entries
-        ]
-        if problems:
-            raise UserError(
-                f"{path}: these weights are not those of the configured model; "
-                "resume with the `model` section that they were saved with\n" + "\n".join(problems)
-            )
-        with torch.no_grad():
-            for name in stored:
-                names[name].copy_(file.get_tensor(name))
+    with _matching_file(path, model) as (file, stored), torch.no_grad():
+        tensors = _tensors_by_name(model)
+        for name in stored:
+            tensors[name].copy_(file.get_tensor(name))
+
+
+def map_weights(path: Path, model: nn.Module) -> None:
+    """Give a model on the meta device the weights stored at `path`, mapped from the file and not read.
+
+    Tensors that the file does not hold (the frozen ones beside an adapter, buffers that are not persistent) stay on
+    the meta device. Tied parameters share their storage, but are separate objects afterwards.
+
+    Args:
+        path: A file written by `save_weights`.
+        model: The model, built on the meta device.
+
+    Raises:
+        UserError: As for `load_weights`.
+    """
+    with _matching_file(path, model) as (file, stored):
+        tensors = _tensors_by_name(model)
+        mapped = {id(tensors[name]): file.get_tensor(name) for name in stored}
+        every_name = {name: mapped[id(tensor)] for name, tensor in tensors.items() if id(tensor) in mapped}
+        model.load_state_dict(every_name, strict=False, assign=True)
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -153,6 +150,39 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())
 
 
+@contextmanager
+def _matching_file(path: Path, model: nn.Module) -> Iterator[tuple[Any, list[str]]]:
+    """An opened weights file and the names in it, checked against the model."""
+    try:
+        file = safe_open(path, framework="pt", device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as weights: {error}") from error
+    with file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+        problems = _mismatches(shapes, model)
+        if problems:
+            raise UserError(
+                f"{path}: these weights are not those of the configured model; "
+                "use the `model` section that they were saved with\n" + "\n".join(problems)
+            )
+        yield file, list(shapes)
+
+
+def _mismatches(shapes: dict[str, tuple[int, ...]], model: nn.Module) -> list[str]:
+    """Lines about what a file with these tensors lacks, has too much, or has in another shape."""
+    tensors = _tensors_by_name(model)
+    found = {id(tensors[name]) for name in shapes if name in tensors}
+    missing = [name for name, tensor in stored_tensors(model).items() if id(tensor) not in found]
+    unexpected = [name for name in shapes if name not in tensors]
+    wrong_shape = [
+        f"{name} {list(shape)} in the file, {list(tensors[name].shape)} in the model"
+        for name, shape in shapes.items()
+        if name in tensors and shape != tuple(tensors[name].shape)
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("other shape", wrong_shape))
+    return [f"  {title}: {_listed(entries)}" for title, entries in kinds if entries]
+
+
 def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     buffers: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -164,14 +194,12 @@ def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     return buffers
 
 
-def _names_of_tensors(model: nn.Module) -> dict[str, Tensor]:
+def _tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer of `model` under every name it has."""
-    return dict(_all_names(model))
-
-
-def _all_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
 
 
 def _listed(entries: list[str]) -> str:

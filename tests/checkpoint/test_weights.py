@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from framework.checkpoint.weights import load_weights, save_weights, write_tensors
+from framework.checkpoint.weights import load_weights, map_weights, save_weights, write_tensors
 from framework.errors import UserError
 
 
@@ -145,3 +145,39 @@ def test_every_tensor_starts_at_a_multiple_of_its_item_size(tmp_path: Path) -> N
     for name, tensor in tensors.items():
         start = 8 + int.from_bytes(raw[:8], "little") + header[name]["data_offsets"][0]
         assert start % tensor.element_size() == 0
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_mapped_model_holds_the_weights_without_reading_the_frozen_ones(tmp_path: Path, tied: bool) -> None:
+    path = tmp_path / "model.safetensors"
+    source = tiny_llama(tied=tied)
+    save_weights(path, source)
+    with torch.device("meta"):
+        target = tiny_llama(tied=tied)
+    map_weights(path, target)
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], tensor), name
+
+    source = adapted(source, seed=3)
+    save_weights(path, source)
+    with torch.device("meta"):
+        target = adapted(tiny_llama(tied=tied), seed=4)
+    map_weights(path, target)
+    for name, tensor in target.named_parameters():
+        assert tensor.is_meta == (not tensor.requires_grad), name
+        assert tensor.is_meta or torch.equal(tensor, source.get_parameter(name)), name
+
+
+def test_mapping_refuses_the_weights_of_another_model(tmp_path: Path) -> None:
+    save_weights(tmp_path / "model.safetensors", tiny_llama(tied=True))
+    with torch.device("meta"):
+        target = tiny_llama(tied=False)
+    with pytest.raises(UserError, match=r"missing: lm_head\.weight"):
+        map_weights(tmp_path / "model.safetensors", target)
+
+
+def test_file_has_the_bytes_that_the_library_writes(tmp_path: Path) -> None:
+    tensors = {"b": torch.randn(3, 5), "a": torch.randn(2).bfloat16(), "c": torch.arange(4)}
+    write_tensors(tmp_path / "ours.safetensors", tensors)
+    save_file(tensors, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
