@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
@@ -30,6 +31,9 @@ COMMON: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rotary_dim": 4,
     "intermediate_size": 48,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 128,
@@ -55,43 +59,40 @@ DROPOUTS = (
     "resid_pdrop",
     "residual_dropout",
 )
-GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MASKED = {"task": "masked_lm"}
 
-# Differences from COMMON, by model type; "task" is ours (default: causal_lm).
+# Differences from COMMON, by model type; "task" is ours (default: the first of AUTO that there is).
 TINY: dict[str, dict[str, Any]] = {
-    "llama": GROUPED,
-    "mistral": {**GROUPED, "sliding_window": 7},
-    "qwen2": {"num_key_value_heads": 2},
-    "qwen3": GROUPED,
-    "gemma": GROUPED,
-    "gemma2": {**GROUPED, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "llama": {},
+    "mistral": {"sliding_window": 7},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma": {},
+    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8},
     "gemma3_text": {
-        **GROUPED,
         "sliding_window": 6,
         "query_pre_attn_scalar": 8,
         "layer_types": ["sliding_attention", "full_attention"],
     },
-    "phi": {"num_key_value_heads": 2},
-    "phi3": {"num_key_value_heads": 2},
-    "olmo": {"num_key_value_heads": 2},
-    "olmo2": {"num_key_value_heads": 2},
+    "phi": {},
+    "phi3": {},
+    "olmo": {},
+    "olmo2": {},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
     "gpt2": {"n_inner": 48},
     "gpt_neox": {},
-    "granite": {"num_key_value_heads": 2},
-    "starcoder2": {"num_key_value_heads": 2, "sliding_window": None},
-    "stablelm": {"num_key_value_heads": 2},
-    "cohere": {"num_key_value_heads": 2},
-    "glm": {**GROUPED, "partial_rotary_factor": 0.5},
-    "smollm3": {"num_key_value_heads": 2, "no_rope_layers": [1, 0]},
+    "granite": {},
+    "starcoder2": {"sliding_window": None},
+    "stablelm": {},
+    "cohere": {},
+    "glm": {"partial_rotary_factor": 0.5},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True, "alibi": False, "ffn_hidden_size": 48},
-    "mixtral": {**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {"num_key_value_heads": 2, **EXPERTS, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1},
-    "qwen3_moe": {**GROUPED, **EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1},
+    "qwen3_moe": {**EXPERTS, "decoder_sparse_step": 1, "mlp_only_layers": []},
     "gpt_oss": {
-        **GROUPED,
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "sliding_window": 6,
@@ -116,7 +117,6 @@ TINY: dict[str, dict[str, Any]] = {
     # Token mixing outside the attention interface, in all blocks or in some: these fall back.
     "mamba": {"state_size": 4, "conv_kernel": 3, "expand": 2},
     "jamba": {
-        "num_key_value_heads": 2,
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
         "expert_layer_period": 2,
@@ -130,7 +130,6 @@ TINY: dict[str, dict[str, Any]] = {
         "use_mamba_kernels": False,
     },
     "qwen3_next": {
-        **GROUPED,
         **EXPERTS,
         "shared_expert_intermediate_size": 24,
         "layer_types": ["linear_attention", "full_attention"],
@@ -149,7 +148,7 @@ TINY: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(model_type: str, **overrides: Any) -> Any:
+def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     """The family's own config class, filled with tiny sizes and without dropout.
 
     Args:
@@ -171,6 +170,18 @@ def tiny_config(model_type: str, **overrides: Any) -> Any:
     return kind(**{**common, **dropouts, **own, **overrides})
 
 
+def own_task(config: PreTrainedConfig) -> str:
+    """The first of `AUTO` that transformers has a model for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for task, auto in AUTO.items():
+        if type(config) in auto._model_mapping:
+            return task
+    raise ValueError(f"model_type: {config.model_type!r} is none of {', '.join(AUTO)}")
+
+
 def build(
     model_type: str,
     *,
@@ -184,15 +195,15 @@ def build(
 
     Args:
         model_type: as in a `config.json`.
-        task: one of `AUTO`; default: the family's own.
+        task: one of `AUTO`; default: the family's own (`TINY`, or the first there is).
         dtype: of all parameters.
         attention: the attention implementation's registered name; default: transformers' choice for the family.
         seed: of the random initialisation.
         overrides: config fields.
     """
     torch.manual_seed(seed)
-    task = task or TINY.get(ALIASES.get(model_type, model_type), {}).get("task", "causal_lm")
     config = tiny_config(model_type, **overrides)
+    task = task or TINY.get(config.model_type, {}).get("task") or own_task(config)
     model = AUTO[task].from_config(config, attn_implementation=attention)
     # Norm weights of one and biases of zero would hide an error in either.
     generator = torch.Generator().manual_seed(seed + 1)
