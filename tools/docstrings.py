@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import gc
 import hashlib
+import os
 import re
 import sysconfig
 import warnings
@@ -39,11 +40,13 @@ UNDERLINE = re.compile(r"\s*(?:-{3,}|={3,}|~{3,})\s*$")
 
 SECTION = re.compile(
     UNDERLINE.pattern
-    + r"|\s*(?:Args?|Arguments|Parameters?|Params|Attributes|Returns?|Yields?|Raises?|Examples?|Usage|Notes?|Warnings?|Shape"
-    r"|References?|Inputs?|Outputs?|Keyword (?:Args|Arguments)|See Also)\s*:"
+    + r"|\s*(?:Args?|Arguments|Parameters?|Params|Attributes|Returns?|Yields?|Raises?|Examples?|Usage|Notes?|Warnings?"
+    r"|Shape|References?|Inputs?|Outputs?|Keyword (?:Args|Arguments)|See Also)\s*:"
     r"|\s*(?:>>> |\.\. |:\w+[^:]*:(?:\s|$)|@\w|```|\w+ \(`)"
 )
 """A line with which a docstring leaves its description: a heading, its underline, a field, or code."""
+
+PLAIN_WORD = re.compile(r"(?<![\w.])[A-Za-z][a-z]+(?![\w(])")
 
 SENTENCE = re.compile(r"[A-Z`\"'][\w`'\"-]*,? [\w`'\"(:*~-]+")
 """How a description in words begins."""
@@ -59,6 +62,8 @@ class Definition:
     """`def` or `class` line without a body; a class with the signature of its `__init__`."""
     documentation: str
     """The docstring, dedented."""
+    family: str
+    """A key that near-duplicates share: copies of one text for different classes differ in names and numbers alone."""
 
     @property
     def description(self) -> str:
@@ -75,15 +80,6 @@ class Definition:
         """Whether the description says something in words: not only a list of fields or a piece of code."""
         description = self.description
         return len(description) >= 20 and len(description.split()) >= 4 and bool(SENTENCE.match(description))
-
-    @property
-    def family(self) -> str:
-        """A key that near-duplicates share: the first words of the documentation without names and numbers.
-
-        Copies of one text for different classes differ in these alone.
-        """
-        words = re.findall(r"(?<![\w.])[A-Za-z][a-z]+(?![\w(])", self.documentation)
-        return " ".join(words[:60] if len(words) > 4 else self.documentation.split()).lower()
 
 
 def find_definitions(wanted: int, *, workers: int = 2) -> list[Definition]:
@@ -126,12 +122,15 @@ def _densest(wanted: int) -> list[tuple[Path, str]]:
 
 def _source_files() -> Iterator[tuple[Path, str]]:
     """Source files and their module names."""
-    roots = dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("purelib", "platlib", "stdlib"))
+    roots = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib"))
     for root in roots:
-        for path in sorted(root.rglob("*.py")):
-            parts = path.relative_to(root).with_suffix("").parts
-            if SKIPPED_FOLDERS.isdisjoint(parts) and not parts[-1].startswith("test_"):
-                yield path, ".".join(parts).removesuffix(".__init__")
+        for folder, folders, names in os.walk(root):
+            folders[:] = sorted(set(folders) - SKIPPED_FOLDERS)
+            for name in sorted(names):
+                if name.endswith(".py") and not name.startswith("test_"):
+                    path = Path(folder, name)
+                    module = ".".join(path.relative_to(root).with_suffix("").parts)
+                    yield path, module.removesuffix(".__init__")
 
 
 def _definitions_of(path: str, module: str) -> list[Definition]:
@@ -160,7 +159,13 @@ def _definition(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, pla
         return
     signature = _signature(node)
     if len(signature) <= 1500 and not UNWANTED.search(signature):
-        yield Definition(place, signature, documentation)
+        yield Definition(place, signature, documentation, _family(documentation))
+
+
+def _family(documentation: str) -> str:
+    """The first words of a text without names, numbers and code; of a short one, everything."""
+    words = PLAIN_WORD.findall(documentation)
+    return " ".join(words[:60] if len(words) > 4 else documentation.split()).lower()
 
 
 def _is_good(documentation: str) -> bool:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-OPEN_BINS = 64
-"""Bins that packing keeps open at a time: enough to fill them above 99 % on mixed lengths, few enough that samples
-stay near their place in the order."""
+OPEN_BINS = 16
+"""Bins that packing keeps open at a time: enough to fill them to 98 % where filling in order reaches 86 % (the embedded
+default at 512 tokens; more bins gain nothing), few enough that samples stay near their place in the order."""
 
 
 def epoch_order(samples: int, *, seed: int, epoch: int) -> np.ndarray:
