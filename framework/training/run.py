@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from framework.errors import UserError
+from framework.errors import RunError, UserError
 from framework.training.run_directory import COMPLETED, FAILED, STOPPED, RunDirectory
 from framework.training.signals import StopRequested, StopSignals
 
@@ -99,11 +101,12 @@ def _train(config: Config, resume: str, directory: RunDirectory, signals: StopSi
     except UserError as error:
         # Nothing was started: a directory is not made just to say so.
         if directory.path.is_dir():
-            directory.mark(FAILED, code=error.exit_code, message=str(error), rank=0, last_lines=[])
+            _mark_failed(directory, error, code=error.exit_code)
         raise
     except Exception as error:
-        lines = traceback.format_exc().splitlines()[-20:]
-        directory.mark(FAILED, code=1, message=str(error) or type(error).__name__, rank=0, last_lines=lines)
+        _mark_failed(directory, error, code=1)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise RunError(f"the disk is full: cannot write to {directory.path}; free space and start again") from error
         raise
     marker, message = (
         (COMPLETED, f"completed {result.step} steps")
@@ -112,3 +115,10 @@ def _train(config: Config, resume: str, directory: RunDirectory, signals: StopSi
     )
     directory.mark(marker, code=0, message=message, rank=0, last_lines=list(reporter.last_lines))
     return result
+
+
+def _mark_failed(directory: RunDirectory, error: Exception, code: int) -> None:
+    """Write the marker; on a full disk even that may be impossible, and the error itself is what matters then."""
+    lines = traceback.format_exc().splitlines()[-20:]
+    with contextlib.suppress(OSError):
+        directory.mark(FAILED, code=code, message=str(error) or type(error).__name__, rank=0, last_lines=lines)

@@ -1,0 +1,249 @@
+"""`launchers/train.py` as people start it: a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import framework
+from framework.config import load_config
+from framework.training.run_directory import MARKERS
+
+ROOT = Path(__file__).parents[2]
+TRAIN = ROOT / "launchers" / "train.py"
+
+# Starts the launcher with one function replaced, to be killed or held up at a certain point.
+PATCHED = """
+import os, runpy, signal, sys, time
+from framework.sharding.single import SingleEngine
+plain, calls = SingleEngine.{method}, []
+def patched(self, *args, **kwargs):
+    calls.append(1)
+    if len(calls) == {call}:
+        {action}
+    return plain(self, *args, **kwargs)
+SingleEngine.{method} = patched
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def command(config: Path, *options: str, patch: dict[str, Any] | None = None) -> list[str]:
+    start = [sys.executable, "-c", PATCHED.format(**patch)] if patch else [sys.executable]
+    return [*start, str(TRAIN), "--config", str(config), *options]
+
+
+def environment() -> dict[str, str]:
+    unset = {"WORLD_SIZE", "RANK", "LOCAL_RANK"}
+    kept = {key: value for key, value in os.environ.items() if key not in unset}
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run(config: Path, *options: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(config, *options, **keywords), capture_output=True, text=True, env=environment(), timeout=240
+    )
+
+
+def start(config: Path, *options: str, **keywords: Any) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(config, *options, **keywords),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    )
+
+
+def wait_for_step(run_dir: Path, step: int) -> None:
+    metrics = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{metrics} did not reach step {step}")
+
+
+def train_lines(run_dir: Path) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == "train"]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [line["loss"] for line in train_lines(run_dir)]
+
+
+def markers(run_dir: Path) -> list[str]:
+    return [name for name in MARKERS if (run_dir / name).exists()]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def test_killed_in_the_middle_of_a_step_it_resumes_to_the_bit(write_config: Callable[..., Path], run_dir: Path):
+    config = write_config(checkpoint__every_steps=2)
+    whole = run(config, "--set", f"run.output_dir={run_dir}-whole")
+    assert whole.returncode == 0, whole.stderr
+    kill = {"method": "backward", "call": 10, "action": "os.kill(os.getpid(), signal.SIGKILL)"}
+    killed = run(config, patch=kill)
+    assert killed.returncode == -signal.SIGKILL
+    # Two micro-batches a step: it died in step 5, after the checkpoint of step 4.
+    assert markers(run_dir) == [] and len(losses(run_dir)) == 4
+    resumed = run(config, "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from" in resumed.stdout
+    whole_dir = Path(f"{run_dir}-whole")
+    assert losses(run_dir) == losses(whole_dir)
+    assert markers(run_dir) == ["COMPLETED"]
+    assert count_files(run_dir) == count_files(whole_dir)
+    weights = [
+        load_file(directory / "checkpoints" / "step-00000006" / "model.safetensors")
+        for directory in (run_dir, whole_dir)
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
+def count_files(run_dir: Path) -> list[str]:
+    return sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
+
+
+def test_signals_and_the_stop_file_end_a_run_with_a_checkpoint(write_config: Callable[..., Path], run_dir: Path):
+    config = write_config(training__max_steps=100_000)
+    requests = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGUSR2": signal.SIGUSR2, "STOP": None}
+    directories = {name: Path(f"{run_dir}-{name}") for name in requests}
+    processes = {name: start(config, "--set", f"run.output_dir={path}") for name, path in directories.items()}
+    for name, process in processes.items():
+        wait_for_step(directories[name], 3)
+        if requests[name] is None:
+            (directories[name] / "STOP").touch()
+        else:
+            process.send_signal(requests[name])
+    for name, process in processes.items():
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, (name, output)
+        assert f"stopped by {name} after step" in output
+        path = directories[name]
+        assert markers(path) == ["STOPPED"], name
+        step = train_lines(path)[-1]["step"]
+        manifest = json.loads((path / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
+        assert manifest["step"] == step
+    # A request to stop does not outlive the start that it was for.
+    step = train_lines(directories["STOP"])[-1]["step"]
+    framework.train(load_config(config, [f"run.output_dir={directories['STOP']}", f"training.max_steps={step + 2}"]))
+    assert markers(directories["STOP"]) == ["COMPLETED"]
+    assert [line["step"] for line in train_lines(directories["STOP"])] == list(range(1, step + 3))
+
+
+def test_a_second_signal_ends_the_process_at_once(write_config: Callable[..., Path], run_dir: Path):
+    hold = {"method": "backward", "call": 3, "action": "time.sleep(0.01); time.sleep(1e6)"}
+    process = start(write_config(), patch=hold)
+    wait_for_step(run_dir, 1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    process.stdout.close()
+    assert json.loads((run_dir / "FAILED").read_text())["code"] == 128 + signal.SIGTERM
+
+
+def test_a_signal_before_training_ends_cleanly(write_config: Callable[..., Path], run_dir: Path):
+    hold = {"method": "prepare", "call": 1, "action": "print('prepared', flush=True); time.sleep(1e6)"}
+    process = start(write_config(), patch=hold)
+    for line in process.stdout:
+        if line.startswith("prepared"):
+            break
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "Traceback" not in output
+    assert markers(run_dir) == ["STOPPED"]
+
+
+def test_a_wrong_config_exits_2_without_importing_torch(write_config: Callable[..., Path], run_dir: Path):
+    config = write_config(training__max_stepz=3)
+    script = (
+        "import runpy, sys\n"
+        f"sys.argv = ['train.py', '--config', {str(config)!r}]\n"
+        "try:\n"
+        f"    runpy.run_path({str(TRAIN)!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    print(end.code, 'torch' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment())
+    assert result.stdout.strip() == "2 False"
+    assert result.stderr.startswith("error: ")
+    assert "training.max_stepz" in result.stderr and "training.max_steps" in result.stderr
+    assert not run_dir.exists()
+
+
+def test_an_exploding_loss_exits_1_and_keeps_the_checkpoint(write_config: Callable[..., Path], run_dir: Path):
+    config = write_config()
+    framework.train(load_config(config, ["training.max_steps=2"]))
+    result = run(config, "--set", "optimizer.learning_rate=1e30")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: step ")
+    assert markers(run_dir) == ["FAILED"]
+    assert (run_dir / "checkpoints" / "step-00000002" / "manifest.json").exists()
+
+
+def test_a_full_disk_exits_1_and_loses_nothing(write_config: Callable[..., Path], tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        run_dir = disk / "run"
+        config = write_config(checkpoint__every_steps=2, run__output_dir=str(run_dir))
+        framework.train(load_config(config, ["training.max_steps=2"]))
+        (disk / "filler").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 32 * 1024))
+        result = run(config)
+        assert result.returncode == 1
+        assert "disk is full" in result.stderr and str(run_dir) in result.stderr
+        assert markers(run_dir) == ["FAILED"]
+        (disk / "filler").unlink()
+        resumed = framework.train(load_config(config))
+        assert resumed.status == "completed" and len(losses(run_dir)) == 6
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_dry_run_prints_the_plan_and_touches_nothing(write_config: Callable[..., Path], run_dir: Path):
+    before = sorted(run_dir.parent.iterdir())
+    result = run(write_config(), "--dry-run", "--set", "data.train=not/here.jsonl")
+    assert result.returncode == 0, result.stderr
+    assert "2,040, of which 2,040 are trained" in result.stdout
+    assert "8 sequences a step = 4 (micro-batch) x 2 (accumulation) x 1 (rank)" in result.stdout
+    assert "not/here.jsonl" in result.stdout
+    assert sorted(run_dir.parent.iterdir()) == sorted([*before, run_dir.parent / "config.json"])
+
+
+def test_samples_are_shown(write_config: Callable[..., Path], run_dir: Path):
+    result = run(write_config(), "--inspect-data", "2")
+    assert result.returncode == 0, result.stderr
+    assert "48 samples" in result.stdout
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize("options", [["--deepspeed_config", "zero.json"], ["--inspect-data", "0"], ["--resume", "no/"]])
+def test_arguments_that_cannot_be_followed_exit_2(write_config: Callable[..., Path], run_dir: Path, options: list[str]):
+    result = run(write_config(), *options)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {options[0]}: ")
+    assert not run_dir.exists()
