@@ -84,12 +84,7 @@ def compare_configs(saved: dict[str, Any], current: dict[str, Any]) -> list[str]
         saved: The JSON values that the checkpoint was made with.
         current: Those of now.
     """
-    before, after = dict(_leaves(saved)), dict(_leaves(current))
-    return [
-        f"{key}: {before.get(key, _ABSENT)} -> {after.get(key, _ABSENT)}"
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
-    ]
+    return list(_differences(saved, current, ""))
 
 
 def truncate_metrics(path: Path, step: int) -> None:
@@ -121,12 +116,17 @@ def _newest(run_dir: Path) -> Checkpoint | None:
     return complete[-1] if complete else None
 
 
-def _leaves(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        yield prefix, json.dumps(value)
+def _differences(before: object, after: object, key: str) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        for name in dict.fromkeys([*before, *after]):
+            inner = f"{key}.{name}" if key else str(name)
+            yield from _differences(before.get(name, _ABSENT), after.get(name, _ABSENT), inner)
+    elif before != after:
+        yield f"{key}: {_shown(before)} -> {_shown(after)}"
+
+
+def _shown(value: object) -> str:
+    return _ABSENT if value is _ABSENT else json.dumps(value)
 
 
 def _is_kept(line: str, step: int) -> bool:
