@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from framework.errors import UserError
 
 if TYPE_CHECKING:
-    from framework.config.schema import AdapterConfig
+    from framework.config import AdapterConfig
 
 _LINEAR = (nn.Linear, Conv1D)
 _LAYERS_WITH_ADAPTER = (*_LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -15,7 +15,7 @@ from framework.models.adapters import add_adapter
 from framework.models.configuration import build_model, read_model_config
 
 if TYPE_CHECKING:
-    from framework.config.schema import AdapterConfig
+    from framework.config import AdapterConfig
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def read_architecture(
     path: str | None,
     from_config: dict[str, Any] | None,
     task: str = "causal_lm",
-    attention: str = "sdpa",
+    attention: str = "eager",
     adapter: AdapterConfig | None = None,
 ) -> Architecture:
     """Describe a model from its config alone: it is built on the meta device, so no weights are read or allocated.
@@ -59,7 +59,8 @@ def read_architecture(
         path: A local directory with `config.json`, or a hub name; unused if `from_config` is given.
         from_config: A Hugging Face config as JSON values, with `model_type`.
         task: The head, as in the config's `model.task`.
-        attention: `sdpa` or `eager`; checked, without influence on the sizes.
+        attention: `sdpa` or `eager`; without influence on the sizes, but refused where the family lacks it, which no
+            family does for `eager`.
         adapter: Counted and checked like in a run.
 
     Raises:

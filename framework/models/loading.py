@@ -26,7 +26,7 @@ from framework.models.configuration import (
 )
 
 if TYPE_CHECKING:
-    from framework.config.schema import AdapterConfig
+    from framework.config import AdapterConfig
 
 logger = logging.getLogger(__name__)
 

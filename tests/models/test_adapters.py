@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from framework.config.schema import AdapterConfig
+from framework.config import AdapterConfig
 from framework.errors import UserError
 from framework.models import load_model
 

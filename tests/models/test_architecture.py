@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from framework.config.schema import AdapterConfig
+from framework.config import AdapterConfig
 from framework.errors import UserError
 from framework.models import Architecture, check_compatibility, count_parameters, load_model, read_architecture
 
