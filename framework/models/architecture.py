@@ -68,7 +68,7 @@ def read_architecture(
     """
     config = read_model_config(path, from_config)
     with torch.device("meta"):
-        model: nn.Module = build_model(config, task=task, dtype=torch.bfloat16, attention=attention)
+        model = build_model(config, task=task, dtype=torch.bfloat16, attention=attention)
         described = describe(model)
         if adapter is None:
             return described

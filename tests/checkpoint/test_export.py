@@ -231,12 +231,20 @@ def test_full_disk_leaves_no_half_export(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_command_exports_and_reports(tmp_path: Path) -> None:
     trained = make_run(tmp_path / "run", from_config=LLAMA, steps=(5, 9))
-    script = Path(__file__).parents[2] / "launchers" / "export.py"
-    command = [sys.executable, str(script), "--run", str(tmp_path / "run"), "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [
+        sys.executable,
+        str(root / "launchers" / "export.py"),
+        "--run",
+        str(tmp_path / "run"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (0, f"exported to {tmp_path / 'out'}\n"), done.stderr
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(trained))
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.returncode == 2
     assert again.stderr == (
         f"error: --output: {tmp_path / 'out'} exists and is not an empty directory; give another one\n"
