@@ -140,7 +140,7 @@ def recognise(content: dict[str, Any]) -> str | None:
 def _parse(line: bytes, *, first: bool) -> dict[str, Any] | str:
     """The record in `line`, or what is wrong with it."""
     try:
-        content = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+        content = json.loads(line.rstrip().decode("utf-8-sig" if first else "utf-8"))
     except UnicodeDecodeError as error:
         return f"not UTF-8 (byte {error.start + 1} of the line)"
     except json.JSONDecodeError as error:
