@@ -178,7 +178,8 @@ def print_summary(summary: dict[str, Any]) -> None:
             table.add_row(
                 file,
                 name,
-                *(f"{row[key]:,}" for key in ("pairs", "tokens")),
+                f"{row['pairs']:,}",
+                f"{row['tokens'] / 1000:,.0f} k",
                 f"{row['labelled_share']:.1%}",
                 *(f"{length:,}" for length in row["lengths"]),
             )

@@ -54,7 +54,8 @@ def list_files(paths: str | Path | Sequence[str | Path], *, option: str) -> list
     """
     files: list[Path] = []
     problems = []
-    for path in [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]:
+    for named in [paths] if isinstance(paths, str | Path) else paths:
+        path = Path(named).expanduser()
         if path.is_dir():
             found = sorted(path.glob("*.jsonl"))
             if not found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from framework.errors import UserError
@@ -25,7 +26,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path))
     except (OSError, ValueError, KeyError) as error:
         # transformers explains over many lines; the first says what happened.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
