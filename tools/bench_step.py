@@ -66,7 +66,13 @@ def draw_batch(
 
 
 def build_model(
-    config: dict[str, Any], *, depth: int, dtype: torch.dtype, device: torch.device, adapter_rank: int = 0
+    config: dict[str, Any],
+    *,
+    depth: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    adapter_rank: int = 0,
+    seed: int = 0,
 ) -> torch.nn.Module:
     """A randomly initialised causal model in train mode.
 
@@ -76,6 +82,7 @@ def build_model(
         dtype: of the weights; an adapter's are float32, as PEFT makes them.
         device: where to build it.
         adapter_rank: rank of LoRA on all linears; 0 trains all weights.
+        seed: of the weights.
     """
     options = {key: value for key, value in config.items() if key != "model_type"}
     if "layer_types" in options:
@@ -84,7 +91,7 @@ def build_model(
     hf_config = CONFIG_MAPPING[config["model_type"]](**options)
     hf_config.num_hidden_layers = depth
     hf_config.use_cache = False
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     if adapter_rank:

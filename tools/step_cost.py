@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from framework import enable_token_selection, fixed_selection
 from framework.retention import apply_checkpointing
 from framework.selection import Selection
-from framework.training.loss import exact_loss
+from framework.training.loss import exact_loss, unwrapped
 from framework.training.memory import CpuMemoryTracker, reset_device_peak
 
 
@@ -104,7 +104,7 @@ def arm_model(model: nn.Module, arm: Arm) -> nn.Module:
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     result = copy.deepcopy(model, shared)
     if arm.policy == "checkpoint":
-        apply_checkpointing(result)
+        apply_checkpointing(unwrapped(result))
     elif arm.policy == "selective":
         options = {"retain_linears": arm.retain_linears, "kv_format": arm.kv_format}
         enable_token_selection(result, strategy="uniform", ratio=arm.ratio, **options)
