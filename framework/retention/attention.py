@@ -55,7 +55,7 @@ def _selective_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention as the kernel does it; `query`, `key`, `value` `[batch, heads, tokens, size]`.
 
-    In the record pass the tokens are all tokens; in the replay they are the selected ones.
+    In the record pass the tokens are all tokens; in the replay they are the selected ones of all sequences, batch 1.
     """
     current = current_pass()
     if current is None:
@@ -74,17 +74,19 @@ def _replay(
     current: BlockPass, kernel: Kernel, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """Selected queries against all keys, of which the selected ones are the replayed, differentiable ones."""
-    retained = current.attention.popleft()
-    keys = PutRows.apply([retained.keys.restore()], current.rows, key)
-    values = PutRows.apply([retained.values.restore()], current.rows, value)
+    retained, rows = current.attention.popleft(), current.rows
+    keys = PutRows.apply([retained.keys.restore()], rows, key)
+    values = PutRows.apply([retained.values.restore()], rows, value)
+    queries = rows.by_sequence(query.transpose(1, 2)).transpose(1, 2)
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    mask = _mask_rows(retained.mask, current.rows, causal)
-    return kernel(module, query, keys, values, mask, is_causal=False, **kwargs)
+    mask = _mask_rows(retained.mask, rows, causal)
+    output, weights = kernel(module, queries, keys, values, mask, is_causal=False, **kwargs)
+    return rows.from_sequences(output), weights
 
 
 def _mask_rows(mask: Tensor | None, rows: SelectedRows, causal: bool) -> Tensor | None:
-    """The selected queries' rows of the mask that the record pass used, `[batch, heads or 1, selected, keys]`.
+    """The selected queries' rows of the mask that the record pass used, `[batch, heads or 1, slots, keys]`.
 
     Without a mask, a causal module attends to everything up to the query's position.
     """
@@ -96,7 +98,7 @@ def _mask_rows(mask: Tensor | None, rows: SelectedRows, causal: bool) -> Tensor 
     if mask.shape[2] == 1:
         return mask
     by_query = mask.expand(rows.batch, -1, -1, -1).transpose(1, 2)
-    return rows.take(by_query).transpose(1, 2)
+    return rows.take_slots(by_query).transpose(1, 2)
 
 
 def register_attention() -> None:

@@ -62,7 +62,7 @@ class BlockCall:
             return self.function(hidden, *self.others)
 
     def replay(self, rows: Tensor) -> Tensor:
-        """The block's output for `rows [batch, selected, width]`, of the same shape, with a graph if enabled."""
+        """The block's output for `rows [1, rows, width]`, of the same shape, with a graph if enabled."""
         take = self.current.rows.take_argument
         keywords = {name: take(value) for name, value in self.function.keywords.items()}
         others = tuple(take(value) for value in self.others)
@@ -120,7 +120,7 @@ class SelectiveBlock(torch.autograd.Function):
         with torch.enable_grad():
             output = call.replay(rows)
         if output.requires_grad:
-            torch.autograd.backward(output, selected.take_valid(grad))
+            torch.autograd.backward(output, selected.take_gradient(grad))
         if not ctx.needs_input_grad[2]:
             return None, None, None
         grad_hidden = torch.zeros(*grad.shape[:2], rows.shape[-1], dtype=rows.dtype, device=rows.device)

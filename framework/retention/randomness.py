@@ -67,10 +67,12 @@ class ReplayedRandomness(TorchFunctionMode):
         return args[0].copy_(kept) if func is Tensor.bernoulli_ else kept
 
     def _rows(self, drawn: Tensor) -> Tensor:
-        """The selected rows of a draw over the batch's tokens; a draw per sample stays whole."""
+        """The selected rows of a draw over the batch's tokens; of a draw per sequence, its rows' own."""
         rows = self.current.rows
         if drawn.dim() >= 2 and drawn.shape[:2] == (rows.batch, rows.tokens):
             return rows.take(drawn)
         if drawn.dim() >= 2 and drawn.shape[0] == rows.batch * rows.tokens:
             return rows.take(drawn.view(rows.batch, rows.tokens, *drawn.shape[1:])).flatten(0, 1)
+        if drawn.dim() >= 2 and drawn.shape[:2] == (rows.batch, 1):
+            return drawn[rows.sequence].transpose(0, 1)
         return drawn

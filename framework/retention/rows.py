@@ -13,33 +13,54 @@ from framework.selection import Selection
 class SelectedRows:
     """Gathers and scatters the selected rows of one batch.
 
+    Rows of all sequences stand one after the other, as one sequence `[1, rows, …]`: a block works row by row except in
+    its attention, and where sequences have different numbers of selected tokens no row is spent on fillers. Attention
+    alone wants its queries by sequence, `[batch, slots, …]` with `slots` the largest number of selected tokens.
+
     Args:
         selection: the selection, on the device of the hidden states.
         tokens: length of the sequences.
     """
 
     def __init__(self, selection: Selection, tokens: int) -> None:
-        positions = selection.positions
-        self.positions = positions
-        self.valid = selection.valid if selection.ragged else None
-        self.batch, self.selected = positions.shape
+        self.positions = selection.positions
+        self.batch, self.slots = selection.positions.shape
         self.tokens = tokens
-        self._batch_index = torch.arange(self.batch, device=positions.device)[:, None]
+        valid = torch.ones_like(selection.valid) if not selection.ragged else selection.valid
+        self.live = not selection.ragged or bool(valid.any())
+        if not self.live:
+            # One row goes through the blocks even if nothing is selected, since every rank calls every module.
+            valid = torch.zeros_like(valid)
+            valid[0, 0] = True
+        self.sequence, slot = valid.nonzero(as_tuple=True)
+        self.position = self.positions[self.sequence, slot]
+        self.slot = self.sequence * self.slots + slot
 
     def take(self, tensor: Tensor) -> Tensor:
-        """`[batch, tokens, …]` to `[batch, selected, …]`, a copy."""
-        return tensor[self._batch_index, self.positions]
+        """`[batch, tokens, …]` to `[1, rows, …]`, a copy."""
+        return tensor[self.sequence, self.position][None]
 
     def put(self, tensor: Tensor, rows: Tensor) -> None:
-        """Write `rows [batch, selected, …]` into `tensor [batch, tokens, …]` in place."""
-        tensor[self._batch_index, self.positions] = rows
+        """Write `rows [1, rows, …]` into `tensor [batch, tokens, …]` in place."""
+        tensor[self.sequence, self.position] = rows[0]
 
-    def take_valid(self, tensor: Tensor) -> Tensor:
-        """Like `take`, with zeros in the rows of fillers."""
-        rows = self.take(tensor)
-        if self.valid is not None:
-            rows.masked_fill_(~self.valid.view(*self.valid.shape, *[1] * (rows.dim() - 2)), 0)
-        return rows
+    def take_gradient(self, tensor: Tensor) -> Tensor:
+        """Like `take`; zero if nothing is selected."""
+        return self.take(tensor) if self.live else torch.zeros_like(self.take(tensor))
+
+    def by_sequence(self, rows: Tensor) -> Tensor:
+        """`[1, rows, …]` to `[batch, slots, …]`, zeros where a sequence has fewer rows."""
+        padded = rows.new_zeros(self.batch * self.slots, *rows.shape[2:])
+        return padded.index_copy(0, self.slot, rows[0]).view(self.batch, self.slots, *rows.shape[2:])
+
+    def from_sequences(self, padded: Tensor) -> Tensor:
+        """`[batch, slots, …]` to `[1, rows, …]`, the inverse of `by_sequence`."""
+        return padded.flatten(0, 1).index_select(0, self.slot)[None]
+
+    def take_slots(self, tensor: Tensor) -> Tensor:
+        """`[batch, tokens, …]` to `[batch, slots, …]`, with some row of the sequence where it has fewer."""
+        sequence = torch.arange(self.batch, device=self.positions.device)[:, None]
+        return tensor[sequence, self.positions]
 
     def take_argument(self, value: Any) -> Any:
         """Reduce a block's argument to the selected rows, if it has a token dimension.
@@ -59,14 +80,14 @@ class SelectedRows:
 
 
 class PutRows(torch.autograd.Function):
-    """Write recomputed rows into a retained tensor; gradient flows to the rows of valid selections only.
+    """Write recomputed rows into a retained tensor; gradient flows to these rows.
 
     The retained tensor `[batch, heads, tokens, size]` is overwritten in place and returned: it has no other user.
     """
 
     @staticmethod
     def forward(ctx: Any, retained: list[Tensor], selected: SelectedRows, rows: Tensor) -> Tensor:
-        """`rows [batch, heads, selected, size]` into the only element of `retained`."""
+        """`rows [1, heads, rows, size]` into the only element of `retained`."""
         ctx.selected = selected
         (tensor,) = retained
         selected.put(tensor.transpose(1, 2), rows.transpose(1, 2).to(tensor.dtype))
@@ -75,7 +96,7 @@ class PutRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:
         """The gradient's rows at the selection."""
-        return None, None, ctx.selected.take_valid(grad.transpose(1, 2)).transpose(1, 2)
+        return None, None, ctx.selected.take_gradient(grad.transpose(1, 2)).transpose(1, 2)
 
 
 class KeepGradientRows(torch.autograd.Function):
@@ -91,5 +112,5 @@ class KeepGradientRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         """The gradient with zeros outside the selection."""
         kept = torch.zeros_like(grad)
-        ctx.selected.put(kept, ctx.selected.take_valid(grad))
+        ctx.selected.put(kept, ctx.selected.take_gradient(grad))
         return None, kept

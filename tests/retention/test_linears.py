@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import framework
 from framework.retention.linears import KnownOutput
+from framework.selection import Selection
 
 
 @pytest.mark.parametrize("transposed", [True, False])
@@ -73,3 +74,28 @@ def test_units_of_matrix_work(families, steps, family):
     assert 3.7 < measured["checkpoint"] / unit <= 4
     assert measured[False] / unit == pytest.approx(1 + 3 * ratio)
     assert measured[True] / unit == pytest.approx(1 + 2 * ratio)
+
+
+def test_no_row_is_spent_on_ragged_selections(families, steps):
+    """Six rows of one sequence and two of the other cost eight, not twelve."""
+    model = families.build("llama")
+    inputs = {**families.sample_inputs(model, tokens=24, padding=0)}
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    inputs["labels"][0, 5] = 7
+    mask = torch.zeros(2, 24, dtype=torch.bool)
+    mask[0, [1, 2, 4, 9, 15, 20]] = True
+    mask[1, [3, 23]] = True
+    chosen = Selection.of_mask(mask, torch.ones(2, 24))
+    head = 3 * 2 * model.config.hidden_size * model.config.vocab_size
+
+    def selective(model, inputs):
+        with framework.fixed_selection(model, chosen):
+            return model(**inputs).loss
+
+    def ordinary(model, inputs):
+        return framework.training.loss.exact_loss(model, inputs, 1)
+
+    unit = (matrix_flops(model, inputs, ordinary) - head) / 3
+    framework.enable_token_selection(model)
+    selective(model, inputs).backward()
+    assert (matrix_flops(model, inputs, selective) - head) / unit == pytest.approx(1 + 2 * 8 / 48)
