@@ -41,8 +41,8 @@ TRAINING_CHARACTERS = 6_000_000
 """Text that the tokenizer is trained on; more changes little and takes longer."""
 LABELLED_SHARE = 0.25
 BALANCED_LENGTH = 512
-"""Sequence length of `configs/tiny.json`. The share is right for runs of this length, which drop what is longer; such
-pairs have short answers, so the share of the whole is somewhat lower."""
+"""The share is right for runs of this sequence length, which drop what is longer; longer pairs have relatively short
+answers, so the share of the whole is somewhat lower, and that of shorter runs higher."""
 EVALUATION_SHARE = 0.04
 SAMPLE = 2000
 """Pairs that are measured to choose the mixture, and texts that are checked for their round trip."""

@@ -27,7 +27,10 @@ def load_data(config: Config, reporter: Reporter) -> tuple[TokenizedDataset, Tok
         UserError: see `load_dataset` and `load_tokenizer`; or the model and the tokenizer do not go together.
     """
     tokenizer = load_tokenizer(tokenizer_source(config))
-    architecture = read_architecture(path=config.model.path, from_config=config.model.from_config)
+    model = config.model
+    architecture = read_architecture(
+        path=model.path, from_config=model.from_config, task=model.task, attention=model.attention
+    )
     check_compatibility(architecture, tokenizer, config.data.sequence_length)
     load = partial(
         load_dataset,
