@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -65,8 +66,12 @@ def add_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, task: str) ->
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     try:
-        # PEFT's switch: float32 for adapters beside half-precision weights.
-        return get_peft_model(model, config, autocast_adapter_dtype=model.dtype != torch.bfloat16)
+        with warnings.catch_warnings():
+            # PEFT asks transformers for a property by its old name:
+            # https://github.com/huggingface/peft/blob/v0.21.2/src/peft/peft_model.py#L184
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            # PEFT's switch: float32 for adapters beside half-precision weights.
+            return get_peft_model(model, config, autocast_adapter_dtype=model.dtype != torch.bfloat16)
     except ValueError as error:
         raise UserError(f"model.adapter: {error}") from error
 
