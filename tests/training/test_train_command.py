@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 import framework
+from framework.checkpoint import find_checkpoint
 from framework.config import load_config
 from framework.training.run_directory import MARKERS
 
@@ -24,18 +25,22 @@ TRAIN = ROOT / "launchers" / "train.py"
 
 # Starts the launcher with one function replaced, to be killed or held up at a certain point.
 PATCHED = """
-import os, runpy, signal, sys, time
+import os, runpy, shutil, signal, sys, time
+from framework.checkpoint import saving
 from framework.sharding.single import SingleEngine
-plain, calls = SingleEngine.{method}, []
-def patched(self, *args, **kwargs):
+plain, calls = {function}, []
+def patched(*args, **kwargs):
     calls.append(1)
     if len(calls) == {call}:
         {action}
-    return plain(self, *args, **kwargs)
-SingleEngine.{method} = patched
+    return plain(*args, **kwargs)
+{function} = patched
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+
+
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
 def command(config: Path, *options: str, patch: dict[str, Any] | None = None) -> list[str]:
@@ -97,7 +102,7 @@ def test_killed_in_the_middle_of_a_step_it_resumes_to_the_bit(write_config: Call
     config = write_config(checkpoint__every_steps=2)
     whole = run(config, "--set", f"run.output_dir={run_dir}-whole")
     assert whole.returncode == 0, whole.stderr
-    kill = {"method": "backward", "call": 10, "action": "os.kill(os.getpid(), signal.SIGKILL)"}
+    kill = {"function": "SingleEngine.backward", "call": 10, "action": KILL}
     killed = run(config, patch=kill)
     assert killed.returncode == -signal.SIGKILL
     # Two micro-batches a step: it died in step 5, after the checkpoint of step 4.
@@ -115,6 +120,30 @@ def test_killed_in_the_middle_of_a_step_it_resumes_to_the_bit(write_config: Call
     ]
     assert weights[0].keys() == weights[1].keys()
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "action", "kept"),
+    [
+        ("SingleEngine.save", 2, "(args[1] / 'model.safetensors').write_bytes(b'half of it'); " + KILL, 2),
+        ("saving._write_manifest", 2, KILL, 2),
+        ("saving._publish", 2, KILL, 2),
+        ("saving._move_latest", 2, KILL, 4),
+        ("shutil.rmtree", 1, "(args[0] / 'model.safetensors').unlink(); " + KILL, 4),
+    ],
+    ids=["while writing a shard", "before the manifest", "before the rename", "before latest", "while pruning"],
+)
+def test_killed_while_saving_it_resumes_to_the_bit(
+    write_config: Callable[..., Path], run_dir: Path, function: str, call: int, action: str, kept: int
+):
+    config = write_config(checkpoint__every_steps=2, checkpoint__keep_last=1)
+    framework.train(load_config(config, [f"run.output_dir={run_dir}-whole"]))
+    killed = run(config, patch={"function": function, "call": call, "action": action})
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert find_checkpoint(run_dir).step == kept
+    resumed = framework.train(load_config(config))
+    assert resumed.status == "completed"
+    assert losses(run_dir) == losses(Path(f"{run_dir}-whole"))
 
 
 def count_files(run_dir: Path) -> list[str]:
@@ -149,7 +178,7 @@ def test_signals_and_the_stop_file_end_a_run_with_a_checkpoint(write_config: Cal
 
 
 def test_a_second_signal_ends_the_process_at_once(write_config: Callable[..., Path], run_dir: Path):
-    hold = {"method": "backward", "call": 3, "action": "time.sleep(0.01); time.sleep(1e6)"}
+    hold = {"function": "SingleEngine.backward", "call": 3, "action": "time.sleep(0.01); time.sleep(1e6)"}
     process = start(write_config(), patch=hold)
     wait_for_step(run_dir, 1)
     time.sleep(0.5)
@@ -163,7 +192,7 @@ def test_a_second_signal_ends_the_process_at_once(write_config: Callable[..., Pa
 
 
 def test_a_signal_before_training_ends_cleanly(write_config: Callable[..., Path], run_dir: Path):
-    hold = {"method": "prepare", "call": 1, "action": "print('prepared', flush=True); time.sleep(1e6)"}
+    hold = {"function": "SingleEngine.prepare", "call": 1, "action": "print('prepared', flush=True); time.sleep(1e6)"}
     process = start(write_config(), patch=hold)
     for line in process.stdout:
         if line.startswith("prepared"):
