@@ -81,6 +81,20 @@ def test_dropout_is_replayed(families, steps, family):
     assert abs(other_loss - want_loss) > 1e-4
 
 
+def test_stochastic_depth_is_replayed(families, steps):
+    """A draw per sequence, not per token: DINOv2 drops whole branches, and pools over all patches."""
+    sizes = {"image_size": 20, "patch_size": 4, "num_labels": 7, "mlp_ratio": 2}
+    model = families.build("dinov2", task="image_classification", drop_path_rate=0.4, **sizes)
+    inputs = families.sample_inputs(model)
+    chosen = steps.positions(model, inputs)
+    want_loss, want = steps.reference(model, inputs, chosen)
+    for retain_linears in (False, True):
+        loss, got, fallbacks = steps.selective(model, inputs, chosen, retain_linears=retain_linears)
+        assert not fallbacks and loss == want_loss
+        assert steps.worst_error(got, want) < EXACT
+    assert steps.selective(model, inputs, chosen, seed=1)[0] != want_loss
+
+
 def test_attention_dropout_is_switched_off_and_said(families, steps):
     model = families.build("llama", attention_dropout=0.5)
     inputs = families.sample_inputs(model)
