@@ -18,6 +18,7 @@ from framework.sharding.single import SingleEngine
 from framework.training import loop
 from framework.training.objective import Objective, draw_selection
 from framework.training.optimizer import optimizer_factory
+from framework.training.setup import warm_up
 
 
 def records(run_dir: Path, kind: str) -> list[dict]:
@@ -336,3 +337,50 @@ def test_several_processes_are_refused(make_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"sharding\.engine.*2 \(WORLD_SIZE\)"):
         framework.train(make_config())
+
+
+def test_a_stop_during_the_last_evaluation_is_made_good_on_resume(make_config, monkeypatch):
+    config = make_config()
+    directory = Path(config.run.output_dir)
+    plain = loop.evaluation_loss
+
+    def stop_here(model, inputs):
+        (directory / "STOP").touch()
+        return plain(model, inputs)
+
+    monkeypatch.setattr(loop, "evaluation_loss", stop_here)
+    stopped = framework.train(config)
+    assert (stopped.status, stopped.step, stopped.eval_loss) == ("stopped", 6, None)
+    assert (directory / "STOPPED").exists() and records(directory, "eval") == []
+    monkeypatch.undo()
+    resumed = framework.train(config)
+    assert (resumed.status, resumed.step) == ("completed", 6)
+    assert [record["step"] for record in records(directory, "eval")] == [6]
+
+
+def test_the_warm_up_leaves_no_trace(make_config):
+    config = make_config(model__adapter={"kind": "lora", "rank": 2, "alpha": 4.0, "dropout": 0.5})
+    _, window = parts(config)
+    model = load_model(
+        path=None,
+        from_config=config.model.from_config,
+        task="causal_lm",
+        dtype=torch.float32,
+        attention="sdpa",
+        seed=0,
+        adapter=config.model.adapter,
+    )
+    objective = Objective(model, config)
+    engine = SingleEngine("fp32", torch.device("cpu"))
+    engine.prepare(model, optimizer_factory(config))
+    backwards = []
+    engine.backward = lambda loss: (backwards.append(loss), type(engine).backward(engine, loss))
+    state = torch.get_rng_state()
+    warm_up(engine, objective, window[0])
+    assert not backwards
+    # The model stays where it is: what the warm-up asks for is only whether memory can run out at once.
+    engine.device = torch.device("cuda")
+    warm_up(engine, objective, window[0])
+    assert len(backwards) == 1 and math.isfinite(backwards[0].item())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters()) and not engine.optimizer.state
