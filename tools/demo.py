@@ -97,7 +97,10 @@ def compare() -> bool:
         cells = (row.seconds * 1e3, row.time_ratio, row.peak_bytes / 2**20, row.peak_ratio)
         table.add_row(name, *(f"{cell:.{digits}f}" for cell, digits in zip(cells, (0, 2, 1, 2), strict=True)))
     Console(highlight=False).print(table)
-    print("time: median of interleaved steps; peak: live tensor bytes above weights and optimizer state")
+    print(
+        "time: median of interleaved steps, its ratio the median of the ratios within a round; "
+        "peak: live tensor bytes above weights and optimizer state"
+    )
     print(
         f"\nThe checkpoint is {checkpoint.path.relative_to(ROOT)}. To go on:\n"
         f"  python launchers/export.py --run {config.run.output_dir} --output {config.run.output_dir}/export\n"
