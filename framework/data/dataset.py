@@ -105,7 +105,7 @@ class TokenizedDataset(Sequence[Sample]):
         """Samples."""
         return len(self.offsets) - 1
 
-    def __getitem__(self, index: int) -> Sample:  # type: ignore[override]  # samples are drawn one by one
+    def __getitem__(self, index: int) -> Sample:
         """The sample at `index`, counted from 0."""
         if not 0 <= index < len(self):
             raise IndexError(index)

@@ -72,12 +72,12 @@ class CpuMemoryTracker(TorchDispatchMode):
             return result
 
         self._storage_resize.append(plain_resize)
-        torch.UntypedStorage.resize_ = resize  # type: ignore[assignment,method-assign]
+        torch.UntypedStorage.resize_ = resize
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         """Stop to see operators; what is counted stays counted until it dies."""
-        torch.UntypedStorage.resize_ = self._storage_resize.pop()  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = self._storage_resize.pop()
         super().__exit__(*exception)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

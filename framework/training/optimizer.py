@@ -88,7 +88,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         self._generators: dict[torch.device, torch.Generator] = {}
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:
         """Update every parameter that has a gradient, in chunks; gradients are left as they are."""
         assert closure is None
         self._generators.clear()

@@ -37,9 +37,8 @@ def test_every_generator_continues_where_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the random state of a CUDA device needs a CUDA device")
 def test_every_device_continues_where_it_was(tmp_path: Path) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     torch.cuda.manual_seed_all(5)
     torch.save(capture_random_state(), tmp_path / "state.pt")
     expected = torch.rand(8, device="cuda")

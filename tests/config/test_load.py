@@ -75,7 +75,7 @@ def test_hash_covers_what_determines_the_losses(small: Path) -> None:
 
 def test_config_is_frozen(small: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
-        load_config(small).training.max_steps = 3  # type: ignore[misc]
+        load_config(small).training.max_steps = 3
 
 
 def test_all_problems_are_reported_together_in_the_order_of_the_file(write: Write, problems: Problems) -> None:

@@ -160,12 +160,12 @@ def test_reentrant_nested_backward_is_seen() -> None:
 
     class Replay(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x):  # type: ignore[no-untyped-def]
+        def forward(ctx, x):
             ctx.save_for_backward(x)
             return x * 2
 
         @staticmethod
-        def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        def backward(ctx, grad):
             (x,) = ctx.saved_tensors
             with torch.enable_grad():
                 leaf = x.detach().requires_grad_()
