@@ -7,6 +7,7 @@ that of a smoothed bigram model of the same tokens, and measures step time and p
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,7 @@ REPEATS = 5
 def run(*command: str) -> None:
     """Run a command of this repository as a person would, and stop where it stops."""
     print(f"\n$ {shlex.join(['python', *command])}", flush=True)
-    code = subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    code = subprocess.run([sys.executable, *command]).returncode
     if code:
         sys.exit(code)
 
@@ -35,51 +36,29 @@ def compare() -> bool:
 
     from framework.checkpoint import WEIGHTS_FILE, find_step, load_weights
     from framework.config import load_config
-    from framework.data import Loader, load_dataset, load_tokenizer
-    from framework.models import load_model
-    from framework.selection import select, supervised_positions
     from framework.training.metrics import evaluated_at
+    from framework.training.objective import draw_selection
+    from framework.training.progress import Reporter
+    from framework.training.setup import configured_model, load_data, make_loaders
 
-    config = load_config(str(ROOT / CONFIG))
-    directory = ROOT / config.run.output_dir
+    config = load_config(CONFIG)
+    directory = Path(config.run.output_dir)
     checkpoint = find_step(directory, None)
     loss = evaluated_at(directory / "metrics.jsonl", checkpoint.step)
     if loss is None:
         print(f"the run was stopped after step {checkpoint.step}; make demo goes on from there")
         return True
 
-    tokenizer = load_tokenizer(str(ROOT / config.model.tokenizer))
-    length = config.data.sequence_length
-    train, evaluation = (
-        load_dataset([str(ROOT / path)], tokenizer=tokenizer, sequence_length=length)
-        for path in (config.data.train, config.data.eval)
-    )
-    bigram = bigram_loss(train, evaluation, len(tokenizer))
+    train, evaluation, pad_token_id = load_data(config, Reporter(Console(quiet=True)))
+    model = configured_model(config)
+    bigram = bigram_loss(train, evaluation, model.config.vocab_size)
     print(f"\nevaluation loss {loss:.3f} nats a token; smoothed bigram model of the same tokens {bigram:.3f}")
 
-    model = load_model(
-        path=None,
-        from_config=config.model.from_config,
-        task=config.model.task,
-        dtype=getattr(torch, config.weights_dtype),
-        attention=config.model.attention,
-        seed=config.run.seed,
-    )
     load_weights(checkpoint.path / WEIGHTS_FILE, model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch = Loader(
-        train,
-        sequence_length=length,
-        packing=config.data.packing,
-        global_batch_size=config.training.micro_batch_size,
-        micro_batch_size=config.training.micro_batch_size,
-        seed=config.run.seed,
-        pad_token_id=tokenizer.pad_token_id,
-    ).next_window()[0]
-    supervised = supervised_positions(batch.inputs["labels"], causal=True)
-    selection = select(
-        strategy="supervised", ratio="labelled", supervised=supervised, documents=batch.documents, seed=config.run.seed
-    )
+    loader, _ = make_loaders(config, train, pad_token_id)
+    batch = loader.next_window()[0]
+    selection = draw_selection(config, batch)
     share = selection.selected_tokens / batch.tokens
     arms = [ALL, CHECKPOINT, Arm("selective", share), Arm("selective", share, retain_linears=True)]
     inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
@@ -102,7 +81,7 @@ def compare() -> bool:
         "peak: live tensor bytes above weights and optimizer state"
     )
     print(
-        f"\nThe checkpoint is {checkpoint.path.relative_to(ROOT)}. To go on:\n"
+        f"\nThe checkpoint is {checkpoint.path}. To go on:\n"
         f"  python launchers/export.py --run {config.run.output_dir} --output {config.run.output_dir}/export\n"
         f"  python launchers/train.py --config {CONFIG} --inspect-data 3\n"
         f"  python launchers/train.py --config configs/llama8b-lora.json --dry-run"
@@ -112,6 +91,7 @@ def compare() -> bool:
 
 def main() -> int:
     """Everything in turn; 1 if the trained model is no better than its baseline."""
+    os.chdir(ROOT)  # where the config's paths start
     run("tools/make_default_data.py", "--output", "data/default")
     run("launchers/train.py", "--config", CONFIG)
     if compare():

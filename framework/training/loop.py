@@ -22,7 +22,7 @@ from framework.checkpoint import (
 from framework.config import Config
 from framework.data import Batch, Loader, TokenizedDataset
 from framework.errors import RunError, UserError
-from framework.models import count_parameters, load_model
+from framework.models import count_parameters
 from framework.sharding.protocol import Engine, StepResult
 from framework.sharding.single import SingleEngine
 from framework.training.loss import evaluation_loss
@@ -36,7 +36,14 @@ from framework.training.resuming import check_resumable, manifest_of
 from framework.training.run import TrainResult
 from framework.training.run_directory import RunDirectory
 from framework.training.schedule import scheduled_rate
-from framework.training.setup import load_data, make_loaders, seed_everything, use_deterministic_kernels, warm_up
+from framework.training.setup import (
+    configured_model,
+    load_data,
+    make_loaders,
+    seed_everything,
+    use_deterministic_kernels,
+    warm_up,
+)
 from framework.training.signals import StopSignals
 
 LISTED_SAMPLES = 16
@@ -60,15 +67,7 @@ def run_training(
     loader, evaluation_batches = make_loaders(config, train_data, pad_token_id)
 
     # The order of the transforms: adapters, then selection and retention, then the engine.
-    model = load_model(
-        path=config.model.path,
-        from_config=config.model.from_config,
-        task=config.model.task,
-        dtype=getattr(torch, config.weights_dtype),
-        attention=config.model.attention,
-        seed=config.run.seed,
-        adapter=config.model.adapter,
-    )
+    model = configured_model(config)
     objective = Objective(model, config)
     engine = SingleEngine(config.optimizer.precision)
     engine.prepare(model, optimizer_factory(config))

@@ -9,12 +9,14 @@ from functools import partial
 
 import numpy as np
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from framework.checkpoint import capture_random_state, restore_random_state
 from framework.config import Config
 from framework.data import Batch, Loader, TokenizedDataset, evaluation_batches, load_dataset, load_tokenizer
 from framework.errors import UserError
-from framework.models import check_compatibility, read_architecture
+from framework.models import check_compatibility, load_model, read_architecture
 from framework.sharding.protocol import Engine
 from framework.training.objective import Objective
 from framework.training.progress import Reporter
@@ -72,6 +74,19 @@ def make_loaders(
     }
     loader = Loader(train_data, global_batch_size=config.training.global_batch_size, seed=config.run.seed, **shape)
     return loader, partial(evaluation_batches, **shape)
+
+
+def configured_model(config: Config) -> PreTrainedModel | PeftModel:
+    """The model that a config describes, with its adapter, on the CPU. Raises as `framework.models.load_model` does."""
+    return load_model(
+        path=config.model.path,
+        from_config=config.model.from_config,
+        task=config.model.task,
+        dtype=getattr(torch, config.weights_dtype),
+        attention=config.model.attention,
+        seed=config.run.seed,
+        adapter=config.model.adapter,
+    )
 
 
 def seed_everything(seed: int) -> None:

@@ -12,13 +12,12 @@ import torch
 import framework
 from framework.data import Loader, load_dataset, load_tokenizer
 from framework.errors import RunError, UserError
-from framework.models import load_model
 from framework.selection import supervised_positions
 from framework.sharding.single import SingleEngine
 from framework.training import loop
 from framework.training.objective import Objective, draw_selection
 from framework.training.optimizer import optimizer_factory
-from framework.training.setup import warm_up
+from framework.training.setup import configured_model, warm_up
 
 
 def records(run_dir: Path, kind: str) -> list[dict]:
@@ -43,15 +42,7 @@ def parts(config):
         seed=config.run.seed,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = load_model(
-        path=None,
-        from_config=config.model.from_config,
-        task="causal_lm",
-        dtype=torch.float32,
-        attention="sdpa",
-        seed=config.run.seed,
-    )
-    return model, loader.next_window()
+    return configured_model(config), loader.next_window()
 
 
 EXACT = {"selection__strategy": "none", "retention__policy": "all", "retention__retain_linears": False}
@@ -360,16 +351,7 @@ def test_a_stop_during_the_last_evaluation_is_made_good_on_resume(make_config, m
 
 def test_the_warm_up_leaves_no_trace(make_config):
     config = make_config(model__adapter={"kind": "lora", "rank": 2, "alpha": 4.0, "dropout": 0.5})
-    _, window = parts(config)
-    model = load_model(
-        path=None,
-        from_config=config.model.from_config,
-        task="causal_lm",
-        dtype=torch.float32,
-        attention="sdpa",
-        seed=0,
-        adapter=config.model.adapter,
-    )
+    model, window = parts(config)
     objective = Objective(model, config)
     engine = SingleEngine("fp32", torch.device("cpu"))
     engine.prepare(model, optimizer_factory(config))
