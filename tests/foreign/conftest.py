@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -153,6 +154,14 @@ def worst(got: Tensors, want: Tensors) -> float:
     if got.keys() != want.keys():
         return float("inf")
     return max(float((got[k] - want[k]).norm() / want[k].norm()) for k in want)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate keeps its state for the whole process; each test starts with none."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
