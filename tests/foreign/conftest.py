@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from framework.retention.reference import reference_gradients
-from framework.selection import Selection, documents_of, select, supervised_positions
+from framework.selection import documents_of, select, supervised_positions
 from framework.training.loss import LossKind, rows_loss, selected_supervised_rows, unwrapped
 
 Tensors = dict[str, Tensor]

@@ -124,7 +124,9 @@ def test_enabled_before_the_trainer_takes_the_forward_it_says_so(foreign, tiny_t
     model = foreign.tiny_model()
     framework.enable_token_selection(model)
     trainer = trainer_of(model, data_of("completion", foreign.prompts_and_answers(8)), tiny_tokenizer, tmp_path)
-    with pytest.raises(RuntimeError, match=r"after constructing it: framework\.enable_token_selection\(trainer\.model\)"):
+    with pytest.raises(
+        RuntimeError, match=r"after constructing it: framework\.enable_token_selection\(trainer\.model\)"
+    ):
         trainer.train()
 
 
