@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -147,7 +148,8 @@ class SelectiveRetention:
             random=self._random,
         )
         anchor = torch.empty(0, device=hidden.device, requires_grad=True)
-        return SelectiveBlock.apply(call, anchor, hidden)
+        in_graph = [p for p in block.parameters() if p.requires_grad] if _graph_is_searched() else []
+        return SelectiveBlock.apply(call, anchor, hidden, *in_graph)
 
     def _resolve(self, hidden: Tensor, name: str) -> SelectedRows:
         """The selected rows of this forward pass, checked against the block's input."""
@@ -162,6 +164,15 @@ class SelectiveRetention:
                 f"{self._rows.tokens} tokens: models that change the number of tokens on the way are not supported"
             )
         return self._rows
+
+
+def _graph_is_searched() -> bool:
+    """Whether DistributedDataParallel looks for unused parameters in this forward pass.
+
+    It takes those that are not in the graph of the output for unused, as those of a replay would be.
+    """
+    active = DistributedDataParallel._active_ddp_module
+    return active is not None and active.find_unused_parameters and not active.static_graph
 
 
 def apply_checkpointing(model: PreTrainedModel) -> None:

@@ -37,7 +37,7 @@ for step in range(1, args.max_steps + 1):
     window = list(islice(batches, ACCUMULATION))
     # The mean is over the labels of the whole window and of all processes, whose gradients Accelerate averages.
     labels = sum((batch["labels"][:, 1:] != -100).sum() for batch in window)
-    count = accelerator.reduce(labels, "mean")
+    count = accelerator.reduce(labels.float(), "mean")
     total = 0.0
     for batch in window:
         loss = model(**batch, num_items_in_batch=count).loss
