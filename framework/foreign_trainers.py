@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from framework.token_selection import TokenSelection
 
 FUSED_HEAD = "fused_lm_head"
-"""The argument by which TRL's trainers (from 1.16 on) ask for losses per token instead of logits."""
+"""The argument by which TRL's trainers, from 1.16 on, ask for losses per token instead of logits."""
 
 
 class TokenSelectionCallback(TrainerCallback):
@@ -31,6 +32,17 @@ class TokenSelectionCallback(TrainerCallback):
     ) -> None:
         """Number the documents of the coming step from the step's own number."""
         self.selection.start_step(state.global_step)
+
+
+def refuse_foreign_forward(forward: Callable[..., Any]) -> None:
+    """Refuse a forward that stands in place of the model's own, if token selection cannot work in it.
+
+    Raises:
+        ValueError: it is that of a TRL whose chunked loss takes the place of the logits for every caller.
+    """
+    code, names = forward.__func__.__code__, forward.__func__.__globals__
+    if names["__name__"].startswith("trl.") and FUSED_HEAD not in code.co_varnames:
+        raise ValueError("the chunked loss of this version of TRL does not go with token selection: use trl>=1.16")
 
 
 def refuse_foreign_arguments(model: PreTrainedModel, inputs: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from framework.foreign_trainers import FUSED_HEAD, refuse_foreign_arguments
+from framework.foreign_trainers import FUSED_HEAD, refuse_foreign_arguments, refuse_foreign_forward
 from framework.retention import SelectiveRetention, head_rows
 from framework.selection import IGNORED, Selection, check_options, documents_of, select, supervised_positions
 from framework.training.loss import LossKind, loss_kind, rows_loss, selected_supervised_rows, unwrapped
@@ -243,6 +243,7 @@ def enable_token_selection(
         raise ValueError(
             "token selection is enabled on this model already: call framework.disable_token_selection first"
         )
+    refuse_foreign_forward(inner.forward)
     retention = SelectiveRetention(inner, retain_linears=retain_linears, kv_format=kv_format)
     state = TokenSelection(
         inner, retention, strategy=strategy, ratio=ratio, seed=seed, tokentune=tokentune, normalization=normalization

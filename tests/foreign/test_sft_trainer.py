@@ -1,6 +1,7 @@
 """TRL's `SFTTrainer` with token selection: gradients of a step against the slow reference."""
 
 import copy
+import types
 
 import pytest
 from datasets import Dataset
@@ -152,3 +153,14 @@ def test_disabled_again_the_trainer_has_its_own_forward(foreign, tiny_tokenizer,
     assert trainer.model.forward != fused
     framework.disable_token_selection(trainer.model)
     assert trainer.model.forward == fused
+
+
+def test_the_chunked_loss_of_older_versions_is_refused(foreign):
+    """Up to 1.14 TRL gave the model a forward that takes labels and forms no logits, without an argument to say so."""
+    model = foreign.tiny_model()
+    source = "def _chunked_ce_forward(self, *args, **kwargs): ..."
+    names = {"__name__": "trl.trainer.sft_trainer"}
+    exec(source, names)
+    model.forward = types.MethodType(names["_chunked_ce_forward"], model)
+    with pytest.raises(ValueError, match="use trl>=1.16"):
+        framework.enable_token_selection(model)
