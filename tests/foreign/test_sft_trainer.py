@@ -162,5 +162,5 @@ def test_the_chunked_loss_of_older_versions_is_refused(foreign):
     names = {"__name__": "trl.trainer.sft_trainer"}
     exec(source, names)
     model.forward = types.MethodType(names["_chunked_ce_forward"], model)
-    with pytest.raises(ValueError, match="use trl>=1.16"):
+    with pytest.raises(ValueError, match=r"use trl>=1\.16"):
         framework.enable_token_selection(model)
