@@ -62,12 +62,20 @@ class Loader:
         self._index = 0
 
     def _begin_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._sequences = self._order(epoch)
+
+    def _order(self, epoch: int) -> np.ndarray | list[np.ndarray]:
+        """The sequences of an epoch in the order of drawing, each as a draw index or, with packing, several."""
         order = epoch_order(len(self.dataset), seed=self.seed, epoch=epoch)
         draws = epoch * len(self.dataset) + order
-        self._epoch = epoch
-        self._sequences: np.ndarray | list[np.ndarray] = draws
         if self.packing:
-            self._sequences = [draws[places] for places in pack(self._lengths[order], self.sequence_length)]
+            return [draws[places] for places in pack(self._lengths[order], self.sequence_length)]
+        return draws
+
+    def sequences_in(self, epoch: int) -> int:
+        """Sequences of an epoch; with packing they are counted by packing it, and differ a little between epochs."""
+        return len(self._order(epoch)) if self.packing else len(self.dataset)
 
     def next_window(self) -> list[Batch]:
         """The micro-batches of one optimiser step.

@@ -45,7 +45,7 @@ def dry_run(config: Config) -> str:
         f"({trainable / architecture.parameters:.2%})",
         f"batch          {training.global_batch_size} sequences a step = {training.micro_batch_size} (micro-batch) x "
         f"{config.gradient_accumulation} (accumulation) x 1 (rank), of up to {config.data.sequence_length} tokens",
-        f"steps          {training.max_steps}",
+        f"steps          {training.max_steps or f'{training.epochs:g} epochs; data.train says how many steps'}",
         f"selection      {config.selection.strategy}, ratio {config.resolved_ratio}: {fidelity_class(config)}",
         f"retention      {config.retention.policy}"
         + (", linear outputs retained" if config.retention.retain_linears else "")

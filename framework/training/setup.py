@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -74,6 +75,18 @@ def make_loaders(
     }
     loader = Loader(train_data, global_batch_size=config.training.global_batch_size, seed=config.run.seed, **shape)
     return loader, partial(evaluation_batches, **shape)
+
+
+def in_steps(config: Config, loader: Loader, reporter: Reporter) -> Config:
+    """The same run with `training.epochs` as the number of steps in which `loader` makes so many passes."""
+    epochs = config.training.epochs
+    whole = int(epochs)
+    sequences = sum(loader.sequences_in(epoch) for epoch in range(whole))
+    if epochs > whole:
+        sequences += math.ceil((epochs - whole) * loader.sequences_in(whole))
+    steps = math.ceil(sequences / config.training.global_batch_size)
+    reporter.line(f"training.epochs: {epochs:g} epochs are {sequences:,} sequences, {steps:,} steps")
+    return config.with_max_steps(steps)
 
 
 def configured_model(config: Config) -> PreTrainedModel | PeftModel:
