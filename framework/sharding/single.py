@@ -90,13 +90,14 @@ class SingleEngine:
                 group["lr"] = learning_rate * group.get("learning_rate_scale", 1.0)
             self.optimizer.step()
         too_large = math.isfinite(loss_value) and not finite and self._can_fall(scale_value)
-        if finite:
-            self._scaler.update(scale_value if self._constant_scale else None)
-        else:
-            # torch halves the scale for any gradient that is not finite, but the minimum, a norm that overflows in
-            # float32, and a loss that says nothing about the scale are no matter of single gradients.
+        if finite and self._constant_scale is None:
             self._scaler.update()
-            self._scaler.update(max(scale_value / 2, self._minimum_scale) if too_large else scale_value)
+        elif too_large:
+            # Halves the scale, but knows no minimum and no norm that overflows in float32 where no gradient does.
+            self._scaler.update()
+            self._scaler.update(max(scale_value / 2, self._minimum_scale))
+        else:
+            self._scaler.update(scale_value)
         self.discard_gradients()
         return StepResult(
             loss_value,
@@ -107,6 +108,7 @@ class SingleEngine:
         )
 
     def _can_fall(self, scale: float) -> bool:
+        """Whether a smaller loss scale is an answer to gradients that overflow."""
         return self._scaler.is_enabled() and self._constant_scale is None and scale > self._minimum_scale
 
     def discard_gradients(self) -> None:
