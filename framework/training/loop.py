@@ -202,7 +202,7 @@ class Run:
         cause = "done" if self.complete else f"stopped by {self.signals.requested(self.directory.stop_file)}"
         details = [f"{cause} after step {self.step}", *filter(None, [self.result().reason])]
         if self.skipped.total:
-            details.append(f"{self.skipped.total} steps were skipped")
+            details.append(f"skipped steps: {self.skipped.total}")
         self.reporter.line("; ".join([*details, f"checkpoint: {self.checkpoint}"]))
 
     def finished(self) -> bool:
