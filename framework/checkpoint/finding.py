@@ -15,7 +15,7 @@ from framework.checkpoint.layout import (
     checkpoints_directory,
     list_checkpoints,
 )
-from framework.checkpoint.ranking import best_first
+from framework.checkpoint.ranking import best_checkpoint
 from framework.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -88,9 +88,9 @@ def find_best(run_dir: Path, metric: str) -> Checkpoint:
     Raises:
         UserError: The step of no complete checkpoint was evaluated.
     """
+    if (best := best_checkpoint(run_dir, metric)) is not None:
+        return best
     complete, damaged = list_checkpoints(run_dir)
-    if ranked := best_first(complete, metric):
-        return ranked[0]
     reasons = "".join(f"\ndamaged: {path}: {reason}" for path, reason in damaged.items())
     raise UserError(
         f"{run_dir}: none of its {len(complete)} checkpoints is of a step with an evaluation that has a finite "

@@ -26,6 +26,12 @@ def best_first(checkpoints: Iterable[Checkpoint], metric: str) -> list[Checkpoin
     return [checkpoint for _, checkpoint in sorted(evaluated, key=lambda pair: (sign * pair[0], pair[1].step))]
 
 
+def best_checkpoint(run_dir: Path, metric: str) -> Checkpoint | None:
+    """The best of a run's complete checkpoints; None if the step of none was evaluated."""
+    complete, _ = list_checkpoints(run_dir)
+    return next(iter(best_first(complete, metric)), None)
+
+
 def is_among_best(run_dir: Path, figure: float | None, metric: str, count: int) -> bool:
     """Whether a step that is not saved yet would be one of the `count` best of a run, not just equal to the last one.
 

@@ -34,7 +34,7 @@ from framework.checkpoint.layout import (
     replaced_directory,
     temporary_directory,
 )
-from framework.checkpoint.ranking import best_first
+from framework.checkpoint.ranking import best_checkpoint, best_first
 from framework.errors import RunError
 
 _LIBRARIES = ("transformers", "peft", "safetensors", "numpy", "selectrain")
@@ -171,10 +171,9 @@ def _move_latest(root: Path, name: str) -> None:
 def _move_best(run_dir: Path, keep_best: int, metric: str) -> None:
     """Let `best` name the best checkpoint; without one, or where the best are not kept, it must name none."""
     pointer = checkpoints_directory(run_dir) / BEST_FILE
-    complete, _ = list_checkpoints(run_dir)
-    ranked = best_first(complete, metric)
-    if keep_best and ranked:
-        _point(pointer, ranked[0].path.name)
+    best = best_checkpoint(run_dir, metric)
+    if keep_best and best is not None:
+        _point(pointer, best.path.name)
     else:
         pointer.unlink(missing_ok=True)
 

@@ -19,7 +19,7 @@ from framework.config.sections import (
     TrainingConfig,
 )
 
-TASK_METRICS: dict[str, tuple[str, ...]] = {}
+TASK_METRICS = {"sequence_classification": ("accuracy",), "image_classification": ("accuracy",)}
 """What an evaluation gives beside the loss, for each task that has such a figure; higher is better for all of them."""
 
 Check = Callable[..., tuple[str, str] | None]

@@ -61,21 +61,17 @@ class Loader:
         self._begin_epoch(0)
         self._index = 0
 
-    def _begin_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._sequences = self._order(epoch)
-
-    def _order(self, epoch: int) -> np.ndarray | list[np.ndarray]:
-        """The sequences of an epoch in the order of drawing, each as a draw index or, with packing, several."""
+    def sequences(self, epoch: int) -> np.ndarray | list[np.ndarray]:
+        """The sequences of an epoch in the order of drawing: draw indices or, with packing, arrays of them."""
         order = epoch_order(len(self.dataset), seed=self.seed, epoch=epoch)
         draws = epoch * len(self.dataset) + order
         if self.packing:
             return [draws[places] for places in pack(self._lengths[order], self.sequence_length)]
         return draws
 
-    def sequences_in(self, epoch: int) -> int:
-        """Sequences of an epoch; with packing they are counted by packing it, and differ a little between epochs."""
-        return len(self._order(epoch)) if self.packing else len(self.dataset)
+    def _begin_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._sequences = self.sequences(epoch)
 
     def next_window(self) -> list[Batch]:
         """The micro-batches of one optimiser step.

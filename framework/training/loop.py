@@ -12,6 +12,7 @@ from pathlib import Path
 
 from framework.checkpoint import (
     Checkpoint,
+    best_checkpoint,
     capture_random_state,
     find_checkpoint,
     is_among_best,
@@ -200,10 +201,15 @@ class Run:
         self.complete = self.finished() and not self.evaluation_is_due()
         self.save()
         cause = "done" if self.complete else f"stopped by {self.signals.requested(self.directory.stop_file)}"
-        details = [f"{cause} after step {self.step}", *filter(None, [self.result().reason])]
-        if self.skipped.total:
-            details.append(f"skipped steps: {self.skipped.total}")
-        self.reporter.line("; ".join([*details, f"checkpoint: {self.checkpoint}"]))
+        result = self.result()
+        details = {
+            "reason": result.reason,
+            "skipped steps": self.skipped.total,
+            "best checkpoint": result.best_checkpoint,
+            "checkpoint": result.checkpoint,
+        }
+        said = [f"{name}: {value}" for name, value in details.items() if value]
+        self.reporter.line("; ".join([f"{cause} after step {self.step}", *said]))
 
     def finished(self) -> bool:
         """Whether there is no step left to do."""
@@ -343,6 +349,7 @@ class Run:
     def result(self) -> TrainResult:
         """How the run ended."""
         stopped_early = self.complete and self.step < self.config.training.max_steps
+        best = best_checkpoint(self.directory.path, self.config.checkpoint.best_metric)
         return TrainResult(
             status="completed" if self.complete else "stopped",
             step=self.step,
@@ -351,6 +358,7 @@ class Run:
             train_loss=self.train_loss,
             eval_loss=self.eval_loss,
             reason=self.early_stopping.reason() if stopped_early else None,
+            best_checkpoint=best.path if best is not None and self.config.checkpoint.keep_best else None,
         )
 
     def _sum(self, values: Iterable[int]) -> int:

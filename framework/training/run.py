@@ -30,6 +30,7 @@ class TrainResult:
         train_loss: loss of the last step done by this call; None if it did none.
         eval_loss: of the last evaluation, which may be that of the checkpoint it continued; None if there was none.
         reason: why it completed before `training.max_steps`; None if it did not.
+        best_checkpoint: directory of the checkpoint with the best evaluation; None unless `checkpoint.keep_best` is on.
     """
 
     status: str
@@ -39,6 +40,7 @@ class TrainResult:
     train_loss: float | None
     eval_loss: float | None
     reason: str | None = None
+    best_checkpoint: Path | None = None
 
 
 def train(config: Config, *, resume: str = "auto", signals: StopSignals | None = None) -> TrainResult:

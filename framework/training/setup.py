@@ -81,9 +81,9 @@ def in_steps(config: Config, loader: Loader, reporter: Reporter) -> Config:
     """The same run with `training.epochs` as the number of steps in which `loader` makes so many passes."""
     epochs = config.training.epochs
     whole = int(epochs)
-    sequences = sum(loader.sequences_in(epoch) for epoch in range(whole))
+    sequences = sum(len(loader.sequences(epoch)) for epoch in range(whole))
     if epochs > whole:
-        sequences += math.ceil((epochs - whole) * loader.sequences_in(whole))
+        sequences += math.ceil((epochs - whole) * len(loader.sequences(whole)))
     steps = math.ceil(sequences / config.training.global_batch_size)
     reporter.line(f"training.epochs: {epochs:g} epochs are {sequences:,} sequences, {steps:,} steps")
     return config.with_max_steps(steps)

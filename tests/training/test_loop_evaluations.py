@@ -55,7 +55,7 @@ def test_a_run_ends_early_and_says_why(make_config, scripted):
     )
     marker = json.loads((result.run_dir / "COMPLETED").read_text())
     assert marker["message"] == f"completed 4 steps: {result.reason}"
-    assert marker["last_lines"][-1] == f"done after step 4; {result.reason}; checkpoint: {result.checkpoint}"
+    assert marker["last_lines"][-1] == (f"done after step 4; reason: {result.reason}; checkpoint: {result.checkpoint}")
     assert pointer(result.run_dir, "latest") == 4
     assert len(train_losses(result.run_dir)) == 4
 
@@ -109,6 +109,7 @@ def test_the_best_checkpoints_are_saved_when_they_are_evaluated(make_config, scr
     result = framework.train(make_config(**EVERY, checkpoint__keep_best=keep_best, checkpoint__keep_last=1))
     assert steps(result.run_dir) == kept
     assert (pointer(result.run_dir, "latest"), pointer(result.run_dir, "best")) == (6, 5)
+    assert result.best_checkpoint == result.run_dir / "checkpoints" / "step-00000005"
     manifests = [
         json.loads((result.run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text()) for step in kept
     ]
