@@ -120,7 +120,8 @@ def _validate(source: Source) -> tuple[Config | None, dict[KeyPath, str]]:
         if key not in source.tree[section]:
             return field.default
         # Rules get what they would get of a valid config, nested sections as such.
-        return TypeAdapter(field.annotation).validate_json(json.dumps(source.tree[section][key]))
+        annotation: Any = field.annotation
+        return TypeAdapter(annotation).validate_json(json.dumps(source.tree[section][key]))
 
     for name, message in broken_rules(value_of):
         problems.setdefault(tuple(name.split(".")), message)

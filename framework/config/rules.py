@@ -149,6 +149,13 @@ def _one_measure_of_length(max_steps: int | None, epochs: float | None) -> tuple
     return None
 
 
+@_rule("schedule.warmup_steps", "schedule.warmup_ratio")
+def _one_measure_of_warmup(warmup_steps: int, warmup_ratio: float | None) -> tuple[str, str] | None:
+    if warmup_steps and warmup_ratio is not None:
+        return "schedule.warmup_ratio", f"contradicts schedule.warmup_steps, which is {warmup_steps}: leave one out"
+    return None
+
+
 @_rule("training.non_finite", "training.max_skipped_steps")
 def _bound_needs_skipping(non_finite: str, max_skipped_steps: int) -> tuple[str, str] | None:
     if non_finite == "stop" and max_skipped_steps != TrainingConfig.model_fields["max_skipped_steps"].default:

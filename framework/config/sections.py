@@ -223,6 +223,9 @@ class ScheduleConfig(Section):
     warmup_steps: CountOrZero = 0
     """Steps of linear rise to the peak."""
 
+    warmup_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The same as a share of all steps, rounded up, instead of `warmup_steps`."""
+
     final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Learning rate at the last step / peak learning rate; without effect on a constant schedule."""
 

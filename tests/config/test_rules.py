@@ -74,6 +74,10 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
             "training.epochs: contradicts training.max_steps, which is 10: leave one of them out",
         ),
         (
+            ["schedule.warmup_steps=3", "schedule.warmup_ratio=0.1"],
+            "schedule.warmup_ratio: contradicts schedule.warmup_steps, which is 3: leave one out",
+        ),
+        (
             ["training.max_skipped_steps=3"],
             'training.max_skipped_steps: needs training.non_finite "skip", which is "stop"',
         ),
