@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from framework.config.describe import Schema, describe, known_keys, unknown_key
 from framework.config.rules import broken_rules
@@ -116,12 +116,7 @@ def _validate(source: Source) -> tuple[Config | None, dict[KeyPath, str]]:
             raise LookupError(f"{section}.{key} may be meant by an unknown key")
         model = Config.model_fields[section].annotation
         assert isinstance(model, type) and issubclass(model, Section)
-        field = model.model_fields[key]
-        if key not in source.tree[section]:
-            return field.default
-        # Rules get what they would get of a valid config, nested sections as such.
-        annotation: Any = field.annotation
-        return TypeAdapter(annotation).validate_json(json.dumps(source.tree[section][key]))
+        return source.tree[section].get(key, model.model_fields[key].default)
 
     for name, message in broken_rules(value_of):
         problems.setdefault(tuple(name.split(".")), message)

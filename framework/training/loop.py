@@ -175,9 +175,10 @@ class Run:
         self.step, self.tokens, self.checkpoint = checkpoint.step, checkpoint.manifest["tokens"], checkpoint.path
         self.evaluation = checkpoint.evaluation
         self.eval_loss = self.evaluation and self.evaluation["loss"]
-        counted = checkpoint.load_state()["run"]
-        self.early_stopping.load_state_dict(counted["early_stopping"])
-        self.skipped = SkippedSteps(**counted["skipped"])
+        # A checkpoint need not have counted anything: its format is older than the counters.
+        if (counted := checkpoint.load_state().get("run")) is not None:
+            self.early_stopping.load_state_dict(counted["early_stopping"])
+            self.skipped = SkippedSteps(**counted["skipped"])
         own = checkpoint.path.parent.resolve() == self.directory.checkpoints.resolve()
         # Another run's checkpoint is not this one's: even without a further step it is saved here.
         self._saved_step = checkpoint.step if own else 0
