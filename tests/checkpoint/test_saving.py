@@ -21,7 +21,6 @@ from framework.checkpoint import (
     Checkpoint,
     find_best,
     find_checkpoint,
-    is_among_best,
     remove_leftovers,
     save_checkpoint,
     saving,
@@ -317,14 +316,6 @@ def test_saved_again_with_its_evaluation_a_step_becomes_the_best(tmp_path: Path)
     save(tmp_path, 3, keep_last=1, keep_best=1)
     save(tmp_path, 3, keep_last=1, keep_best=1, evaluation={"loss": 1.0})
     assert (steps(tmp_path), pointer(tmp_path, "best")) == ([3], 3)
-
-
-def test_a_step_is_saved_if_it_is_better_than_the_last_of_the_best(tmp_path: Path) -> None:
-    assert is_among_best(tmp_path, 9.0, "loss", 2)
-    save_losses(tmp_path, [3.0, 2.0], keep_best=2)
-    expected = {1.0: True, 2.5: True, 3.0: False, 4.0: False, None: False}
-    assert {loss: is_among_best(tmp_path, loss, "loss", 2) for loss in expected} == expected
-    assert not is_among_best(tmp_path, 1.0, "loss", 0)
 
 
 # Step 2 is the best so far and not among the newest; the save of step 4 is killed.

@@ -381,6 +381,12 @@ def test_a_group_that_matches_nothing_is_refused_before_anything_is_written(make
     assert not Path(config.run.output_dir).exists()
 
 
+def test_other_groups_are_a_warning_on_resume(make_config, capsys):
+    framework.train(make_config(training__max_steps=2))
+    framework.train(make_config(training__max_steps=3, optimizer__groups=[{"pattern": "norm", "weight_decay": 0.1}]))
+    assert "warning: resuming with another setting: optimizer.groups: [] -> [{" in capsys.readouterr().out
+
+
 def test_groups_resume_to_the_bit(make_config, settings):
     changes = {
         "optimizer__groups": [{"pattern": "embed", "learning_rate": 0.002}, {"pattern": "norm", "weight_decay": 0.1}],
