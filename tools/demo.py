@@ -36,10 +36,11 @@ def compare() -> bool:
 
     from framework.checkpoint import WEIGHTS_FILE, find_step, load_weights
     from framework.config import load_config
+    from framework.models import configured_model
     from framework.training.metrics import evaluated_at
     from framework.training.objective import draw_selection
     from framework.training.progress import Reporter
-    from framework.training.setup import configured_model, load_data, make_loaders
+    from framework.training.setup import load_data, make_loaders
 
     config = load_config(CONFIG)
     directory = Path(config.run.output_dir)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Literal
 
-import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,11 +15,11 @@ from framework.checkpoint.disk import free_bytes, is_disk_full, readable_bytes, 
 from framework.checkpoint.finding import find_best, find_step
 from framework.checkpoint.weights import WEIGHTS_FILE, load_weights, map_weights
 from framework.config import Config, load_config
-from framework.data import load_tokenizer
 from framework.errors import RunError, UserError
-from framework.models import load_model
-from framework.models.adapters import add_adapter
-from framework.models.configuration import build_model, read_model_config
+from framework.hub import HubOptions, local_directory, source_name
+from framework.models import configured_empty_model, configured_model, configured_tokenizer
+from framework.models.adapters import changes_base_weights, starts_from_base_weights
+from framework.models.configured import hub_options
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,9 @@ def export_run(
     """Write a checkpoint of a run as a Hugging Face directory, with tokenizer, chat template and generation config.
 
     Full fine-tuning gives the model as safetensors. A run with an adapter gives the adapter, for
-    `PeftModel.from_pretrained`, or with `merge_adapter` the whole model. Only merging reads the base model's weights;
-    without it, the host holds no more than it maps from the checkpoint.
+    `PeftModel.from_pretrained`, or with `merge_adapter` the whole model. Only merging, and the few methods that start
+    from the base model's weights, read these; else the host holds no more than it maps from the checkpoint. An adapter
+    of a model with added tokens is for a base model whose embedding is resized to as many rows.
 
     Args:
         run_dir: The run directory, with `config.json` and `checkpoints/`.
@@ -44,7 +45,8 @@ def export_run(
         `output`.
 
     Raises:
-        UserError: There is no such run or checkpoint, the output is not empty, or there is no adapter to merge.
+        UserError: There is no such run or checkpoint, the output is not empty, or there is no adapter to merge, or none
+            that can be merged.
         RunError: The disk is full or cannot be written.
     """
     if not (run_dir / "config.json").is_file():
@@ -56,15 +58,24 @@ def export_run(
         raise UserError(f"--output: {output} exists and is not an empty directory; give another one")
     chosen = find_best(run_dir, config.checkpoint.best_metric) if step == "best" else find_step(run_dir, step)
     weights = chosen.path / WEIGHTS_FILE
-    tokenizer_source = config.model.tokenizer or config.model.path
-    tokenizer = None if tokenizer_source is None else load_tokenizer(tokenizer_source)
-    model = _merged_model(config, weights) if merge_adapter else _mapped_model(config, weights)
-    generation = _generation_config(model, config.model.path, tokenizer)
+    settings = config.model
+    tokenizer = configured_tokenizer(config) if settings.tokenizer or settings.path else None
+    model: PreTrainedModel | PeftModel
+    if merge_adapter:
+        model = _merged_model(config, weights)
+    elif settings.adapter is not None and starts_from_base_weights(settings.adapter):
+        model = _loaded_model(config, weights)
+    else:
+        model = _mapped_model(config, weights, tokenizer)
+    if isinstance(model, PeftModel):
+        _name_base(model, settings.path, settings.revision)
+    generation = _generation_config(model, settings.path, hub_options(settings), tokenizer)
+    start = _start_of(config) if isinstance(model, PeftModel) else None
     temporary = output.with_name(f".{output.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write(model, tokenizer, generation, temporary)
+        _write(model, tokenizer, generation, temporary, start)
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         temporary.rename(output)
@@ -80,59 +91,62 @@ def export_run(
     return output
 
 
-def _mapped_model(config: Config, weights: Path) -> PreTrainedModel | PeftModel:
+def _mapped_model(
+    config: Config, weights: Path, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedModel | PeftModel:
     """The model as the run built it, on the meta device but for what the checkpoint holds."""
-    settings = config.model
-    # As in training, the config at `path` counts where there is one.
-    base = read_model_config(settings.path, None if settings.path else settings.from_config)
-    with torch.device("meta"):
-        model: PreTrainedModel | PeftModel = build_model(
-            base, task=settings.task, dtype=_weights_dtype(config), attention=settings.attention
-        )
-        if settings.adapter is not None:
-            model = add_adapter(model, settings.adapter, task=settings.task)
+    model = configured_empty_model(config, tokenizer)
     map_weights(weights, model)
-    if isinstance(model, PeftModel):
-        _name_base(model, settings.path)
-    else:
+    if not isinstance(model, PeftModel):
         model.tie_weights()
     return model
 
 
-def _merged_model(config: Config, weights: Path) -> PreTrainedModel:
-    settings = config.model
-    model = load_model(
-        path=settings.path,
-        from_config=settings.from_config,
-        task=settings.task,
-        dtype=_weights_dtype(config),
-        attention=settings.attention,
-        seed=config.run.seed,
-        adapter=settings.adapter,
-    )
+def _loaded_model(config: Config, weights: Path) -> PreTrainedModel | PeftModel:
+    """The model of the checkpoint, with all of its weights."""
+    model = configured_model(config)
     load_weights(weights, model)
-    merged: PreTrainedModel = model.merge_and_unload()
+    return model
+
+
+def _merged_model(config: Config, weights: Path) -> PreTrainedModel:
+    """The base model with the adapter merged into its weights.
+
+    Raises:
+        UserError: The method cannot be merged, or not with these options or layers.
+    """
+    model = _loaded_model(config, weights)
+    try:
+        merged: PreTrainedModel = model.merge_and_unload()
+    except (NotImplementedError, ValueError, RuntimeError, AttributeError) as error:
+        assert config.model.adapter is not None
+        raise UserError(
+            f"--merge-adapter: PEFT cannot merge this {config.model.adapter.kind} adapter: {error}; export it without "
+            "--merge-adapter, and load it beside its base model"
+        ) from error
     return merged
 
 
-def _weights_dtype(config: Config) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, config.weights_dtype)
-    return dtype
+def _start_of(config: Config) -> PeftModel | None:
+    """The adapter before its first step, if what it started with was taken out of the base model's weights."""
+    adapter = config.model.adapter
+    return configured_model(config) if adapter is not None and changes_base_weights(adapter) else None
 
 
-def _name_base(model: PeftModel, path: str | None) -> None:
+def _name_base(model: PeftModel, path: str | None, revision: str | None) -> None:
     """Record the base model where it can be found from any directory."""
     if path is None:
         logger.warning(
             "the adapter's base model has random weights that are stored nowhere; use --merge-adapter for a model "
             "that loads by itself"
         )
-    elif Path(path).expanduser().is_dir():
-        model.peft_config["default"].base_model_name_or_path = str(Path(path).expanduser().resolve())
+    elif (directory := local_directory(path)) is not None:
+        model.peft_config["default"].base_model_name_or_path = str(directory.resolve())
+    model.peft_config["default"].revision = revision
 
 
 def _generation_config(
-    model: PreTrainedModel | PeftModel, path: str | None, tokenizer: PreTrainedTokenizerBase | None
+    model: PreTrainedModel | PeftModel, path: str | None, hub: HubOptions, tokenizer: PreTrainedTokenizerBase | None
 ) -> GenerationConfig | None:
     """The base model's generation config; for a model from a config alone, one that stops where the tokenizer says."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -145,9 +159,11 @@ def _generation_config(
             generation.eos_token_id = tokenizer.eos_token_id
             generation.pad_token_id = tokenizer.pad_token_id
         return generation
-    directory = Path(path).expanduser()
     try:
-        return GenerationConfig.from_pretrained(str(directory) if directory.is_dir() else path)
+        with hub.access():
+            return GenerationConfig.from_pretrained(
+                source_name(path), revision=hub.revision or "main", local_files_only=hub.offline
+            )
     except OSError:
         # Older models have none; transformers makes it from their config.
         return base.generation_config
@@ -158,8 +174,11 @@ def _write(
     tokenizer: PreTrainedTokenizerBase | None,
     generation: GenerationConfig | None,
     directory: Path,
+    start: PeftModel | None,
 ) -> None:
-    if isinstance(model, PeftModel):
+    if start is not None:
+        _write_as_lora(model, start, directory)
+    elif isinstance(model, PeftModel):
         # Embeddings that were trained are among `modules_to_save`; "auto" would ask the hub about the base model.
         model.save_pretrained(str(directory), save_embedding_layers=False)
     else:
@@ -168,3 +187,16 @@ def _write(
         generation.save_pretrained(directory)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+
+
+def _write_as_lora(model: PeftModel, start: PeftModel, directory: Path) -> None:
+    """Write an adapter that took its start out of the base weights as a LoRA of twice the rank for the base as it is.
+
+    PEFT's own conversion (`LoraModel.subtract_mutated_init`). Loading such an adapter as it is would take the start out
+    of the weights again, by a decomposition that is drawn at random in part and differs between machines.
+    """
+    with tempfile.TemporaryDirectory() as initial:
+        start.save_pretrained(initial, save_embedding_layers=False)
+        model.save_pretrained(
+            str(directory), save_embedding_layers=False, path_initial_model_for_weight_conversion=initial
+        )

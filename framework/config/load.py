@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -109,18 +109,30 @@ def _validate(source: Source) -> tuple[Config | None, dict[KeyPath, str]]:
                 key_path = _longest_known(finding["loc"], known)
                 problems.setdefault(key_path, _expectation(source, key_path, known[key_path]))
 
-    def value_of(section: str, key: str) -> Any:
-        if any(bad[:2] == (section, key) or bad == (section,) for bad in problems):
-            raise LookupError(f"{section}.{key} is not valid")
-        if key not in source.tree[section] and (section,) in unknown_in:
-            raise LookupError(f"{section}.{key} may be meant by an unknown key")
-        model = Config.model_fields[section].annotation
-        assert isinstance(model, type) and issubclass(model, Section)
-        return source.tree[section].get(key, model.model_fields[key].default)
+    def value_of(*key_path: str) -> Any:
+        if any(bad[: len(key_path)] == key_path or key_path[: len(bad)] == bad for bad in problems if bad):
+            raise LookupError(f"{'.'.join(key_path)} is not valid")
+        value: Any = source.tree
+        section: type[Section] | None = Config
+        for depth, key in enumerate(key_path):
+            if value is None:
+                return None
+            if key not in value and key_path[:depth] in unknown_in:
+                raise LookupError(f"{'.'.join(key_path)} may be meant by an unknown key")
+            assert section is not None
+            field = section.model_fields[key]
+            value, section = value.get(key, field.default), _section_of(field.annotation)
+        return value
 
     for name, message in broken_rules(value_of):
         problems.setdefault(tuple(name.split(".")), message)
     return None, problems
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The section among the types that a key takes, or None if its value is none."""
+    options = get_args(annotation) or (annotation,)
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
 
 
 def _longest_known(location: tuple[int | str, ...], known: dict[KeyPath, Schema]) -> KeyPath:

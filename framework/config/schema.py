@@ -70,10 +70,17 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_rules(self) -> Config:
-        problems = broken_rules(lambda section, key: getattr(getattr(self, section), key))
+        problems = broken_rules(self._value)
         if problems:
             raise ValueError("; ".join(f"{key}: {message}" for key, message in problems))
         return self
+
+    def _value(self, *key_path: str) -> Any:
+        """The value of a key by its parts; None inside a section that is null."""
+        value: Any = self
+        for key in key_path:
+            value = None if value is None else getattr(value, key)
+        return value
 
     @property
     def gradient_accumulation(self) -> int:
@@ -104,9 +111,10 @@ class Config(Section):
     def sha256(self) -> str:
         """Hash of the settings that determine the losses of a run, in hexadecimal.
 
-        Left out are `run.output_dir` and the sections in `RESULT_NEUTRAL_SECTIONS`.
+        Left out are `run.output_dir`, `model.offline` and the sections in `RESULT_NEUTRAL_SECTIONS`.
         """
         settings = {name: section for name, section in self.to_json().items() if name not in RESULT_NEUTRAL_SECTIONS}
-        settings["run"] = {key: value for key, value in settings["run"].items() if key != "output_dir"}
+        for section, neutral in (("run", "output_dir"), ("model", "offline")):
+            settings[section] = {key: value for key, value in settings[section].items() if key != neutral}
         canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from framework.errors import UserError
+from framework.hub import (
+    PUBLIC_MAIN,
+    HubOptions,
+    how_to_get,
+    local_directory,
+    needs_its_own_code,
+    own_code_message,
+    source_name,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, *, hub: HubOptions = PUBLIC_MAIN, added_tokens: Sequence[str] = ()
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer, chat template included.
 
     A tokenizer without a padding token gets its end-of-sequence token for it. That is safe here: attention and labels
@@ -19,21 +30,26 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
     Args:
         path: A local directory, or a name on the Hugging Face hub.
+        hub: Revision, network and code.
+        added_tokens: Tokens to add, each one token wherever it stands in a text. They are not special: decoding shows
+            them, as an answer's markers must.
 
     Raises:
-        UserError: There is no tokenizer at `path`, or it has neither a padding nor an end-of-sequence token.
+        UserError: There is no tokenizer at `path`, it has neither a padding nor an end-of-sequence token, or it has one
+            of the added tokens already.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(os.path.expanduser(path))
+        with hub.access():
+            tokenizer = AutoTokenizer.from_pretrained(source_name(path), **hub.keywords())
     except (OSError, ValueError, KeyError) as error:
+        if needs_its_own_code(error):
+            raise UserError(own_code_message("model.tokenizer", path)) from error
         # transformers explains over many lines; the first says what happened.
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"model.tokenizer: cannot load a tokenizer from {path!r}: {reason}\n"
-            "Give a directory with tokenizer.json and tokenizer_config.json, or a hub name that this machine can reach "
-            "or has in its cache, as model.tokenizer (default: model.path)."
+            f"model.tokenizer: cannot load a tokenizer from {path!r}: {reason}\n{_advice(path, hub)}"
         ) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
@@ -42,4 +58,27 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
                 "name one of them in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+    _add_tokens(tokenizer, added_tokens, path)
     return tokenizer
+
+
+def _advice(path: str, hub: HubOptions) -> str:
+    if hub.offline and local_directory(path) is None:
+        return how_to_get(path, hub)
+    return (
+        "Give a directory with tokenizer.json and tokenizer_config.json, or a hub name that this machine can reach "
+        "or has in its cache, as model.tokenizer (default: model.path)."
+    )
+
+
+def _add_tokens(tokenizer: PreTrainedTokenizerBase, added_tokens: Sequence[str], path: str) -> None:
+    from transformers import AddedToken
+
+    vocabulary = tokenizer.get_vocab()
+    known = [f"{token} (id {vocabulary[token]})" for token in added_tokens if token in vocabulary]
+    if known:
+        raise UserError(
+            f"model.added_tokens: {', '.join(known)}: the tokenizer at {path!r} has it already; leave it out"
+        )
+    if added_tokens:
+        tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in added_tokens])

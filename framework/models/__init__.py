@@ -1,6 +1,28 @@
 """Models: loading, random initialisation, adapters, and what is known about an architecture without its weights."""
 
 from framework.models.architecture import Architecture, check_compatibility, count_parameters, read_architecture
+from framework.models.configured import (
+    configured_architecture,
+    configured_empty_model,
+    configured_model,
+    configured_tokenizer,
+    has_local_tokenizer,
+    tokenizer_source,
+)
 from framework.models.loading import load_model
+from framework.models.tokens import AddedTokens
 
-__all__ = ["Architecture", "check_compatibility", "count_parameters", "load_model", "read_architecture"]
+__all__ = [
+    "AddedTokens",
+    "Architecture",
+    "check_compatibility",
+    "configured_architecture",
+    "configured_empty_model",
+    "configured_model",
+    "configured_tokenizer",
+    "count_parameters",
+    "has_local_tokenizer",
+    "load_model",
+    "read_architecture",
+    "tokenizer_source",
+]

@@ -2,78 +2,214 @@
 
 from __future__ import annotations
 
-import re
+import difflib
 import warnings
-from typing import TYPE_CHECKING
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from torch import nn
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from framework.config.adapters import ADAPTER_METHODS, TRAINS_TOKEN_ROWS, AdapterMethod
 from framework.errors import UserError
+from framework.models.targets import (
+    ALL_LINEAR,
+    head_names,
+    ia3_modules,
+    is_targeted,
+    linear_names,
+    matches,
+    named_for_tying,
+    norm_names,
+    tied_names,
+    unknown_modules,
+    unknown_targets,
+)
+from framework.models.tokens import token_rows
 
 if TYPE_CHECKING:
     from framework.config import AdapterConfig
 
-_LINEAR = (nn.Linear, Conv1D)
-_LAYERS_WITH_ADAPTER = (*_LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# `peft.utils.constants.EMBEDDING_LAYER_NAMES`: PEFT keeps weights tied only for layers that it knows by these names.
-_TIEABLE_NAMES = ("embed_tokens", "lm_head")
+# What PEFT raises for options of a wrong type or size, or for layers that a method does not know.
+_PEFT_ERRORS = (ValueError, TypeError, AttributeError, NotImplementedError, ImportError, RuntimeError, IndexError)
+# Methods that compute indices, which the meta device cannot.
+_COMPUTED_SHAPES = ("boft", "unilora")
 
 
-def add_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, task: str) -> PeftModel:
-    """Freeze `model` and put low-rank matrices beside its linear layers, in place.
+def add_adapter(
+    model: PreTrainedModel, adapter: AdapterConfig, *, task: str, added_tokens: list[int] | None = None
+) -> PeftModel:
+    """Freeze `model` and add what an adapter method trains, in place.
 
     The adapter's weights are float32, except beside bfloat16 weights (precision `pure_bf16`), where they are bfloat16
     like these; copies of `modules_to_save` have the dtype of what they copy. If `modules_to_save` names one of a pair
     of tied embeddings, the pair stays tied and is trained as one. A classifier's head is always trained and saved.
 
     Args:
-        model: The base model; works on the meta device too.
-        adapter: Rank, scale, dropout and the names of modules, which match a full name or its last components.
+        model: The base model; on the meta device the adapter is there too, for counting.
+        adapter: The method, its numbers, the names of modules, which match a full name or its last components, and
+            further options of the method's PEFT config.
         task: The model's head, of the config's `model.task`.
+        added_tokens: Ids of tokens that the model has got for this run: their rows of the embedding (and of an untied
+            head) are trained, unless `modules_to_save` names the embedding.
 
     Raises:
-        UserError: A module is not found, cannot have an adapter, or is a tied embedding that PEFT cannot keep tied.
+        UserError: An option is unknown; a module is not found, cannot have an adapter, or is a tied embedding that
+            PEFT cannot keep tied; or PEFT refuses the values.
     """
-    modules_to_save = list(adapter.modules_to_save)
-    targets = adapter.target_modules
-    problems = [*_unknown_targets(model, targets), *_unknown_modules(model, modules_to_save)]
+    method = ADAPTER_METHODS[adapter.kind]
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type]
+    on_meta = model.device.type == "meta"
+    if on_meta and adapter.kind == "shira":
+        # Its mask is drawn from the weights; it has as many values as a LoRA of its rank has.
+        kind = LoraConfig
+    targets = _targets(model, adapter, method, added_tokens)
+    problems = [
+        *_unknown_options(adapter, kind),
+        *([] if targets is None else unknown_targets(model, targets, norms=method.targets == "norms")),
+        *unknown_modules(model, adapter.modules_to_save),
+    ]
     if problems:
-        raise UserError("\n".join([*problems, f"linear modules of this model: {', '.join(_linear_names(model))}"]))
-    tied = _tied_names(model)
-    if hit := [name for name in tied if _is_targeted(name, targets)]:
+        raise UserError("\n".join([*problems, f"linear modules of this model: {', '.join(linear_names(model))}"]))
+    settings = {
+        **_method_settings(model, adapter, method, added_tokens),
+        **_saved_modules(model, adapter, kind, targets, task=task),
+        "target_modules": targets,
+        "task_type": _task_type(model, task),
+    }
+    if "fan_in_fan_out" in _names(kind):
+        # GPT-2's linear layers hold the transpose.
+        settings["fan_in_fan_out"] = any(isinstance(module, Conv1D) for module in model.modules())
+    try:
+        empty = on_meta and adapter.kind in _COMPUTED_SHAPES
+        with warnings.catch_warnings(), torch.device("cpu" if empty else model.device):
+            # PEFT asks transformers for a property by its old name:
+            # https://github.com/huggingface/peft/blob/v0.21.2/src/peft/peft_model.py#L184
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            return get_peft_model(
+                model,
+                kind(**settings),
+                # PEFT's switch: float32 for adapters beside half-precision weights.
+                autocast_adapter_dtype=model.dtype != torch.bfloat16,
+                # PEFT's switch: parameters on the meta device, whatever the default one is.
+                low_cpu_mem_usage=empty,
+            )
+    except _PEFT_ERRORS as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(f"model.adapter: PEFT cannot add {adapter.kind} to this model: {error}") from error
+
+
+def starts_from_base_weights(adapter: AdapterConfig) -> bool:
+    """Whether what the adapter trains beside is made from the base model's weights, and not stored with a checkpoint.
+
+    PiSSA and OLoRA take their start out of the base weights; MiCA freezes one of its matrices; SHiRA draws its mask.
+    """
+    return adapter.kind == "shira" or changes_base_weights(adapter) or _lora_init(adapter) == "mica"
+
+
+def changes_base_weights(adapter: AdapterConfig) -> bool:
+    """Whether the method's start is taken out of the base model's weights (PiSSA, OLoRA)."""
+    return _lora_init(adapter).startswith(("pissa", "olora"))
+
+
+def _lora_init(adapter: AdapterConfig) -> str:
+    return str(adapter.options.get("init_lora_weights", True)).lower()
+
+
+def _targets(
+    model: PreTrainedModel, adapter: AdapterConfig, method: AdapterMethod, added_tokens: list[int] | None
+) -> str | list[str] | None:
+    """The modules to adapt; None leaves the choice to PEFT."""
+    targets = adapter.target_modules
+    if targets is not None:
+        return targets if isinstance(targets, str) else list(targets)
+    if method.targets == "norms":
+        return norm_names(model)
+    if method.targets == "family":
+        return ia3_modules(model.config.model_type)[0]
+    if method.targets == "embedding":
+        # None: PEFT's choice is the input embedding, and what is tied to it.
+        return [*token_rows(model, [], added_tokens)] if added_tokens else None
+    return ALL_LINEAR
+
+
+def _method_settings(
+    model: PreTrainedModel, adapter: AdapterConfig, method: AdapterMethod, added_tokens: list[int] | None
+) -> dict[str, Any]:
+    """What the method's PEFT config is given beside names of modules."""
+    settings: dict[str, Any] = {**adapter.options, **method.fixed}
+    for name, value in ((method.rank, adapter.rank), (method.alpha, adapter.alpha), (method.dropout, adapter.dropout)):
+        if name is not None and value is not None:
+            settings[name] = value
+    if method.instead_of_rank is not None and adapter.rank is not None:
+        settings[method.instead_of_rank] = 0
+    if method.targets == "family" and adapter.target_modules is None:
+        settings.setdefault("feedforward_modules", ia3_modules(model.config.model_type)[1])
+    if not added_tokens:
+        return settings
+    embeddings = token_rows(model, adapter.modules_to_save, added_tokens)
+    if embeddings and adapter.kind not in TRAINS_TOKEN_ROWS:
+        raise UserError(
+            f'model.added_tokens: kind "{adapter.kind}" cannot train single rows; name {" and ".join(embeddings)} in '
+            f"model.adapter.modules_to_save, or use {' or '.join(TRAINS_TOKEN_ROWS)}"
+        )
+    if adapter.kind == "trainable_tokens":
+        settings["token_indices"] = sorted({*settings.get("token_indices", []), *added_tokens})
+    elif embeddings:
+        if "trainable_token_indices" in settings:
+            raise UserError(
+                "model.adapter.options.trainable_token_indices: the rows of model.added_tokens are trained anyway; "
+                "name the embedding in model.adapter.modules_to_save to train further rows"
+            )
+        settings["trainable_token_indices"] = embeddings
+    return settings
+
+
+def _saved_modules(
+    model: PreTrainedModel, adapter: AdapterConfig, kind: type[PeftConfig], targets: Any, *, task: str
+) -> dict[str, Any]:
+    """The modules that are trained in full, with tied embeddings kept tied."""
+    modules_to_save = list(adapter.modules_to_save)
+    tied = tied_names(model)
+    if targets is not None and (hit := [name for name in tied if is_targeted(name, targets)]):
         raise UserError(
             f"model.adapter.target_modules: {', '.join(hit)} shares its weight with another layer ({' = '.join(tied)}),"
             " beside which an adapter cannot be merged; name it in model.adapter.modules_to_save to train it in full"
         )
-    keep_tied = any(_matches(name, module) for name in modules_to_save for module in tied)
-    if keep_tied:
-        modules_to_save = _named_for_tying(modules_to_save, tied)
+    settings: dict[str, Any] = {}
+    if any(matches(name, module) for name in modules_to_save for module in tied):
+        if "ensure_weight_tying" not in _names(kind):
+            raise UserError(
+                f"model.adapter.modules_to_save: {' and '.join(tied)} share one weight, which PEFT keeps tied beside "
+                'kind "lora" or "dora" only; use one of these, or leave the embedding out'
+            )
+        modules_to_save = named_for_tying(modules_to_save, tied)
+        settings["ensure_weight_tying"] = True
     if task == "sequence_classification":
-        modules_to_save += [name for name in _head_names(model) if name not in modules_to_save]
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        modules_to_save=modules_to_save or None,
-        task_type=_task_type(model, task),
-        ensure_weight_tying=keep_tied,
-        # GPT-2's linear layers hold the transpose.
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-    )
-    try:
-        with warnings.catch_warnings():
-            # PEFT asks transformers for a property by its old name:
-            # https://github.com/huggingface/peft/blob/v0.21.2/src/peft/peft_model.py#L184
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            # PEFT's switch: float32 for adapters beside half-precision weights.
-            return get_peft_model(model, config, autocast_adapter_dtype=model.dtype != torch.bfloat16)
-    except ValueError as error:
-        raise UserError(f"model.adapter: {error}") from error
+        modules_to_save += [name for name in head_names(model) if name not in modules_to_save]
+    if modules_to_save:
+        if "modules_to_save" not in _names(kind):
+            raise UserError(f'model.adapter.modules_to_save: kind "{adapter.kind}" saves no further modules')
+        settings["modules_to_save"] = modules_to_save
+    return settings
+
+
+def _unknown_options(adapter: AdapterConfig, kind: type[PeftConfig]) -> list[str]:
+    """A line for each option that the method's PEFT config does not have, with the nearest that it has."""
+    lines = []
+    for name in sorted(adapter.options.keys() - _names(kind)):
+        close = difflib.get_close_matches(name, _names(kind), n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(_names(kind)))}"
+        lines.append(f"model.adapter.options.{name}: not an option of {kind.__name__}; {hint}")
+    return lines
+
+
+def _names(kind: type[PeftConfig]) -> set[str]:
+    return {field.name for field in fields(kind) if field.init}
 
 
 def _task_type(model: PreTrainedModel, task: str) -> TaskType | None:
@@ -81,81 +217,3 @@ def _task_type(model: PreTrainedModel, task: str) -> TaskType | None:
     if task == "causal_lm":
         return TaskType.CAUSAL_LM
     return TaskType.SEQ_CLS if task == "sequence_classification" and model.main_input_name == "input_ids" else None
-
-
-def _matches(name: str, module: str) -> bool:
-    return module == name or module.endswith(f".{name}")
-
-
-def _is_targeted(module: str, targets: str | list[str]) -> bool:
-    """Whether PEFT puts an adapter on `module`; "all-linear" leaves the output layer out."""
-    if isinstance(targets, str):
-        return targets != "all-linear" and re.fullmatch(targets, module) is not None
-    return any(_matches(name, module) for name in targets)
-
-
-def _unknown_targets(model: nn.Module, targets: str | list[str]) -> list[str]:
-    if targets == "all-linear":
-        return []
-    modules = [name for name, module in model.named_modules() if isinstance(module, _LAYERS_WITH_ADAPTER)]
-    wanted = [targets] if isinstance(targets, str) else targets
-    missing = []
-    for name in wanted:
-        try:
-            found = any(_is_targeted(module, targets if isinstance(targets, str) else [name]) for module in modules)
-        except re.error as error:
-            return [f"model.adapter.target_modules: {name!r} is not a regular expression: {error}"]
-        if not found:
-            missing.append(name)
-    if not missing:
-        return []
-    kind = "matches no linear module by its full name" if isinstance(targets, str) else "not in this model"
-    return [f"model.adapter.target_modules: {', '.join(missing)}: {kind}"]
-
-
-def _unknown_modules(model: nn.Module, modules_to_save: list[str]) -> list[str]:
-    modules = [name for name, _ in model.named_modules()]
-    missing = [name for name in modules_to_save if not any(_matches(name, module) for module in modules)]
-    return [f"model.adapter.modules_to_save: {', '.join(missing)}: not in this model"] if missing else []
-
-
-def _linear_names(model: nn.Module) -> list[str]:
-    """Last components of the names of linear modules, each once, in the model's order."""
-    names = (name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, _LINEAR))
-    # Numbered children of a list are no name to choose by.
-    return list(dict.fromkeys(name for name in names if not name.isdigit()))
-
-
-def _tied_names(model: PreTrainedModel) -> list[str]:
-    """Full names of the modules that share one weight as input and output embedding; empty if there are none."""
-    output = model.get_output_embeddings()
-    if not isinstance(output, nn.Linear):
-        return []
-    sharing = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Embedding)) and module.weight is output.weight
-    ]
-    return sharing if len(sharing) > 1 else []
-
-
-def _named_for_tying(modules_to_save: list[str], tied: list[str]) -> list[str]:
-    """The names with one among them by which PEFT recognises a tied pair."""
-    last = [name.rpartition(".")[2] for name in tied]
-    known = [name for name in last if name in _TIEABLE_NAMES]
-    if not known:
-        raise UserError(
-            f"model.adapter.modules_to_save: {' and '.join(tied)} share one weight, and PEFT cannot keep them tied in "
-            "this family; leave them out, or set tie_word_embeddings to false in the model's config"
-        )
-    rest = [name for name in modules_to_save if not any(_matches(name, module) for module in tied)]
-    return [*rest, known[0]]
-
-
-def _head_names(model: PreTrainedModel) -> list[str]:
-    """Top-level modules beside the base model that have parameters: the classification head."""
-    return [
-        name
-        for name, module in model.named_children()
-        if name != model.base_model_prefix and any(True for _ in module.parameters())
-    ]

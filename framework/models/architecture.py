@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from framework.errors import UserError
+from framework.hub import PUBLIC_MAIN, HubOptions
 from framework.models.adapters import add_adapter
 from framework.models.configuration import build_model, read_model_config
+from framework.models.tokens import AddedTokens, add_tokens
 
 if TYPE_CHECKING:
     from framework.config import AdapterConfig
@@ -54,6 +56,8 @@ def read_architecture(
     attention: str = "eager",
     adapter: AdapterConfig | None = None,
     examine: Callable[[nn.Module], None] | None = None,
+    hub: HubOptions = PUBLIC_MAIN,
+    added_tokens: AddedTokens | None = None,
 ) -> Architecture:
     """Describe a model from its config alone: it is built on the meta device, so no weights are read or allocated.
 
@@ -65,19 +69,45 @@ def read_architecture(
             family does for `eager`.
         adapter: Counted and checked like in a run.
         examine: Called with the model, adapter included, before it is forgotten.
+        hub: Revision, network and code, for `path`.
+        added_tokens: Rows that a run adds to the embedding, or None.
 
     Raises:
         UserError: What `load_model` would refuse, weights apart.
     """
-    config = read_model_config(path, from_config)
-    with torch.device("meta"):
-        model = build_model(config, task=task, dtype=torch.bfloat16, attention=attention)
-        described = describe(model)
-        whole = model if adapter is None else add_adapter(model, adapter, task=task)
+    config = read_model_config(path, from_config, hub)
+    model, token_ids = build_empty(
+        config,
+        task=task,
+        dtype=torch.bfloat16,
+        attention=attention,
+        trust_remote_code=hub.trust_remote_code,
+        added_tokens=added_tokens,
+    )
+    described = describe(model)
+    whole = model if adapter is None else add_adapter(model, adapter, task=task, added_tokens=token_ids)
     if examine is not None:
         examine(whole)
     parameters, trainable = count_parameters(whole)
     return replace(described, parameters=parameters, trainable_parameters=trainable)
+
+
+def build_empty(
+    config: PreTrainedConfig, *, added_tokens: AddedTokens | None, **options: Any
+) -> tuple[PreTrainedModel, list[int] | None]:
+    """A model on the meta device, without an adapter, and the ids of its added tokens, if there are any.
+
+    Args:
+        config: The Hugging Face config.
+        added_tokens: Rows to add to the embedding, or None.
+        options: See `build_model`.
+
+    Raises:
+        UserError: As for `build_model` and `add_tokens`.
+    """
+    with torch.device("meta"):
+        model = build_model(config, **options)
+        return model, None if added_tokens is None else add_tokens(model, added_tokens)
 
 
 def describe(model: PreTrainedModel) -> Architecture:

@@ -7,7 +7,6 @@ import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +27,16 @@ from transformers import (
 )
 
 from framework.errors import UserError
+from framework.hub import (
+    PUBLIC_MAIN,
+    HubOptions,
+    check_source,
+    how_to_get,
+    local_directory,
+    needs_its_own_code,
+    own_code_message,
+    source_name,
+)
 
 _HEADS = {
     "causal_lm": [(MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM)],
@@ -41,12 +50,15 @@ _HEADS = {
 _MISSPELT = 0.88
 
 
-def read_model_config(path: str | None, from_config: dict[str, Any] | None) -> PreTrainedConfig:
+def read_model_config(
+    path: str | None, from_config: dict[str, Any] | None, hub: HubOptions = PUBLIC_MAIN
+) -> PreTrainedConfig:
     """The Hugging Face config of a model: `from_config` if given, else the one at `path`.
 
     Args:
         path: A local directory with `config.json`, or a hub name.
         from_config: A Hugging Face config as JSON values, with `model_type`.
+        hub: Revision, network and code.
 
     Raises:
         UserError: There is no readable config, its family is not known to the installed transformers, or a value or
@@ -55,25 +67,28 @@ def read_model_config(path: str | None, from_config: dict[str, Any] | None) -> P
     if from_config is not None:
         return _config_from_values(from_config)
     assert path is not None, "the config schema requires one of the two"
-    directory = Path(path).expanduser()
-    if directory.is_dir() and not (directory / "config.json").is_file():
+    check_source(path, hub)
+    directory = local_directory(path)
+    if directory is not None and not (directory / "config.json").is_file():
         if (directory / "adapter_config.json").is_file():
             raise UserError(f"model.path: {path} holds a PEFT adapter; give the directory of its base model")
         raise UserError(f"model.path: {path} has no config.json, so it is not a Hugging Face model directory")
     try:
-        return AutoConfig.from_pretrained(str(directory) if directory.is_dir() else path, trust_remote_code=False)
+        with hub.access():
+            return AutoConfig.from_pretrained(source_name(path), **hub.keywords())
     except (OSError, ValueError, StrictDataclassError) as error:
-        raise UserError(unreachable(path, error)) from error
+        if needs_its_own_code(error):
+            raise UserError(own_code_message("model.path", path)) from error
+        raise UserError(unreachable(path, error, hub)) from error
 
 
-def unreachable(path: str, error: Exception) -> str:
+def unreachable(path: str, error: Exception, hub: HubOptions) -> str:
     """The message for a model that could not be read from `path`, with the cause and what to do."""
-    if Path(path).expanduser().is_dir():
+    if local_directory(path) is not None:
         return f"model.path: cannot read the model in {path}: {first_line(error)}"
     return (
         f"model.path: {path} is not a local directory, and could not be had from the Hugging Face hub: "
-        f"{first_line(error)}\nGive an existing directory, or a hub name that this machine can reach; without a "
-        "network, download it elsewhere (`hf download NAME --local-dir DIR`) and give that directory."
+        f"{first_line(error)}\n{how_to_get(path, hub)}"
     )
 
 
@@ -85,7 +100,9 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def build_model(config: PreTrainedConfig, *, task: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def build_model(
+    config: PreTrainedConfig, *, task: str, dtype: torch.dtype, attention: str, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A model of this config with freshly initialised weights, on the current default device, in training mode.
 
     Args:
@@ -93,6 +110,7 @@ def build_model(config: PreTrainedConfig, *, task: str, dtype: torch.dtype, atte
         task: `causal_lm`, `masked_lm` or `sequence_classification` (of text or images, as the family has it).
         dtype: Of the weights.
         attention: `sdpa` or `eager`.
+        trust_remote_code: Build a model whose class comes with its config.
 
     Raises:
         UserError: The family has no such head or does not support this attention.
@@ -101,7 +119,7 @@ def build_model(config: PreTrainedConfig, *, task: str, dtype: torch.dtype, atte
     with attention_errors(config, attention):
         # A copy, because transformers writes the dtype and the attention implementation into the config.
         model = auto.from_config(
-            copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=False
+            copy.deepcopy(config), dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     check_direction(model, task)
     return model.train()
@@ -113,8 +131,9 @@ def auto_class(config: PreTrainedConfig, task: str) -> Any:
     Raises:
         UserError: The family has no such head; the message names those it has.
     """
+    own_code = getattr(config, "auto_map", None) or {}
     for mapping, auto in _HEADS[task]:
-        if type(config) in mapping:
+        if type(config) in mapping or auto.__name__ in own_code:
             return auto
     available = [name for name, heads in _HEADS.items() if any(type(config) in mapping for mapping, _ in heads)]
     offer = f"set model.task to {' or '.join(available)}" if available else "it cannot be trained here"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from framework.errors import UserError
+from framework.hub import PUBLIC_MAIN, HubOptions, source_name
 from framework.models.adapters import add_adapter
 from framework.models.architecture import Architecture, describe, read_architecture
 from framework.models.configuration import (
@@ -24,6 +24,7 @@ from framework.models.configuration import (
     read_model_config,
     unreachable,
 )
+from framework.models.tokens import AddedTokens, add_tokens
 
 if TYPE_CHECKING:
     from framework.config import AdapterConfig
@@ -43,6 +44,8 @@ def load_model(
     attention: str,
     seed: int,
     adapter: AdapterConfig | None = None,
+    hub: HubOptions = PUBLIC_MAIN,
+    added_tokens: AddedTokens | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Load a model from `path`, or initialise one at random if there is only `from_config`.
 
@@ -57,7 +60,9 @@ def load_model(
         dtype: Of the weights. Adapters: see `add_adapter`.
         attention: `sdpa` or `eager`.
         seed: Not negative.
-        adapter: Freeze the model and add a low-rank adapter, or None.
+        adapter: Freeze the model and add an adapter, or None.
+        hub: Revision, network and code, for `path`.
+        added_tokens: Rows to add to the embedding, or None.
 
     Returns:
         The model on the CPU in training mode, wrapped by PEFT if there is an adapter.
@@ -70,33 +75,35 @@ def load_model(
             config = read_model_config(None, from_config)
             model = build_model(config, task=task, dtype=dtype, attention=attention)
         else:
-            model = _load_pretrained(path, task=task, dtype=dtype, attention=attention)
+            model = _load_pretrained(path, task=task, dtype=dtype, attention=attention, hub=hub)
     if path is not None and from_config is not None:
         described = read_architecture(path=None, from_config=from_config, task=task, attention=attention)
         _check_description(describe(model), described, path)
+    with _seeded(seed):
+        token_ids = None if added_tokens is None else add_tokens(model, added_tokens)
     if adapter is None:
         return model
     # Another stream than the weights', so that the adapter is not made of the same draws.
     with _seeded((seed + 1) % _SEED_LIMIT):
-        return add_adapter(model, adapter, task=task)
+        return add_adapter(model, adapter, task=task, added_tokens=token_ids)
 
 
-def _load_pretrained(path: str, *, task: str, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    config = read_model_config(path, None)
+def _load_pretrained(path: str, *, task: str, dtype: torch.dtype, attention: str, hub: HubOptions) -> PreTrainedModel:
+    config = read_model_config(path, None, hub)
     auto = auto_class(config, task)
-    directory = Path(path).expanduser()
-    with attention_errors(config, attention):
+    with attention_errors(config, attention), hub.access():
         try:
             model, report = auto.from_pretrained(
-                str(directory) if directory.is_dir() else path,
+                source_name(path),
                 dtype=dtype,
                 attn_implementation=attention,
-                trust_remote_code=False,
                 output_loading_info=True,
+                **hub.keywords(),
             )
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{unreachable(path, error)}\n(For random weights, leave out model.path and give model.from_config.)"
+                f"{unreachable(path, error, hub)}\n"
+                "(For random weights, leave out model.path and give model.from_config.)"
             ) from error
         except RuntimeError as error:
             raise UserError(f"model.path: the weights in {path} do not fit its config.json: {error}") from error

@@ -24,7 +24,7 @@ from framework.checkpoint import (
 from framework.config import Config
 from framework.data import Batch, Loader, TokenizedDataset
 from framework.errors import RunError, UserError
-from framework.models import count_parameters
+from framework.models import configured_model, count_parameters
 from framework.sharding.protocol import Engine
 from framework.sharding.single import SingleEngine
 from framework.training.early_stopping import EarlyStopping
@@ -41,7 +41,6 @@ from framework.training.run import TrainResult
 from framework.training.run_directory import RunDirectory
 from framework.training.schedule import scheduled_rate
 from framework.training.setup import (
-    configured_model,
     in_steps,
     load_data,
     make_loaders,

@@ -8,14 +8,21 @@ from rich.console import Console
 from torch import nn
 
 from framework.config import Config
-from framework.data import load_dataset, load_tokenizer, show_samples
-from framework.models import check_compatibility, read_architecture
+from framework.data import load_dataset, show_samples
+from framework.models import (
+    Architecture,
+    check_compatibility,
+    configured_architecture,
+    configured_tokenizer,
+    has_local_tokenizer,
+    tokenizer_source,
+)
 from framework.sharding.precision import PRECISIONS
 from framework.training.objective import draw_selection
 from framework.training.parameter_groups import describe_groups, parameter_groups
 from framework.training.plan import fidelity_class, state_bytes
 from framework.training.progress import format_bytes
-from framework.training.setup import make_loaders, tokenizer_source
+from framework.training.setup import make_loaders
 
 
 def dry_run(config: Config) -> str:
@@ -26,22 +33,14 @@ def dry_run(config: Config) -> str:
     Raises:
         UserError: the run would be refused.
     """
-    model = config.model
     groups: list[str] = []
 
     def examine(built: nn.Module) -> None:
         groups.extend(describe_groups(parameter_groups(built, config.optimizer), config.optimizer.learning_rate))
 
-    architecture = read_architecture(
-        path=model.path,
-        from_config=model.from_config,
-        task=model.task,
-        attention=model.attention,
-        adapter=model.adapter,
-        examine=examine,
-    )
     source = tokenizer_source(config)
-    tokenizer = load_tokenizer(source) if Path(source).expanduser().is_dir() else None
+    tokenizer = configured_tokenizer(config) if has_local_tokenizer(config) else None
+    architecture = configured_architecture(config, tokenizer, examine=examine)
     check_compatibility(architecture, tokenizer, config.data.sequence_length)
 
     training, trainable = config.training, architecture.trainable_parameters
@@ -51,6 +50,7 @@ def dry_run(config: Config) -> str:
         f"architecture   {architecture.family}, {architecture.blocks} blocks, hidden size {architecture.hidden_size}",
         f"parameters     {architecture.parameters:,}, of which {trainable:,} are trained "
         f"({trainable / architecture.parameters:.2%})",
+        *_model_lines(config, architecture),
         f"batch          {training.global_batch_size} sequences a step = {training.micro_batch_size} (micro-batch) x "
         f"{config.gradient_accumulation} (accumulation) x 1 (rank), of up to {config.data.sequence_length} tokens",
         f"steps          {training.max_steps or f'{training.epochs:g} epochs; data.train says how many steps'}",
@@ -73,6 +73,17 @@ def dry_run(config: Config) -> str:
     return "\n".join(lines)
 
 
+def _model_lines(config: Config, architecture: Architecture) -> list[str]:
+    """What a config adds to its model."""
+    lines, adapter, tokens = [], config.model.adapter, config.model.added_tokens
+    if adapter is not None:
+        numbers = [f"{name} {value}" for name in ("rank", "alpha") if (value := getattr(adapter, name)) is not None]
+        lines.append(f"adapter        {', '.join([adapter.kind, *numbers])}")
+    if tokens:
+        lines.append(f"added tokens   {', '.join(tokens)}; the embedding has {architecture.vocab_size:,} rows")
+    return lines
+
+
 def inspect_data(config: Config, count: int, console: Console | None = None) -> None:
     """Print the first samples as they will be trained on, with labels and selection.
 
@@ -84,7 +95,7 @@ def inspect_data(config: Config, count: int, console: Console | None = None) -> 
     Raises:
         UserError: see `load_dataset`.
     """
-    tokenizer = load_tokenizer(tokenizer_source(config))
+    tokenizer = configured_tokenizer(config)
     data = load_dataset(
         config.data.train,
         tokenizer=tokenizer,

@@ -16,10 +16,13 @@ from framework.errors import UserError
 # A checkpoint's tensors, or its position in the data, have no meaning under another value of these.
 BINDING = (
     "model.path",
+    "model.revision",
     "model.from_config",
     "model.task",
     "model.dtype",
     "model.adapter",
+    "model.added_tokens",
+    "model.pad_vocabulary_to",
     "model.quantization",
     "data.sequence_length",
     "data.packing",
@@ -27,7 +30,7 @@ BINDING = (
     "optimizer.precision",
 )
 # Where a run writes and how it is watched; changing these between two starts is ordinary.
-UNREMARKABLE = ("run.output_dir", "checkpoint", "logging", "hardware", "training.max_steps")
+UNREMARKABLE = ("run.output_dir", "checkpoint", "logging", "hardware", "training.max_steps", "model.offline")
 # How the samples came about; what counts is the samples themselves.
 DATA_SOURCES = ("data.train", "data.format", "data.overlong", "model.tokenizer")
 

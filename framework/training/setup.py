@@ -10,14 +10,11 @@ from functools import partial
 
 import numpy as np
 import torch
-from peft import PeftModel
-from transformers import PreTrainedModel
 
 from framework.checkpoint import capture_random_state, restore_random_state
 from framework.config import Config
-from framework.data import Batch, Loader, TokenizedDataset, evaluation_batches, load_dataset, load_tokenizer
-from framework.errors import UserError
-from framework.models import check_compatibility, load_model, read_architecture
+from framework.data import Batch, Loader, TokenizedDataset, evaluation_batches, load_dataset
+from framework.models import check_compatibility, configured_architecture, configured_tokenizer
 from framework.sharding.protocol import Engine
 from framework.training.objective import Objective
 from framework.training.progress import Reporter
@@ -29,11 +26,8 @@ def load_data(config: Config, reporter: Reporter) -> tuple[TokenizedDataset, Tok
     Raises:
         UserError: see `load_dataset` and `load_tokenizer`; or the model and the tokenizer do not go together.
     """
-    tokenizer = load_tokenizer(tokenizer_source(config))
-    model = config.model
-    architecture = read_architecture(
-        path=model.path, from_config=model.from_config, task=model.task, attention=model.attention
-    )
+    tokenizer = configured_tokenizer(config)
+    architecture = configured_architecture(config, tokenizer, with_adapter=False)
     check_compatibility(architecture, tokenizer, config.data.sequence_length)
     load = partial(
         load_dataset,
@@ -49,18 +43,6 @@ def load_data(config: Config, reporter: Reporter) -> tuple[TokenizedDataset, Tok
         eval_data = load(config.data.eval, option="data.eval")
         reporter.line(f"data.eval: {eval_data.report.summary()}")
     return train_data, eval_data, tokenizer.pad_token_id
-
-
-def tokenizer_source(config: Config) -> str:
-    """Directory or hub name of the tokenizer.
-
-    Raises:
-        UserError: the config names none.
-    """
-    source = config.model.tokenizer or config.model.path
-    if source is None:
-        raise UserError("model.tokenizer: missing, and there is no model.path to take it from")
-    return source
 
 
 def make_loaders(
@@ -87,19 +69,6 @@ def in_steps(config: Config, loader: Loader, reporter: Reporter) -> Config:
     steps = math.ceil(sequences / config.training.global_batch_size)
     reporter.line(f"training.epochs: {epochs:g} epochs are {sequences:,} sequences, {steps:,} steps")
     return config.with_max_steps(steps)
-
-
-def configured_model(config: Config) -> PreTrainedModel | PeftModel:
-    """The model that a config describes, with its adapter, on the CPU. Raises as `framework.models.load_model` does."""
-    return load_model(
-        path=config.model.path,
-        from_config=config.model.from_config,
-        task=config.model.task,
-        dtype=getattr(torch, config.weights_dtype),
-        attention=config.model.attention,
-        seed=config.run.seed,
-        adapter=config.model.adapter,
-    )
 
 
 def seed_everything(seed: int) -> None:

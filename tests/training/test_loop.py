@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 import framework
 from framework.data import Loader, load_dataset, load_tokenizer
 from framework.errors import UserError
+from framework.models import configured_model
 from framework.selection import supervised_positions
 from framework.sharding.single import SingleEngine
 from framework.training import evaluation, loop
 from framework.training.objective import Objective, draw_selection
 from framework.training.optimizer import optimizer_factory
-from framework.training.setup import configured_model, make_loaders, warm_up
+from framework.training.setup import make_loaders, warm_up
 
 
 def records(run_dir: Path, kind: str) -> list[dict]:

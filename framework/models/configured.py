@@ -1,0 +1,137 @@
+"""The tokenizer, the architecture and the model that a run's config describes: one way to each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from framework.config import Config
+from framework.data import load_tokenizer
+from framework.errors import UserError
+from framework.hub import HubOptions, local_directory
+from framework.models.adapters import add_adapter
+from framework.models.architecture import Architecture, build_empty, read_architecture
+from framework.models.configuration import read_model_config
+from framework.models.loading import load_model
+from framework.models.tokens import AddedTokens
+
+if TYPE_CHECKING:
+    from framework.config import ModelConfig
+
+
+def tokenizer_source(config: Config) -> str:
+    """Directory or hub name of the tokenizer.
+
+    Raises:
+        UserError: the config names none.
+    """
+    source = config.model.tokenizer or config.model.path
+    if source is None:
+        raise UserError("model.tokenizer: missing, and there is no model.path to take it from")
+    return source
+
+
+def configured_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer of a run, with its added tokens. Raises as `framework.data.load_tokenizer` does."""
+    settings = config.model
+    hub = hub_options(settings)
+    if settings.tokenizer is not None:
+        # The revision is the model's.
+        hub = HubOptions(offline=settings.offline, trust_remote_code=settings.trust_remote_code)
+    return load_tokenizer(tokenizer_source(config), hub=hub, added_tokens=settings.added_tokens)
+
+
+def configured_architecture(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    with_adapter: bool = True,
+    examine: Callable[[nn.Module], None] | None = None,
+) -> Architecture:
+    """What a run's config says of its model, without weights. Raises as `read_architecture` does.
+
+    Args:
+        config: of the run.
+        tokenizer: with the added tokens; None where it is not at hand.
+        with_adapter: count and check the adapter too.
+        examine: called with the model on the meta device, before it is forgotten.
+    """
+    settings = config.model
+    return read_architecture(
+        path=settings.path,
+        from_config=settings.from_config,
+        task=settings.task,
+        attention=settings.attention,
+        adapter=settings.adapter if with_adapter else None,
+        examine=examine,
+        hub=hub_options(settings),
+        added_tokens=added_tokens_of(settings, tokenizer),
+    )
+
+
+def configured_model(config: Config) -> PreTrainedModel | PeftModel:
+    """The model of a run, with its added tokens and its adapter, on the CPU. Raises as `load_model` does."""
+    settings = config.model
+    tokenizer = configured_tokenizer(config) if settings.added_tokens else None
+    return load_model(
+        path=settings.path,
+        from_config=settings.from_config,
+        task=settings.task,
+        dtype=weights_dtype(config),
+        attention=settings.attention,
+        seed=config.run.seed,
+        adapter=settings.adapter,
+        hub=hub_options(settings),
+        added_tokens=added_tokens_of(settings, tokenizer),
+    )
+
+
+def configured_empty_model(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel | PeftModel:
+    """Like `configured_model`, on the meta device. As in training, a config at `model.path` counts where there is one.
+
+    Args:
+        config: of the run.
+        tokenizer: with the added tokens.
+    """
+    settings = config.model
+    model, token_ids = build_empty(
+        read_model_config(settings.path, None if settings.path else settings.from_config, hub_options(settings)),
+        task=settings.task,
+        dtype=weights_dtype(config),
+        attention=settings.attention,
+        trust_remote_code=settings.trust_remote_code,
+        added_tokens=added_tokens_of(settings, tokenizer),
+    )
+    if settings.adapter is None:
+        return model
+    return add_adapter(model, settings.adapter, task=settings.task, added_tokens=token_ids)
+
+
+def hub_options(settings: ModelConfig) -> HubOptions:
+    """How the model of a run is fetched."""
+    return HubOptions(settings.revision, settings.offline, settings.trust_remote_code)
+
+
+def added_tokens_of(settings: ModelConfig, tokenizer: PreTrainedTokenizerBase | None) -> AddedTokens | None:
+    """The rows that a run adds, or None if it adds no tokens."""
+    tokens = settings.added_tokens
+    if not tokens:
+        return None
+    ids: Any = None if tokenizer is None else tuple(sorted(tokenizer.convert_tokens_to_ids(tokens)))
+    return AddedTokens(len(tokens), ids, settings.pad_vocabulary_to)
+
+
+def has_local_tokenizer(config: Config) -> bool:
+    """Whether the tokenizer is a directory here, so that a check without network can read it."""
+    return local_directory(tokenizer_source(config)) is not None
+
+
+def weights_dtype(config: Config) -> torch.dtype:
+    """The torch dtype of a run's weights."""
+    dtype: torch.dtype = getattr(torch, config.weights_dtype)
+    return dtype
