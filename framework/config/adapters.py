@@ -25,6 +25,7 @@ class AdapterMethod:
         targets: modules without `target_modules`: all linear ones but the head, all norms, those that PEFT knows for
             the family, or the token embedding.
         fixed: options that make the method what it is.
+        refused: options of this method that cannot be set, with the reason.
     """
 
     peft_type: str
@@ -34,6 +35,7 @@ class AdapterMethod:
     instead_of_rank: str | None = None
     targets: Literal["linear", "norms", "family", "embedding"] = "linear"
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 ADAPTER_METHODS: dict[str, AdapterMethod] = {
@@ -44,7 +46,9 @@ ADAPTER_METHODS: dict[str, AdapterMethod] = {
     "lokr": AdapterMethod("LOKR", alpha="alpha"),
     "vera": AdapterMethod("VERA", dropout="vera_dropout"),
     "randlora": AdapterMethod("RANDLORA", alpha="randlora_alpha", dropout="randlora_dropout"),
-    "oft": AdapterMethod("OFT", dropout="module_dropout", instead_of_rank="oft_block_size"),
+    "oft": AdapterMethod(
+        "OFT", instead_of_rank="oft_block_size", refused={"module_dropout": "PEFT 0.21 takes it and never applies it"}
+    ),
     "boft": AdapterMethod("BOFT", rank=None, dropout="boft_dropout"),
     "hra": AdapterMethod("HRA"),
     "fourierft": AdapterMethod("FOURIERFT", rank=None),
@@ -59,7 +63,6 @@ ADAPTER_METHODS: dict[str, AdapterMethod] = {
     "glora": AdapterMethod("GLORA"),
     "gralora": AdapterMethod("GRALORA", alpha="alpha", dropout="gralora_dropout"),
     "hira": AdapterMethod("HIRA", dropout="hira_dropout"),
-    "lily": AdapterMethod("LILY"),
     "osf": AdapterMethod("OSF", rank=None),
     "peanut": AdapterMethod("PEANUT"),
     "psoft": AdapterMethod("PSOFT", alpha="psoft_alpha", dropout="psoft_dropout"),
@@ -84,6 +87,7 @@ REFUSED_METHODS: dict[str, str] = {
     "shadow": "it replaces the hidden states between blocks by a pair of states of its own",
     "adalora": "it needs a call after every step that moves ranks by the gradients (update_and_allocate); use lora",
     "adamss": "it needs scikit-learn and a call after every step that moves ranks by the gradients; use lora",
+    "lily": "it averages its routing over all tokens of a batch, so a text's loss depends on what it is batched with",
     "poly": "it needs the task of every sample as a further input",
     "xlora": "it mixes adapters that are trained already",
     "frod": "it starts from a joint decomposition of all weights, which no dry run can describe",
@@ -108,6 +112,8 @@ REFUSED_OPTIONS: dict[str, str] = {
     "ensure_weight_tying": "tied embeddings always stay tied",
     "layer_replication": "it changes the number of blocks",
     "alora_invocation_tokens": "it needs further inputs with every batch",
+    "velora_config": "it replaces gradients by approximations from statistics of the batch",
+    "generator_seed": "the state of a generator of its own is not saved with a checkpoint",
     "arrow_config": "it routes between adapters that are trained already",
     **dict.fromkeys(("eva_config", "corda_config", "lora_ga_config"), _NEEDS_DATA),
     **dict.fromkeys(("monteclora_config", "kasa_config"), _NEEDS_LOSS),
@@ -135,12 +141,13 @@ def option_problems(kind: str, options: Mapping[str, Any]) -> Iterator[tuple[str
     """Options of a method that this config has another place for, or that cannot work: (name, what is wrong)."""
     method = ADAPTER_METHODS[kind]
     own = {name: key for key in ("rank", "alpha", "dropout") if (name := getattr(method, key)) is not None}
+    refused = {**REFUSED_OPTIONS, **method.refused}
     for name, value in options.items():
         if name in own:
             yield name, f"set model.adapter.{own[name]}"
         elif name in method.fixed:
             yield name, f'kind "{kind}" says it'
-        elif name in REFUSED_OPTIONS:
-            yield name, f"cannot be set: {REFUSED_OPTIONS[name]}"
+        elif name in refused:
+            yield name, f"cannot be set: {refused[name]}"
         elif name == "init_lora_weights" and str(value).lower() in REFUSED_INITS:
             yield name, f'"{value}" is not supported: {REFUSED_INITS[str(value).lower()]}'

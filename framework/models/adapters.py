@@ -100,7 +100,10 @@ def add_adapter(
     except _PEFT_ERRORS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise UserError(f"model.adapter: PEFT cannot add {adapter.kind} to this model: {error}") from error
+        raise UserError(
+            f"model.adapter: PEFT cannot add {adapter.kind} to this model: {error}\n"
+            "Change model.adapter.target_modules or the method's numbers and options."
+        ) from error
 
 
 def starts_from_base_weights(adapter: AdapterConfig) -> bool:

@@ -56,7 +56,8 @@ def _through_pass(
 ) -> Tensor:
     """Keep the output's selected rows, or return the kept ones.
 
-    Calls whose rows are not the batch's tokens (experts with routed tokens) are recomputed in the replay.
+    Calls whose rows are not the batch's tokens (experts with routed tokens, adapters that send a weight through a
+    linear) are recomputed in the replay.
     """
     kept = current.linears[module]
     if current.phase is Phase.RECORD:
@@ -65,9 +66,10 @@ def _through_pass(
         kept.append(rows.take(output.view(rows.batch, rows.tokens, -1)) if is_tokens else None)
         return output
     known = kept.popleft()
-    if known is None:
+    if known is None or known.shape[:-1].numel() != x.shape[:-1].numel():
         return compute(x)
-    output = known.view(*x.shape[:-1], known.shape[-1])
+    # Detached: as a view it could not be changed in place, which adapters do with their base layer's output.
+    output = known.view(*x.shape[:-1], known.shape[-1]).detach()
     return KnownOutput.apply([output], transposed, x, module.weight, module.bias)
 
 

@@ -7,19 +7,35 @@ wrong gradients. So each block is tried once on its first input: its replay must
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.lily import LilyLayer
 from torch import Tensor
 
-from framework.retention.block import first_output, selective_call
+from framework.retention.block import block_of, first_output, selective_call
+from framework.retention.randomness import generator_states
 from framework.retention.rows import SelectedRows
 from framework.selection import Selection
 
 
-def reason_to_fall_back(function: partial[Any], hidden: Tensor, others: tuple[Any, ...], random: bool) -> str | None:
-    """Why a block cannot be replayed on selected rows, or None if it can.
+@dataclass(frozen=True)
+class Trial:
+    """What the first run of a block showed.
+
+    Attributes:
+        reason: why it cannot be replayed on selected rows, or None if it can.
+        draws: whether it draws random numbers, which a replay has to repeat.
+    """
+
+    reason: str | None
+    draws: bool = False
+
+
+def try_block(function: partial[Any], hidden: Tensor, others: tuple[Any, ...]) -> Trial:
+    """Find out whether a block can be replayed on selected rows.
 
     Every second position is replayed and compared with the record pass, relative to what the block adds to its input.
     Mixing that the replay misses shows as an error of the order of 1; rounding stays below the tolerance. The trial
@@ -29,37 +45,46 @@ def reason_to_fall_back(function: partial[Any], hidden: Tensor, others: tuple[An
         function: the block's call, with its keyword arguments.
         hidden: `[batch, tokens, width]`, its first input.
         others: its other positional arguments.
-        random: whether the block may draw random numbers.
     """
     differentiable = [name for name, value in function.keywords.items() if _requires_grad(value)]
     if differentiable or _requires_grad(others):
-        return (
-            f"it takes differentiable arguments besides the hidden states ({', '.join(differentiable) or 'positional'})"
-        )
+        names = ", ".join(differentiable) or "positional"
+        return Trial(f"it takes differentiable arguments besides the hidden states ({names})")
+    block = block_of(function)
+    if block is not None and any(isinstance(module, LilyLayer) for module in block.modules()):
+        # By name, because an adapter that still is the identity mixes nothing that a trial could see.
+        return Trial("its Lily adapter averages its routing over all tokens of the batch")
     batch, tokens = hidden.shape[:2]
     positions = torch.arange(1, tokens, 2, device=hidden.device).expand(batch, -1)
     if not positions.numel():
-        return None
+        return Trial(None, draws=True)
     selected = SelectedRows(Selection.of_positions(positions), tokens)
-    call = selective_call(function, hidden, others, selected, retain_linears=False, kv_format="model", random=random)
+    call = selective_call(function, hidden, others, selected, retain_linears=False, kv_format="model", random=True)
     devices = [hidden.device] if hidden.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        before = generator_states(hidden.device)
         recorded = first_output(call.record(hidden))
+        after = generator_states(hidden.device)
+        draws = bool(call.current.random)
+        if not draws and not all(map(torch.equal, before, after)):
+            return Trial("it draws random numbers in a way that a replay cannot repeat")
         if recorded.shape[:2] != (batch, tokens):
-            return f"its output has shape {[*recorded.shape]} for an input of shape {[*hidden.shape]}"
+            return Trial(f"its output has shape {[*recorded.shape]} for an input of shape {[*hidden.shape]}")
         try:
             replayed = call.replay(selected.take(hidden))
         except (RuntimeError, ValueError, TypeError, IndexError, KeyError, AssertionError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            return f"it does not run on selected rows ({type(error).__name__}: {str(error).splitlines()[0]})"
-    if call.current.attention:
-        return "it attends to other tokens a varying number of times"
+            said = next(iter(str(error).splitlines()), "")
+            return Trial(f"it does not run on selected rows ({type(error).__name__}: {said})")
+    if call.current.attention or call.current.random:
+        return Trial("it attends or draws random numbers a varying number of times")
     expected = selected.take(recorded)
     if replayed.shape != expected.shape:
-        return f"its replay has shape {[*replayed.shape]} instead of {[*expected.shape]}"
+        return Trial(f"its replay has shape {[*replayed.shape]} instead of {[*expected.shape]}")
     error = _relative_error(replayed, expected, selected.take(hidden))
-    return None if error is None else f"it mixes tokens outside the attention interface (error {error:.1e})"
+    mixes = None if error is None else f"it mixes tokens outside the attention interface (error {error:.1e})"
+    return Trial(mixes, draws)
 
 
 def _relative_error(replayed: Tensor, expected: Tensor, rows: Tensor) -> float | None:

@@ -14,7 +14,10 @@ from transformers import PreTrainedConfig
 
 from framework.retention.block_pass import BlockPass, Phase
 
-_DRAWS = {torch.rand, torch.rand_like, torch.randn, torch.randn_like, torch.bernoulli, Tensor.bernoulli_}
+_NEW_DRAWS = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.multinomial}
+_DRAWS_LIKE = {torch.rand_like, torch.randn_like, torch.randint_like, torch.bernoulli}
+_DRAWS_IN_PLACE = {Tensor.bernoulli_, Tensor.uniform_, Tensor.normal_, Tensor.random_, Tensor.exponential_}
+_DRAWS = _NEW_DRAWS | _DRAWS_LIKE | _DRAWS_IN_PLACE
 
 
 def draws_in_blocks(blocks: list[nn.Module], config: PreTrainedConfig) -> bool:
@@ -24,6 +27,12 @@ def draws_in_blocks(blocks: list[nn.Module], config: PreTrainedConfig) -> bool:
         return True
     rates = (value for key, value in config.to_dict().items() if "drop" in key)
     return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
+
+
+def generator_states(device: torch.device) -> list[Tensor]:
+    """The states of the generators that a block on `device` draws from by default; unchanged if it drew nothing."""
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
 
 
 class ReplayedRandomness(TorchFunctionMode):
@@ -64,7 +73,11 @@ class ReplayedRandomness(TorchFunctionMode):
             self.current.random.append(self._rows(drawn.clone()))
             return drawn
         kept = self.current.random.popleft()
-        return args[0].copy_(kept) if func is Tensor.bernoulli_ else kept
+        if func in _NEW_DRAWS:
+            return kept
+        if kept.shape != args[0].shape:
+            raise RuntimeError(f"a draw of shape {[*args[0].shape]} was kept as {[*kept.shape]}")
+        return args[0].copy_(kept) if func in _DRAWS_IN_PLACE else kept
 
     def _rows(self, drawn: Tensor) -> Tensor:
         """The selected rows of a draw over the batch's tokens; of a draw per sequence, its rows' own."""

@@ -18,7 +18,7 @@ from framework.retention.block import SelectiveBlock, block_of, map_first_output
 from framework.retention.blocks import blocks_of
 from framework.retention.formats import KV_FORMATS
 from framework.retention.linears import release_linears, retain_linears
-from framework.retention.locality import reason_to_fall_back
+from framework.retention.locality import try_block
 from framework.retention.randomness import draws_in_blocks
 from framework.retention.rows import KeepGradientRows, SelectedRows
 from framework.retention.seam import Seam
@@ -131,10 +131,11 @@ class SelectiveRetention:
             return function(hidden, *others)
         if name not in self._tried:
             self._tried.add(name)
-            reason = reason_to_fall_back(function, hidden.detach(), others, self._random)
-            if reason is not None:
-                self.fallbacks[name] = reason
-                logger.warning("block %s falls back to plain checkpointing: %s", name, reason)
+            trial = try_block(function, hidden.detach(), others)
+            self._random = self._random or trial.draws
+            if trial.reason is not None:
+                self.fallbacks[name] = trial.reason
+                logger.warning("block %s falls back to plain checkpointing: %s", name, trial.reason)
         if name in self.fallbacks:
             output = checkpoint(function, KeepGradientRows.apply(rows, hidden), *others, use_reentrant=False)
             return map_first_output(output, lambda out: KeepGradientRows.apply(rows, out))
