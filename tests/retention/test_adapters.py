@@ -10,7 +10,10 @@ from torch import nn
 import framework
 from framework.config import AdapterConfig
 from framework.config.adapters import ADAPTER_METHODS
+from framework.models import AddedTokens
 from framework.models.adapters import add_adapter
+from framework.models.tokens import add_tokens
+from framework.training.loss import unwrapped
 
 EXACT = 1e-10
 # Fourier transforms of C3A run in float32 whatever the weights are.
@@ -165,6 +168,29 @@ def test_trained_rows_of_the_embedding(families, steps, family):
     if family != "llama":
         settings["options"] = {"trainable_token_indices": {"wte" if family == "gpt2" else "embed_tokens": [7, 9]}}
     check(families, steps, adapted(families, family, "lora", settings), 2e-7 if family == "gemma2" else EXACT)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("with_adapter", [False, True])
+def test_added_token(families, steps, family, with_adapter):
+    """The gradient of an added token's row, of the embedding and of a tied or untied head."""
+    model = families.build(family)
+    (token,) = add_tokens(model, AddedTokens(1))
+    if with_adapter:
+        config = AdapterConfig(kind="lora", rank=4, alpha=8.0)
+        model = add_adapter(model, config, task="causal_lm", added_tokens=[token]).double().train()
+    inputs = families.sample_inputs(unwrapped(model))
+    inputs["input_ids"][:, 3:12:2] = token
+    inputs["labels"][:, 3:12:2] = token
+    chosen = torch.tensor([[2, 3, 4, 7, 9, 12], [1, 2, 3, 6, 8, 11]])
+    _, want = steps.reference(model, inputs, chosen)
+    rows = [g for name, g in want.items() if "trainable_tokens" in name or g.shape[0] == token + 1]
+    assert len(rows) == (2 if family == "llama" else 1)
+    assert all(row[-1].norm() > 0 for row in rows)
+    for retain_linears in (False, True):
+        _, got, fallbacks = steps.selective(model, inputs, chosen, retain_linears=retain_linears)
+        assert not fallbacks
+        assert steps.worst_error(got, want) < (2e-7 if family == "gemma2" else EXACT)
 
 
 def test_merging_and_unmerging_while_selection_is_enabled(families, steps):
