@@ -103,9 +103,8 @@ _NEEDS_LOSS = "it adds a term to the loss that PEFT leaves to the training loop"
 REFUSED_OPTIONS: dict[str, str] = {
     "target_modules": "set model.adapter.target_modules",
     "modules_to_save": "set model.adapter.modules_to_save",
-    **dict.fromkeys(
-        ("peft_type", "task_type", "auto_mapping", "peft_version"), "model.adapter.kind and model.task say it"
-    ),
+    **dict.fromkeys(("peft_type", "auto_mapping", "peft_version"), "model.adapter.kind says it"),
+    "task_type": "model.task says it",
     **dict.fromkeys(("base_model_name_or_path", "revision"), "model.path and model.revision say it"),
     "inference_mode": "it would train nothing",
     "fan_in_fan_out": "it is read from the model's layers",
@@ -132,8 +131,8 @@ def kind_problem(kind: str) -> str | None:
         return None
     if kind in REFUSED_METHODS:
         return f'"{kind}" is not supported: {REFUSED_METHODS[kind]}'
-    close = difflib.get_close_matches(kind, [*ADAPTER_METHODS, *REFUSED_METHODS], n=1)
-    hint = f'did you mean "{close[0]}"?' if close else f"those known are {', '.join(ADAPTER_METHODS)}"
+    close = difflib.get_close_matches(kind, ADAPTER_METHODS, n=2)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"those known are {', '.join(ADAPTER_METHODS)}"
     return f'"{kind}" is no adapter method, {hint}'
 
 

@@ -37,8 +37,18 @@ _KINDS = {
 }
 
 
+# Classes that come with a model's own code are in no table; transformers notes the auto class that loaded them.
+_KINDS_OF_AUTO_CLASSES = {
+    "AutoModelForCausalLM": LossKind.CAUSAL,
+    "AutoModelForMaskedLM": LossKind.OWN,
+    "AutoModelForTokenClassification": LossKind.OWN,
+    "AutoModelForSequenceClassification": LossKind.POOLED,
+    "AutoModelForImageClassification": LossKind.POOLED,
+}
+
+
 def loss_kind(model: PreTrainedModel) -> LossKind:
-    """What the model's labels belong to, by transformers' own tables of model classes.
+    """What the model's labels belong to, by transformers' own tables of model classes, or by its auto class.
 
     Raises:
         ValueError: the model is no causal LM, masked LM, token, sequence or image classifier.
@@ -48,6 +58,8 @@ def loss_kind(model: PreTrainedModel) -> LossKind:
         for kind, tables in _KINDS.items():
             if any(base.__name__ in table.values() for table in tables):
                 return kind
+    if model._auto_class in _KINDS_OF_AUTO_CLASSES:
+        return _KINDS_OF_AUTO_CLASSES[model._auto_class]
     raise ValueError(f"{name} is no supported kind of model: causal LM, masked LM, token, sequence or image classifier")
 
 

@@ -62,10 +62,10 @@ def test_overrides(small: Path) -> None:
 
 
 def test_bad_overrides_are_reported_with_the_rest(small: Path, problems: Problems) -> None:
-    assert problems(small, "training.max_steps", "data.train.0=a", ".x=1", "run.seed=-1", "model.adapter.rank=4") == [
+    adapter = ["model.adapter.kind=lora", "model.adapter.rank=4"]
+    assert problems(small, "training.max_steps", "data.train.0=a", ".x=1", "run.seed=-1", *adapter) == [
         "--set: run.seed: expected an integer of at least 0 and below 9223372036854775808, got -1",
-        '--set: model.adapter.kind: missing, expected "lora"',
-        "--set: model.adapter.alpha: missing, expected a number above 0",
+        '--set: model.adapter.alpha: missing: kind "lora" needs a number',
         '--set: "training.max_steps" is not KEY=VALUE, such as training.max_steps=100',
         '--set: data.train.0: data.train is the string "train.jsonl", which has no keys',
         '--set: ".x=1" is not KEY=VALUE, such as training.max_steps=100',

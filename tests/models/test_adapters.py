@@ -1,4 +1,4 @@
-"""LoRA through PEFT: what is trained, in which dtype, tied embeddings, and what is refused."""
+"""Adapters through PEFT: what is trained, in which dtype, tied embeddings, and what is refused."""
 
 from __future__ import annotations
 
@@ -142,3 +142,106 @@ def test_unknown_names_are_listed_with_those_that_exist(family_config: Any) -> N
 def test_targets_that_match_nothing_are_refused(family_config: Any, targets: Any, message: str) -> None:
     with pytest.raises(UserError, match=rf"model\.adapter\.target_modules: .*{message}"):
         load(family_config("llama"), target_modules=targets)
+
+
+def load_kind(values: dict[str, Any], kind: str, **settings: Any) -> Any:
+    adapter = AdapterConfig(kind=kind, **settings)
+    return load_model(
+        path=None,
+        from_config=values,
+        task="causal_lm",
+        dtype=torch.float32,
+        attention="sdpa",
+        seed=0,
+        adapter=adapter,
+    )
+
+
+def test_unknown_options_are_reported_with_the_other_problems(family_config: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        load(family_config("llama"), target_modules=["query"], options={"use_rslor": True, "zzz": 1})
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "model.adapter.options.use_rslor: not an option of LoraConfig; did you mean use_rslora?"
+    assert lines[1].startswith(
+        "model.adapter.options.zzz: not an option of LoraConfig; it has alora_invocation_tokens,"
+    )
+    assert lines[2] == "model.adapter.target_modules: query: not in this model"
+
+
+def test_options_reach_the_method(family_config: Any) -> None:
+    model = load(family_config("llama"), rank=4, alpha=8.0, options={"use_rslora": True, "bias": "lora_only"})
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.use_rslora, config.bias) == (4, 8.0, True, "lora_only")
+    assert model.base_model.model.model.layers[0].self_attn.q_proj.scaling["default"] == 8.0 / 4**0.5
+    oft = load_kind(family_config("llama"), "oft", rank=4).peft_config["default"]
+    assert (oft.r, oft.oft_block_size) == (4, 0)
+    dora = load_kind(family_config("llama"), "dora", rank=4, alpha=8.0).peft_config["default"]
+    assert dora.use_dora
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("boft", {"options": {"boft_block_size": 5}}, "must be divisible by boft_block_size"),
+        ("lora", {"rank": 2, "alpha": 4.0, "options": {"init_lora_weights": "best"}}, "Unknown initialization"),
+        ("c3a", {}, "block size should be a factor"),
+        ("vblora", {"rank": 2, "options": {"vector_length": 5}}, "must be divisible"),
+    ],
+)
+def test_values_that_peft_refuses(family_config: Any, kind: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.adapter: PEFT cannot add {kind} .*{message}"):
+        load_kind(family_config("llama"), kind, **settings)
+
+
+def test_layers_that_a_method_does_not_know_are_refused(family_config: Any) -> None:
+    with pytest.raises(UserError, match=r"PEFT cannot add hra to this model: .*Conv1D.* is not supported"):
+        load_kind(family_config("gpt2"), "hra", rank=2)
+
+
+def test_default_targets_suit_the_method(family_config: Any) -> None:
+    def adapted(model: Any) -> set[str]:
+        names = (name.rpartition(".")[0] for name in trainable(model))
+        return {part for name in names for part in name.split(".") if part in KNOWN}
+
+    KNOWN = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head", "embed_tokens"} | {
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+    }
+    assert adapted(load_kind(family_config("llama"), "ia3")) == {"k_proj", "v_proj", "down_proj"}
+    assert adapted(load_kind(family_config("llama"), "ln_tuning")) == {
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+    }
+    assert adapted(load_kind(family_config("llama"), "hra", rank=2)) == KNOWN - {
+        "lm_head",
+        "embed_tokens",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+    }
+    tokens = load_kind(family_config("llama"), "trainable_tokens", options={"token_indices": [5]})
+    assert adapted(tokens) == {"embed_tokens"}
+
+
+def test_targets_that_a_method_cannot_have(family_config: Any) -> None:
+    smollm = {"model_type": "smollm3", **{k: v for k, v in family_config("llama").items() if k != "model_type"}}
+    with pytest.raises(UserError, match="PEFT has no IA³ modules for smollm3; name the projections"):
+        load_kind(smollm, "ia3")
+    with pytest.raises(UserError, match="the method adapts norms, name these"):
+        load_kind(family_config("llama"), "ln_tuning", target_modules="all-linear")
+    with pytest.raises(UserError, match="q_proj: not in this model"):
+        load_kind(family_config("llama"), "ln_tuning", target_modules=["q_proj"])
+
+
+def test_tied_embedding_is_saved_by_lora_only(family_config: Any) -> None:
+    with pytest.raises(UserError, match=r'which PEFT keeps tied beside kind "lora" or "dora" only'):
+        load_kind(family_config("qwen2"), "hra", rank=2, modules_to_save=["embed_tokens"])
+
+
+def test_modules_saved_by_a_method_without_them(family_config: Any) -> None:
+    with pytest.raises(UserError, match=r'modules_to_save: kind "trainable_tokens" saves no further modules'):
+        load_kind(
+            family_config("llama"), "trainable_tokens", options={"token_indices": [5]}, modules_to_save=["lm_head"]
+        )
