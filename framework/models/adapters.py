@@ -62,10 +62,6 @@ def add_adapter(
     """
     method = ADAPTER_METHODS[adapter.kind]
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type]
-    on_meta = model.device.type == "meta"
-    if on_meta and adapter.kind == "shira":
-        # Its mask is drawn from the weights; it has as many values as a LoRA of its rank has.
-        kind = LoraConfig
     targets = _targets(model, adapter, method, added_tokens)
     problems = [
         *_unknown_options(adapter, kind),
@@ -74,7 +70,7 @@ def add_adapter(
     ]
     if problems:
         raise UserError("\n".join([*problems, f"linear modules of this model: {', '.join(linear_names(model))}"]))
-    settings = {
+    settings: dict[str, Any] = {
         **_method_settings(model, adapter, method, added_tokens),
         **_saved_modules(model, adapter, kind, targets, task=task),
         "target_modules": targets,
@@ -83,8 +79,13 @@ def add_adapter(
     if "fan_in_fan_out" in _names(kind):
         # GPT-2's linear layers hold the transpose.
         settings["fan_in_fan_out"] = any(isinstance(module, Conv1D) for module in model.modules())
+    on_meta = model.device.type == "meta"
+    if on_meta and adapter.kind == "shira":
+        # Its mask is drawn from the weights; it has as many values as a LoRA of its rank has.
+        kind = LoraConfig
+        settings = {name: value for name, value in settings.items() if name not in adapter.options}
+    empty = on_meta and adapter.kind in _COMPUTED_SHAPES
     try:
-        empty = on_meta and adapter.kind in _COMPUTED_SHAPES
         with warnings.catch_warnings(), torch.device("cpu" if empty else model.device):
             # PEFT asks transformers for a property by its old name:
             # https://github.com/huggingface/peft/blob/v0.21.2/src/peft/peft_model.py#L184
