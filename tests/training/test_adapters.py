@@ -38,8 +38,9 @@ def on_base(make_config: Callable[..., Config], settings: dict[str, Any], tmp_pa
     return make
 
 
-@pytest.mark.parametrize("precision", ["fp32", "pure_bf16"])
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    ("name", "precision"), [*((name, "fp32") for name in ADAPTERS), ("dora", "pure_bf16"), ("oft", "pure_bf16")]
+)
 def test_adapter_learns_and_resumes(on_base: Callable[..., Config], name: str, precision: str) -> None:
     config = on_base(
         model__adapter=ADAPTERS[name], optimizer__precision=precision, data__eval=None, checkpoint__every_steps=3
