@@ -122,6 +122,7 @@ REFUSED_OPTIONS: dict[str, str] = {
 REFUSED_INITS: dict[str, str] = {
     **dict.fromkeys(("eva", "corda", "lora_ga"), _NEEDS_DATA),
     "loftq": "it is for quantised weights",
+    "mica": "the matrix that it freezes is not saved with a checkpoint, and differs between machines",
 }
 
 

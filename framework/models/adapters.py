@@ -108,20 +108,13 @@ def add_adapter(
 
 
 def starts_from_base_weights(adapter: AdapterConfig) -> bool:
-    """Whether what the adapter trains beside is made from the base model's weights, and not stored with a checkpoint.
-
-    PiSSA and OLoRA take their start out of the base weights; MiCA freezes one of its matrices; SHiRA draws its mask.
-    """
-    return adapter.kind == "shira" or changes_base_weights(adapter) or _lora_init(adapter) == "mica"
+    """Whether an adapter can be built beside real weights only: PiSSA and OLoRA start from these, SHiRA from a mask."""
+    return adapter.kind == "shira" or changes_base_weights(adapter)
 
 
 def changes_base_weights(adapter: AdapterConfig) -> bool:
     """Whether the method's start is taken out of the base model's weights (PiSSA, OLoRA)."""
-    return _lora_init(adapter).startswith(("pissa", "olora"))
-
-
-def _lora_init(adapter: AdapterConfig) -> str:
-    return str(adapter.options.get("init_lora_weights", True)).lower()
+    return str(adapter.options.get("init_lora_weights")).lower().startswith(("pissa", "olora"))
 
 
 def _targets(

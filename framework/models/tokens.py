@@ -62,7 +62,7 @@ def add_tokens(model: PreTrainedModel, added: AddedTokens) -> list[int]:
     with torch.no_grad():
         for matrix in _row_tensors(model):
             if matrix.device.type != "meta":
-                matrix[fresh] = matrix[: ids[0]].float().mean(0).to(matrix.dtype)
+                matrix[fresh] = matrix[: ids[0]].mean(0, dtype=torch.float32).to(matrix.dtype)
     return ids
 
 
@@ -76,14 +76,17 @@ def token_rows(model: PreTrainedModel, modules_to_save: list[str], ids: list[int
     """
     named = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    layers = [embedding]
-    if head is not None and head.weight is not embedding.weight:
-        layers.append(head)
-    whole = [layer for layer in layers if any(matches(name, named[layer]) for name in modules_to_save)]
-    if embedding in whole and len(layers) == 1:
-        return {}
-    rows = {named[layer]: ids for layer in layers if layer not in whole}
-    if rows and head is not None and getattr(head, "bias", None) is not None and head not in whole:
+    names = {named[embedding]: [named[embedding]]}
+    layer_of_head = None
+    if head is not None:
+        layer_of_head = named[embedding if head.weight is embedding.weight else head]
+        names.setdefault(layer_of_head, []).append(named[head])
+    rows = {
+        layer: ids
+        for layer, own in names.items()
+        if not any(matches(saved, name) for saved in modules_to_save for name in own)
+    }
+    if layer_of_head in rows and getattr(head, "bias", None) is not None:
         raise UserError(
             f"model.added_tokens: the head {named[head]} has a bias, beside which PEFT cannot train single rows; name "
             f"{' and '.join(rows)} in model.adapter.modules_to_save"

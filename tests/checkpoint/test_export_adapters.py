@@ -73,7 +73,6 @@ CASES = {
         {"rank": 2, "alpha": 4.0, "options": {"init_lora_weights": "pissa", "use_rslora": True}},
     ),
     "lora-olora": ("lora", {"rank": 2, "alpha": 4.0, "options": {"init_lora_weights": "olora"}}),
-    "lora-mica": ("lora", {"rank": 2, "alpha": 4.0, "options": {"init_lora_weights": "mica"}}),
     "oft-rank": ("oft", {"rank": 4}),
 }
 # A LoRA that took its start out of the base weights is written as one for the base as it is: equal but for rounding.

@@ -93,7 +93,7 @@ def test_tables_agree_with_peft() -> None:
         # A number that PEFT has under its usual name is not left out.
         assert ("r" in options) <= (method.rank is not None or kind in ("supertuning", "ia3")), kind
     assert REFUSED_OPTIONS.keys() <= every_option
-    assert REFUSED_INITS.keys() == {"eva", "corda", "lora_ga", "loftq"}
+    assert REFUSED_INITS.keys() == {"eva", "corda", "lora_ga", "loftq", "mica"}
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_new_rows_start_as_the_mean_of_the_others(family_config: Any, family: st
     ):
         assert after.shape == (72, 32) and after.dtype == dtype
         assert torch.equal(after[:64], before)
-        assert torch.equal(after[64:], before.float().mean(0).to(dtype).expand(8, -1))
+        assert torch.equal(after[64:], before.mean(0, dtype=torch.float32).to(dtype).expand(8, -1))
     tied = family == "qwen2"
     assert (grown.lm_head.weight is grown.get_input_embeddings().weight) == tied
     ids = torch.arange(3, 19).reshape(2, 8)
@@ -101,8 +101,10 @@ def test_adapter_trains_the_added_rows_only(family_config: Any) -> None:
 def test_whole_embedding_is_trained_where_it_is_named(family_config: Any) -> None:
     added = AddedTokens(1, (64,))
     saved = LORA.model_copy(update={"modules_to_save": ["embed_tokens"]})
-    tied = load(family_config("qwen2"), added, adapter=saved)
-    assert trainable(tied) == {"model.embed_tokens.modules_to_save.default.weight": (65, 32)}
+    for name in ("embed_tokens", "lm_head", "model.embed_tokens"):
+        named = LORA.model_copy(update={"modules_to_save": [name]})
+        tied = load(family_config("qwen2"), added, adapter=named)
+        assert trainable(tied) == {"model.embed_tokens.modules_to_save.default.weight": (65, 32)}
     untied = load(family_config("llama"), added, adapter=saved)
     assert trainable(untied) == {
         "model.embed_tokens.modules_to_save.default.weight": (65, 32),

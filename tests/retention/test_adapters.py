@@ -56,7 +56,6 @@ VARIANTS = {
     "lora-rslora": ("lora", {**SMALL["lora"], "options": {"use_rslora": True}}),
     "lora-pissa": ("lora", {**SMALL["lora"], "options": {"init_lora_weights": "pissa"}}),
     "lora-olora": ("lora", {**SMALL["lora"], "options": {"init_lora_weights": "olora"}}),
-    "lora-mica": ("lora", {**SMALL["lora"], "options": {"init_lora_weights": "mica"}}),
     "lora-bias": ("lora", {**SMALL["lora"], "options": {"lora_bias": True, "bias": "all"}}),
     "loha-rank-dropout": ("loha", {**SMALL["loha"], "options": {"rank_dropout": 0.3}}),
     "lokr-module-dropout": ("lokr", {**SMALL["lokr"], "options": {"module_dropout": 0.5}}),
