@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from framework.data.dataset import IGNORED, TokenizedDataset
+from framework.data.dataset import IGNORED, Dataset, Sample
+from framework.errors import RunError
 
 PAD_MULTIPLE = 8
 """Padded lengths are multiples of it: matrix kernels are slow on odd sizes, and fewer shapes occur."""
@@ -36,10 +37,12 @@ class Batch:
         """Tokens without padding."""
         return int((self.documents != NO_DOCUMENT).sum())
 
+    def pinned(self) -> Batch:
+        """The same with inputs in page-locked memory, from which copies to a CUDA device need not be waited for."""
+        return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
 
-def collate_padded(
-    dataset: TokenizedDataset, draws: Sequence[int], *, sequence_length: int, pad_token_id: int
-) -> Batch:
+
+def collate_padded(dataset: Dataset, draws: Sequence[int], *, sequence_length: int, pad_token_id: int) -> Batch:
     """One sample a row, padded on the right to the longest, rounded up to a multiple of 8 within `sequence_length`.
 
     Args:
@@ -48,7 +51,7 @@ def collate_padded(
         sequence_length: The most tokens that a row may have.
         pad_token_id: What fills up.
     """
-    samples = [dataset[draw % len(dataset)] for draw in draws]
+    samples = [_drawn(dataset, draw) for draw in draws]
     longest = max(len(sample.input_ids) for sample in samples)
     length = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, sequence_length)
     rows = _Rows(len(samples), length, pad_token_id)
@@ -60,7 +63,7 @@ def collate_padded(
 
 
 def collate_packed(
-    dataset: TokenizedDataset, bins: Sequence[Sequence[int]], *, sequence_length: int, pad_token_id: int
+    dataset: Dataset, bins: Sequence[Sequence[int]], *, sequence_length: int, pad_token_id: int
 ) -> Batch:
     """One bin of samples a row, of `sequence_length` tokens; the unfilled tail is one more document, of padding.
 
@@ -75,13 +78,26 @@ def collate_packed(
     for row, draws in enumerate(bins):
         start = 0
         for draw in draws:
-            sample = dataset[draw % len(dataset)]
+            sample = _drawn(dataset, draw)
             end = start + len(sample.input_ids)
             rows.put(row, start, sample.input_ids, sample.labels, draw)
             position_ids[row, start:end] = np.arange(end - start)
             start = end
         position_ids[row, start:] = np.arange(sequence_length - start)
     return rows.batch(position_ids=position_ids)
+
+
+def _drawn(dataset: Dataset, draw: int) -> Sample:
+    """The sample of a draw.
+
+    Raises:
+        RunError: It cannot be had; the message names it.
+    """
+    index = int(draw % len(dataset))
+    try:
+        return dataset[index]
+    except Exception as error:
+        raise RunError(f"{dataset.place(index)} cannot be read: {error or type(error).__name__}") from error
 
 
 class _Rows:

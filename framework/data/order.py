@@ -12,13 +12,15 @@ OPEN_BINS = 16
 default at 512 tokens; more bins gain nothing), few enough that samples stay near their place in the order."""
 
 
-def epoch_order(samples: int, *, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(samples: int, *, seed: int, epoch: int, source: int = 0) -> np.ndarray:
     """Sample indices of an epoch in the order of drawing, int64 `[samples]`: a permutation.
+
+    `source` numbers the sources of a mixture, whose orders are independent; the only one of other data is 0.
 
     Made by sorting raw output of a counter-based generator, which numpy keeps the same between versions and machines
     (unlike `Generator.permutation`).
     """
-    keys = np.random.Philox(np.random.SeedSequence([seed, epoch])).random_raw(samples)
+    keys = np.random.Philox(np.random.SeedSequence([seed, epoch, source])).random_raw(samples)
     return np.argsort(keys, kind="stable")
 
 
