@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from framework.config.sections import data_sources
+
 Check = Callable[..., tuple[str, str] | None]
 
 
@@ -125,4 +127,27 @@ def _micro_batch_divides(global_batch_size: int, micro_batch_size: int) -> tuple
         return "training.micro_batch_size", (
             f"{micro_batch_size} does not divide training.global_batch_size, which is {global_batch_size}"
         )
+    return None
+
+
+@_rule("data.train")
+def _all_sources_are_weighted(train: Any) -> tuple[str, str] | None:
+    sources = data_sources(train)
+    unweighted = [source.path for source in sources if source.weight is None]
+    if unweighted and len(unweighted) < len(sources):
+        return "data.train", f"some sources have a weight, but {', '.join(unweighted)} has none: give all or none one"
+    return None
+
+
+@_rule("data.eval")
+def _evaluation_has_no_weights(eval: Any) -> tuple[str, str] | None:
+    if any(source.weight is not None for source in data_sources(eval)):
+        return "data.eval", "a weight has no effect in evaluation, which takes every sample once: leave it out"
+    return None
+
+
+@_rule("data.eval", "data.eval_fraction")
+def _one_evaluation_set(eval: Any, eval_fraction: float | None) -> tuple[str, str] | None:
+    if eval is not None and eval_fraction is not None:
+        return "data.eval_fraction", "contradicts data.eval: give the evaluation data, or hold some of data.train out"
     return None

@@ -28,6 +28,9 @@ from framework.config.sections import (
 RESULT_NEUTRAL_SECTIONS = frozenset({"checkpoint", "logging", "hardware"})
 """Sections that say how a run is watched, saved or described, and leave its losses as they are."""
 
+RESULT_NEUTRAL_KEYS = {"run": ("output_dir",), "data": ("cache_dir", "workers")}
+"""Such keys of other sections."""
+
 
 class Config(Section):
     """A run of selectrain."""
@@ -99,9 +102,12 @@ class Config(Section):
     def sha256(self) -> str:
         """Hash of the settings that determine the losses of a run, in hexadecimal.
 
-        Left out are `run.output_dir` and the sections in `RESULT_NEUTRAL_SECTIONS`.
+        Left out are `RESULT_NEUTRAL_KEYS` and the sections in `RESULT_NEUTRAL_SECTIONS`.
         """
-        settings = {name: section for name, section in self.to_json().items() if name not in RESULT_NEUTRAL_SECTIONS}
-        settings["run"] = {key: value for key, value in settings["run"].items() if key != "output_dir"}
+        settings = {
+            name: {key: value for key, value in section.items() if key not in RESULT_NEUTRAL_KEYS.get(name, ())}
+            for name, section in self.to_json().items()
+            if name not in RESULT_NEUTRAL_SECTIONS
+        }
         canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()

@@ -90,7 +90,8 @@ class SourceConfig(Section):
     """A file, a directory, or a name on the Hugging Face hub."""
 
     weight: Annotated[float, Field(gt=0)] | None = None
-    """Share of the mixture, relative to the other sources' weights. Null, for all of them: every sample once."""
+    """Share of the samples drawn, relative to the other sources' weights; sources start again when they are through.
+    Null, for all of them: every sample once an epoch."""
 
     format: Literal["auto", Format] | None = None
     """Format of its records. Null: `data.format`."""
@@ -132,7 +133,11 @@ class DataConfig(Section):
     relative to the current directory."""
 
     eval: Sources | None = None
-    """The same for evaluation. Null: no evaluation."""
+    """The same for evaluation. Null: what `eval_fraction` holds out, if anything."""
+
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of `train` that is held out for evaluation instead of trained on. A hash of a sample's text decides, so
+    that equal samples are on the same side and further data moves none to the other. Null: nothing is held out."""
 
     format: Literal["auto", Format] = "auto"
     """Format of the records: `messages` (chat), `completion` (prompt and completion), `text`; "auto" recognises it by
@@ -146,6 +151,13 @@ class DataConfig(Section):
 
     overlong: Literal["drop", "truncate"] = "drop"
     """What becomes of a sample that is longer than `sequence_length`: left out and counted, or cut at its end."""
+
+    cache_dir: NonEmpty | None = "auto"
+    """Directory of the token cache, from which a second start takes its tokens; "auto": `selectrain/tokens` in
+    `$XDG_CACHE_HOME` or `~/.cache`. What is in it may be deleted at any time. Null: no cache, tokens are in memory."""
+
+    workers: CountOrZero = 2
+    """Threads that make batches ahead of their use; results do not depend on it. 0: each is made when it is needed."""
 
 
 class SelectionConfig(Section):

@@ -1,28 +1,17 @@
-"""A data set in memory: all tokens in one array, samples as ranges of it."""
+"""Data sets: tokenised samples of one source, of a part of it, or of several."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from framework.data.formats import ProblemList, Record, list_files, read_records
-from framework.data.labels import LABELLERS
 from framework.data.report import DataReport
-from framework.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-CHUNK = 1024
-"""Records that are tokenised together: enough to keep the tokenizer's threads busy, little to hold."""
 
 IGNORED = -100
 """The label of a token that is not to be learnt (Hugging Face's convention)."""
@@ -61,6 +50,11 @@ class Dataset(Sequence[Sample]):
     @abstractmethod
     def digests(self) -> np.ndarray:
         """A hash of the tokens and labels of each sample, uint64 `[samples]`."""
+
+    @property
+    def contents(self) -> np.ndarray:
+        """A hash of what each sample was made from, uint64 `[samples]`: equal for equal records."""
+        return self.digests
 
     @property
     def supervised_lengths(self) -> np.ndarray:
@@ -254,94 +248,3 @@ class Subset(Dataset):
     def place(self, index: int) -> str:
         """The sample at `index` as a message names it: with its number in the whole."""
         return self._whole.place(int(self._indices[index]))
-
-
-def load_dataset(
-    paths: str | Path | Sequence[str | Path],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    sequence_length: int,
-    format: str = "auto",
-    overlong: str = "drop",
-    option: str = "data.train",
-) -> TokenizedDataset:
-    """Read, validate, tokenise and label JSON lines files (see `framework.data.formats` for the formats).
-
-    Args:
-        paths: A file, a directory of `*.jsonl` files, or a list of them; the order of samples follows it.
-        tokenizer: From `load_tokenizer`.
-        sequence_length: The most tokens that a sample may have.
-        format: `messages`, `completion`, `text`, or `auto`: decided for each file by its first record.
-        overlong: What happens to longer samples: `drop`, or `truncate` (the end is cut off).
-        option: The config key that `paths` comes from, for error messages.
-
-    Raises:
-        UserError: A file is missing, a record is broken (file, line, and what is wrong; up to ten together), there is
-            no record, none fits into the sequence length, or no token anywhere carries a label.
-    """
-    files = list_files(paths, option=option)
-    problems = ProblemList(option)
-    report = DataReport()
-    ids_parts: list[np.ndarray] = []
-    supervised_parts: list[np.ndarray] = []
-    for file in files:
-        records = read_records(file, format=format, problems=problems)
-        for chunk_format, chunk in _chunks(records):
-            report.formats[str(file)] = chunk_format
-            report.records += len(chunk)
-            if problems.problems:
-                continue  # only to find further broken lines
-            for ids, supervised in LABELLERS[chunk_format](chunk, tokenizer):
-                if _admit(ids, supervised, sequence_length, overlong, report):
-                    ids_parts.append(ids[:sequence_length])
-                    supervised_parts.append(supervised[:sequence_length])
-    problems.raise_if_any()
-    if not ids_parts:
-        raise UserError(f"{option}: {_why_empty(report, sequence_length)} ({', '.join(map(str, files))})")
-    lengths = np.array([len(ids) for ids in ids_parts], np.int64)
-    return TokenizedDataset(np.concatenate(ids_parts), np.concatenate(supervised_parts), lengths, report)
-
-
-def _chunks(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, list[Record]]]:
-    """Group the records of one file, which has one format."""
-    records = iter(records)
-    while chunk := list(islice(records, CHUNK)):
-        yield chunk[0][0], [record for _, record in chunk]
-
-
-def _admit(ids: np.ndarray, supervised: np.ndarray, sequence_length: int, overlong: str, report: DataReport) -> bool:
-    """Whether a sample (cut to `sequence_length`) belongs in the data set; counts it. Unlabels its first token."""
-    report.longest = max(report.longest, len(ids))
-    if not len(ids):
-        report.empty += 1
-        return False
-    too_long = len(ids) > sequence_length
-    if too_long and overlong == "drop":
-        report.overlong += 1
-        return False
-    supervised[0] = False  # nothing before it to learn it from
-    labelled = int(supervised[:sequence_length].sum())
-    if not labelled:
-        report.unsupervised += 1
-        return False
-    report.truncated += too_long
-    report.samples += 1
-    report.tokens += min(len(ids), sequence_length)
-    report.supervised_tokens += labelled
-    return True
-
-
-def _why_empty(report: DataReport, sequence_length: int) -> str:
-    if not report.records:
-        return "the data set is empty: there is no record"
-    if report.overlong and not report.unsupervised:
-        return (
-            f"no sample is left: {report.overlong} of {report.records} records are longer than data.sequence_length = "
-            f"{sequence_length} (the longest has {report.longest} tokens); raise it, or set data.overlong to 'truncate'"
-        )
-    return (
-        "no label anywhere: no token of any sample is one to learn "
-        f"({report.unsupervised} of {report.records} records have no label, {report.overlong} are longer than "
-        f"data.sequence_length = {sequence_length}, {report.empty} are empty); `messages` needs assistant turns, and "
-        "with data.overlong = 'truncate' long prompts can push all answers out"
-    )

@@ -91,6 +91,11 @@ class Loader:
             self._sequences_of = (epoch, sequences)
         return sequences
 
+    @property
+    def samples_per_sequence(self) -> float:
+        """Samples that a sequence holds, on average over the current epoch."""
+        return len(self.dataset) / len(self.sequences(self._position[0]))
+
     def _draws(self, epoch: int) -> np.ndarray:
         if self.dataset.shares is None:
             samples = len(self.dataset)

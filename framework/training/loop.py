@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from framework.checkpoint import (
     truncate_metrics,
 )
 from framework.config import Config
-from framework.data import Batch, Loader, TokenizedDataset
+from framework.data import Batch, Dataset, Loader
 from framework.errors import RunError, UserError
 from framework.models import count_parameters
 from framework.sharding.protocol import Engine, StepResult
@@ -40,6 +40,7 @@ from framework.training.setup import (
     configured_model,
     load_data,
     make_loaders,
+    report_epochs,
     seed_everything,
     use_deterministic_kernels,
     warm_up,
@@ -84,9 +85,15 @@ def run_training(
     directory.begin(config.to_json(), settings_plan(config))
     truncate_metrics(directory.metrics, step)
 
+    report_epochs(config, loader, reporter)
+
     signals.defer()
     warm_up(engine, objective, next(evaluation_batches(train_data)))
-    with MetricsFile(directory.metrics) as metrics, cpu_tracker(config, engine) or nullcontext() as tracker:
+    with (
+        closing(loader),
+        MetricsFile(directory.metrics) as metrics,
+        cpu_tracker(config, engine) or nullcontext() as tracker,
+    ):
         run = Run(config, directory, signals, reporter, engine, objective, loader, train_data, metrics, tracker)
         run.begin(checkpoint)
         run.train(partial(evaluation_batches, eval_data) if eval_data is not None else None)
@@ -96,7 +103,7 @@ def run_training(
 def resume_from(
     checkpoint: Checkpoint,
     config: Config,
-    train_data: TokenizedDataset,
+    train_data: Dataset,
     engine: Engine,
     loader: Loader,
     reporter: Reporter,
@@ -137,7 +144,7 @@ class Run:
         engine: Engine,
         objective: Objective,
         loader: Loader,
-        train_data: TokenizedDataset,
+        train_data: Dataset,
         metrics: MetricsFile,
         tracker: CpuMemoryTracker | None,
     ) -> None:

@@ -7,13 +7,13 @@ from pathlib import Path
 from rich.console import Console
 
 from framework.config import Config, data_sources
-from framework.data import load_dataset, load_tokenizer, show_samples
+from framework.data import load_tokenizer, show_samples, source_lines
 from framework.models import check_compatibility, read_architecture
 from framework.sharding.precision import PRECISIONS
 from framework.training.objective import draw_selection
 from framework.training.plan import fidelity_class, state_bytes
 from framework.training.progress import format_bytes
-from framework.training.setup import make_loaders, tokenizer_source
+from framework.training.setup import load_datasets, make_loaders, tokenizer_source
 
 
 def dry_run(config: Config) -> str:
@@ -72,18 +72,13 @@ def inspect_data(config: Config, count: int, console: Console | None = None) -> 
         console: where to; standard output by default.
 
     Raises:
-        UserError: see `load_dataset`.
+        UserError: see `load_datasets`.
     """
     tokenizer = load_tokenizer(tokenizer_source(config))
-    data = load_dataset(
-        [source.path for source in data_sources(config.data.train)],
-        tokenizer=tokenizer,
-        sequence_length=config.data.sequence_length,
-        format=config.data.format,
-        overlong=config.data.overlong,
-    )
+    data, _ = load_datasets(config, tokenizer)
     console = console or Console()
-    console.print(f"data.train: {data.report.summary()}", markup=False, highlight=False)
+    for line in (data.report.summary(), *source_lines(data)):
+        console.print(f"data.train: {line}", markup=False, highlight=False)
     loader, _ = make_loaders(config, data, tokenizer.pad_token_id)
     while count > 0:
         for batch in loader.next_window():

@@ -23,9 +23,17 @@ BINDING = (
     "optimizer.precision",
 )
 # Where a run writes and how it is watched; changing these between two starts is ordinary.
-UNREMARKABLE = ("run.output_dir", "checkpoint", "logging", "hardware", "training.max_steps")
+UNREMARKABLE = (
+    "run.output_dir",
+    "data.cache_dir",
+    "data.workers",
+    "checkpoint",
+    "logging",
+    "hardware",
+    "training.max_steps",
+)
 # How the samples came about; what counts is the samples themselves.
-DATA_SOURCES = ("data.train", "data.format", "data.overlong", "model.tokenizer")
+DATA_SOURCES = ("data.train", "data.format", "data.overlong", "data.eval_fraction", "model.tokenizer")
 
 
 def manifest_of(config: Config, plan: dict[str, Any], data: Dataset, **progress: Any) -> dict[str, Any]:

@@ -6,15 +6,30 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from framework.checkpoint import capture_random_state, restore_random_state
-from framework.config import Config, data_sources
-from framework.data import Batch, Loader, TokenizedDataset, evaluation_batches, load_dataset, load_tokenizer
+from framework.config import Config, SourceConfig, data_sources
+from framework.data import (
+    Batch,
+    Dataset,
+    Loader,
+    TokenCache,
+    TokenizedDataset,
+    default_cache_directory,
+    epochs_line,
+    evaluation_batches,
+    hold_out,
+    load_dataset,
+    load_sources,
+    load_tokenizer,
+    source_lines,
+)
 from framework.errors import UserError
 from framework.models import check_compatibility, load_model, read_architecture
 from framework.sharding.protocol import Engine
@@ -22,11 +37,11 @@ from framework.training.objective import Objective
 from framework.training.progress import Reporter
 
 
-def load_data(config: Config, reporter: Reporter) -> tuple[TokenizedDataset, TokenizedDataset | None, int]:
+def load_data(config: Config, reporter: Reporter) -> tuple[Dataset, Dataset | None, int]:
     """The training set, the evaluation set and the padding token; what became of the records is reported.
 
     Raises:
-        UserError: see `load_dataset` and `load_tokenizer`; or the model and the tokenizer do not go together.
+        UserError: see `load_datasets` and `load_tokenizer`; or the model and the tokenizer do not go together.
     """
     tokenizer = load_tokenizer(tokenizer_source(config))
     model = config.model
@@ -34,20 +49,43 @@ def load_data(config: Config, reporter: Reporter) -> tuple[TokenizedDataset, Tok
         path=model.path, from_config=model.from_config, task=model.task, attention=model.attention
     )
     check_compatibility(architecture, tokenizer, config.data.sequence_length)
-    load = partial(
-        load_dataset,
-        tokenizer=tokenizer,
-        sequence_length=config.data.sequence_length,
-        format=config.data.format,
-        overlong=config.data.overlong,
-    )
-    train_data = load([source.path for source in data_sources(config.data.train)], option="data.train")
-    reporter.line(f"data.train: {train_data.report.summary()}")
-    eval_data = None
-    if config.data.eval is not None:
-        eval_data = load([source.path for source in data_sources(config.data.eval)], option="data.eval")
-        reporter.line(f"data.eval: {eval_data.report.summary()}")
+    train_data, eval_data = load_datasets(config, tokenizer)
+    for option, data in (("data.train", train_data), ("data.eval", eval_data)):
+        if data is not None:
+            for line in (data.report.summary(), *source_lines(data)):
+                reporter.line(f"{option}: {line}")
     return train_data, eval_data, tokenizer.pad_token_id
+
+
+def load_datasets(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
+    """The training set and the evaluation set that a config describes; the latter is None if there is none.
+
+    Raises:
+        UserError: see `load_dataset` and `hold_out`.
+    """
+    cache_dir = config.data.cache_dir
+    cache = None
+    if cache_dir is not None:
+        directory = default_cache_directory() if cache_dir == "auto" else Path(cache_dir).expanduser()
+        cache = TokenCache(directory, tokenizer)
+
+    def load(source: SourceConfig, option: str) -> TokenizedDataset:
+        return load_dataset(
+            source.path,
+            tokenizer=tokenizer,
+            sequence_length=config.data.sequence_length,
+            format=source.format or config.data.format,
+            overlong=config.data.overlong,
+            option=option,
+            cache=cache,
+        )
+
+    train_data = load_sources(data_sources(config.data.train), partial(load, option="data.train"))
+    if config.data.eval_fraction is not None:
+        return hold_out(train_data, config.data.eval_fraction)
+    if config.data.eval is None:
+        return train_data, None
+    return train_data, load_sources(data_sources(config.data.eval), partial(load, option="data.eval"))
 
 
 def tokenizer_source(config: Config) -> str:
@@ -63,17 +101,26 @@ def tokenizer_source(config: Config) -> str:
 
 
 def make_loaders(
-    config: Config, train_data: TokenizedDataset, pad_token_id: int
+    config: Config, train_data: Dataset, pad_token_id: int
 ) -> tuple[Loader, Callable[..., Iterator[Batch]]]:
     """The training loader, and `evaluation_batches` with the config's options, a data set still to be given."""
-    shape = {
+    options = {
         "sequence_length": config.data.sequence_length,
         "packing": config.data.packing,
         "micro_batch_size": config.training.micro_batch_size,
         "pad_token_id": pad_token_id,
+        "workers": config.data.workers,
+        "pin_memory": torch.cuda.is_available(),
     }
-    loader = Loader(train_data, global_batch_size=config.training.global_batch_size, seed=config.run.seed, **shape)
-    return loader, partial(evaluation_batches, **shape)
+    loader = Loader(train_data, global_batch_size=config.training.global_batch_size, seed=config.run.seed, **options)
+    return loader, partial(evaluation_batches, **options)
+
+
+def report_epochs(config: Config, loader: Loader, reporter: Reporter) -> None:
+    """Say how often the run draws the samples of each source; with packing an estimate from the current epoch."""
+    steps, batch = config.training.max_steps, config.training.global_batch_size
+    line = epochs_line(loader.dataset, steps * batch * loader.samples_per_sequence)
+    reporter.line(f"data.train: {steps} steps of {batch} sequences are {line}")
 
 
 def configured_model(config: Config) -> PreTrainedModel | PeftModel:
