@@ -9,7 +9,7 @@ CACHE/
 ```
 
 An entry gets its name by one rename when it is complete, so two processes that make the same one do not meet; the
-second finds the first one's. Entries are never changed, only made anew where they are damaged. Anyone may delete them at
+second finds the first one's. Entries are never changed, only made anew where they are damaged. They may be deleted at
 any time.
 """
 
@@ -184,7 +184,8 @@ class CacheWriter:
         for file in self._files.values():
             with contextlib.suppress(OSError):  # what is still in the buffer of a full disk's file
                 file.close()
-        shutil.rmtree(self._path, ignore_errors=True)
+        if self._path.exists():
+            shutil.rmtree(self._path, ignore_errors=True)
 
 
 def file_hash(path: Path) -> str:

@@ -18,10 +18,10 @@ def shares_of(weights: Sequence[float]) -> np.ndarray:
 def interleave(shares: np.ndarray, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Sources of draws `start` to `start + count` of an endless mixture, evenly spread rather than drawn at random.
 
-    Draw number j of a source is due at (j + 1/2) / share, and draws come in the order in which they are due, ties in
-    the order of the sources. The first n draws are so shared out as the Webster (Sainte-Laguë) method gives n seats to
-    parties: nowhere does a source's count leave its share of the draws so far by more than 1/2 + share * sources / 2,
-    and hardly ever by as much as 1. Any part of the sequence can be made without what comes before it.
+    Of the first n draws the largest source gets its share of n, rounded; of the draws that are left, the next largest
+    gets its share, rounded; and so on. So the count of a source hardly leaves its share of the draws so far: never by
+    more than 1/2 for the largest, and by less than 1.5 for all in mixtures of up to 40 sources that were tried. Any
+    part of the sequence can be made without what comes before it.
 
     Args:
         shares: Positive, their sum is 1, `[sources]`.
@@ -31,15 +31,19 @@ def interleave(shares: np.ndarray, start: int, count: int) -> tuple[np.ndarray, 
     Returns:
         For each draw its source, and the number of earlier draws from that source, int64 `[count]` each.
     """
-    # At time t, floor(share * t + 1/2) draws of a source are due: all sources together, t give or take sources / 2.
-    slack = len(shares) + 1
-    firsts = np.floor(shares * max(0, start - slack) + 0.5).astype(np.int64)
-    lasts = np.floor(shares * (start + count + slack) + 0.5).astype(np.int64)
-    source = np.repeat(np.arange(len(shares)), lasts - firsts)
-    number = np.concatenate([np.arange(first, last) for first, last in zip(firsts, lasts, strict=True)])
-    due = np.lexsort((source, (number + 0.5) / shares[source]))
-    due = due[start - firsts.sum() :][:count]
-    return source[due], number[due]
+    source, number = np.empty((2, count), np.int64)
+    places = np.arange(count)
+    # Of each draw that is still to be given to a source: how many such draws come before it in the whole sequence.
+    before = np.arange(start, start + count)
+    order = np.argsort(-shares, kind="stable")
+    for rank, each in enumerate(order):
+        share = shares[each] / math.fsum(shares[order[rank:]])
+        own = np.floor(share * before + 0.5).astype(np.int64)
+        taken = np.floor(share * (before + 1) + 0.5) > own
+        source[places[taken]] = each
+        number[places[taken]] = own[taken]
+        places, before = places[~taken], (before - own)[~taken]
+    return source, number
 
 
 def mixture_order(sizes: Sequence[int], shares: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:

@@ -138,7 +138,7 @@ def test_one_problem_is_one_line(small: Path) -> None:
         ("learning_rate", "did you mean optimizer.learning_rate?"),
         ("optimiser.learning_rate", "did you mean optimizer?"),
         ("training.every_steps", "did you mean checkpoint.every_steps or logging.every_steps?"),
-        ("data.lora_alpha", "data has train, eval, format, sequence_length, packing, overlong"),
+        ("data.lora_alpha", "data has train, eval, eval_fraction, format, sequence_length, packing, overlong"),
         ("model.sequence_lenght", "did you mean data.sequence_length?"),
         (
             "cake.size",
@@ -157,9 +157,9 @@ def test_sources_in_any_of_their_forms_are_the_same_tuple(small: Path) -> None:
     for value in ("a.jsonl", '["a.jsonl"]', '[{"path": "a.jsonl"}]'):
         assert data_sources(load_config(small, [f"data.train={value}"]).data.train) == plain
     assert data_sources(None) == ()
-    mixed = ["a.jsonl", {"path": "org/name", "subset": "main", "split": "train[:5%]", "weight": 2}]
+    mixed = ["a.jsonl", {"path": "org/name", "subset": "main", "split": "train[:5%]"}]
     config = load_config(small, [f"data.eval={json.dumps(mixed)}"])
-    expected = (*plain, SourceConfig(path="org/name", subset="main", split="train[:5%]", weight=2.0))
+    expected = (*plain, SourceConfig(path="org/name", subset="main", split="train[:5%]"))
     assert data_sources(config.data.eval) == expected
     assert data_sources(mixed) == expected, "rules read JSON values"
 
