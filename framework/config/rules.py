@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from framework.config.sections import data_sources
+from framework.config.sections import Sources, data_sources
 
 Check = Callable[..., tuple[str, str] | None]
 
@@ -121,6 +121,16 @@ def _single_engine_keeps_optimizer(engine: str, offload_optimizer: bool) -> tupl
     return None
 
 
+@_rule("data.train", "data.eval", "data.format", "data.train_on")
+def _train_on_is_for_conversations(
+    train: Sources, eval: Sources | None, format: str, train_on: str
+) -> tuple[str, str] | None:
+    formats = {source.format or format for source in (*data_sources(train), *data_sources(eval))}
+    if train_on == "assistant" or formats & {"auto", "messages", "sharegpt", "alpaca", "completion"}:
+        return None
+    return "data.train_on", f'"{train_on}" has no effect on the format {" or ".join(sorted(formats))}: leave it out'
+
+
 @_rule("training.global_batch_size", "training.micro_batch_size")
 def _micro_batch_divides(global_batch_size: int, micro_batch_size: int) -> tuple[str, str] | None:
     if global_batch_size % micro_batch_size:
@@ -131,7 +141,7 @@ def _micro_batch_divides(global_batch_size: int, micro_batch_size: int) -> tuple
 
 
 @_rule("data.train")
-def _all_sources_are_weighted(train: Any) -> tuple[str, str] | None:
+def _all_sources_are_weighted(train: Sources) -> tuple[str, str] | None:
     sources = data_sources(train)
     unweighted = [source.path for source in sources if source.weight is None]
     if unweighted and len(unweighted) < len(sources):
@@ -140,14 +150,14 @@ def _all_sources_are_weighted(train: Any) -> tuple[str, str] | None:
 
 
 @_rule("data.eval")
-def _evaluation_has_no_weights(eval: Any) -> tuple[str, str] | None:
+def _evaluation_has_no_weights(eval: Sources | None) -> tuple[str, str] | None:
     if any(source.weight is not None for source in data_sources(eval)):
         return "data.eval", "a weight has no effect in evaluation, which takes every sample once: leave it out"
     return None
 
 
 @_rule("data.eval", "data.eval_fraction")
-def _one_evaluation_set(eval: Any, eval_fraction: float | None) -> tuple[str, str] | None:
+def _one_evaluation_set(eval: Sources | None, eval_fraction: float | None) -> tuple[str, str] | None:
     if eval is not None and eval_fraction is not None:
         return "data.eval_fraction", "contradicts data.eval: give the evaluation data, or hold some of data.train out"
     return None

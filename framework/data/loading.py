@@ -7,16 +7,16 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from framework.data.cache import CacheError, TokenCache, file_hash
 from framework.data.dataset import TokenizedDataset, sample_digest
-from framework.data.formats import ProblemList, Record, list_files, read_records
-from framework.data.labels import LABELLERS
+from framework.data.formats import ProblemList, Record, read_records
+from framework.data.labels import label_records
 from framework.data.report import DataReport
+from framework.data.sources import Part, Paths, list_parts
 from framework.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,125 +27,150 @@ logger = logging.getLogger(__name__)
 CHUNK = 1024
 """Records that are tokenised together: enough to keep the tokenizer's threads busy, little to hold."""
 
-CONTENT_KEYS = {"messages": ("messages",), "completion": ("prompt", "completion"), "text": ("text",)}
-"""For each format the keys of a record that its sample is made from."""
+CONTENT_KEYS = (
+    "messages",
+    "conversations",
+    "conversation",
+    "system",
+    "tools",
+    "chat_template_kwargs",
+    "instruction",
+    "input",
+    "output",
+    "history",
+    "prompt",
+    "completion",
+    "text",
+)
+"""Keys of a record that a sample is made from, in all formats."""
 
 
 def load_dataset(
-    paths: str | Path | Sequence[str | Path],
+    paths: Paths,
     *,
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
     format: str = "auto",
     overlong: str = "drop",
+    train_on: str = "assistant",
     option: str = "data.train",
     cache: TokenCache | None = None,
 ) -> TokenizedDataset:
-    """Read, validate, tokenise and label JSON lines files (see `framework.data.formats` for the formats).
+    """Read, validate, tokenise and label data, or take the tokens from the cache.
 
     Args:
-        paths: A file, a directory of `*.jsonl` files, or a list of them; the order of samples follows it.
+        paths: Files, directories or hub names (see `framework.data.sources`); the order of samples follows them.
         tokenizer: From `load_tokenizer`.
         sequence_length: The most tokens that a sample may have.
-        format: `messages`, `completion`, `text`, or `auto`: decided for each file by its first record.
+        format: One of `framework.data.formats`, or `auto`: decided for each file by its first record.
         overlong: What happens to longer samples: `drop`, or `truncate` (the end is cut off).
+        train_on: Which turns of conversations carry labels: `assistant` (all of its turns) or `last_assistant`.
         option: The config key that `paths` comes from, for error messages.
         cache: Where the tokens are taken from, or written to for the next time; None: they are kept in memory.
 
     Raises:
-        UserError: A file is missing, a record is broken (file, line, and what is wrong; up to ten together), there is
+        UserError: A source is missing, a record is broken (its place and what is wrong; up to ten together), there is
             no record, none fits into the sequence length, or no token anywhere carries a label.
     """
-    files = list_files(paths, option=option)
-    read = _Reading(files, tokenizer, sequence_length, format, overlong, option)
-    name = ", ".join(map(str, files))
-    if cache is None:
-        return _in_memory(read, name)
-    stamps = [_stamp(file) for file in files]
-    key = cache.key(
-        files=[[file.suffix, file_hash(file)] for file in files],
-        format=format,
-        sequence_length=sequence_length,
-        overlong=overlong,
-    )
-    dataset = cache.load(key)
-    if dataset is None:
-        try:
-            with cache.writer(key) as writer:
-                report = DataReport()
-                for ids, supervised, content in read.samples(report):
-                    writer.add(ids, supervised, digest=sample_digest(ids, supervised), content=content)
-                if stamps != [_stamp(file) for file in files]:
-                    raise CacheError("a file was changed while it was read")
-                report.formats = {str(files.index(Path(file))): each for file, each in report.formats.items()}
-                dataset = writer.finish(report)
-        except CacheError as error:
-            logger.warning("token cache: %s cannot be written, going on without: %s", cache.directory, error)
-            return _in_memory(read, name)
-    # Files are known to the cache by their place in the list: their names may have changed.
-    dataset.report.formats = {str(files[int(place)]): each for place, each in dataset.report.formats.items()}
-    dataset.name = name
+    parts = list_parts(paths, option=option)
+    reading = _Reading(parts, tokenizer, sequence_length, format, overlong, train_on, option)
+    dataset = _in_memory(reading) if cache is None else _cached(reading, cache)
+    dataset.name = ", ".join(map(str, parts))
     return dataset
-
-
-def _in_memory(read: _Reading, name: str) -> TokenizedDataset:
-    report = DataReport()
-    ids, supervised, contents = zip(*read.samples(report), strict=True)
-    return TokenizedDataset(
-        np.concatenate(ids),
-        np.concatenate(supervised),
-        np.array([len(each) for each in ids], np.int64),
-        report,
-        name=name,
-        contents=np.array(contents, np.uint64),
-    )
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def content_hash(format: str, record: Record) -> int:
-    """A hash of what a sample is made from, of 64 bits: the same for records that differ in further keys only."""
-    content = [format, *(record.content.get(key) for key in CONTENT_KEYS[format])]
-    digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=8)
-    return int.from_bytes(digest.digest(), "little")
 
 
 class _Reading(NamedTuple):
     """What `load_dataset` is to read, and how."""
 
-    files: Sequence[Path]
+    parts: Sequence[Part]
     tokenizer: PreTrainedTokenizerBase
     sequence_length: int
     format: str
     overlong: str
+    train_on: str
     option: str
 
     def samples(self, report: DataReport) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
-        """Tokens, labels and content hash of each sample that is kept; all records are counted in `report`.
+        """Tokens, labels and `content_hash` of each sample that is kept; all records are counted in `report`.
 
         Raises:
             UserError: see `load_dataset`; at the end, when there may have been samples already.
         """
         problems = ProblemList(self.option)
-        for file in self.files:
-            records = read_records(file, format=self.format, problems=problems)
+        for part in self.parts:
+            records = read_records(part, format=self.format, problems=problems)
             for format, chunk in _chunks(records):
-                report.formats[str(file)] = format
+                report.formats[str(part)] = format
                 report.records += len(chunk)
                 if problems.problems:
-                    continue  # only to find further broken lines
-                labelled = LABELLERS[format](chunk, self.tokenizer)
+                    continue  # only to find further broken records
+                labelled = label_records(format, chunk, self.tokenizer, train_on=self.train_on)
                 for record, (ids, supervised) in zip(chunk, labelled, strict=True):
                     if _admit(ids, supervised, self.sequence_length, self.overlong, report):
                         kept = slice(self.sequence_length)
-                        yield ids[kept], supervised[kept], content_hash(format, record)
+                        yield ids[kept], supervised[kept], content_hash(record)
         problems.raise_if_any()
         if not report.samples:
-            names = ", ".join(map(str, self.files))
+            names = ", ".join(map(str, self.parts))
             raise UserError(f"{self.option}: {_why_empty(report, self.sequence_length)} ({names})")
+
+    def key(self, cache: TokenCache) -> str:
+        """Name of the cache's entry for it, which depends on what is read and how, not on what it is called."""
+        return cache.key(
+            parts=[
+                [part.fingerprint] if part.path is None else [*part.path.suffixes[-2:], file_hash(part.path)]
+                for part in self.parts
+            ],
+            formats=[part.source.format or self.format for part in self.parts],
+            sequence_length=self.sequence_length,
+            overlong=self.overlong,
+            train_on=self.train_on,
+        )
+
+    def stamps(self) -> list[tuple[int, int]]:
+        """What changes when a file is written to while it is read."""
+        statuses = [part.path.stat() for part in self.parts if part.path is not None]
+        return [(status.st_size, status.st_mtime_ns) for status in statuses]
+
+
+def _in_memory(reading: _Reading) -> TokenizedDataset:
+    report = DataReport()
+    ids, supervised, contents = zip(*reading.samples(report), strict=True)
+    lengths = np.array([len(each) for each in ids], np.int64)
+    return TokenizedDataset(
+        np.concatenate(ids), np.concatenate(supervised), lengths, report, contents=np.array(contents, np.uint64)
+    )
+
+
+def _cached(reading: _Reading, cache: TokenCache) -> TokenizedDataset:
+    """The data set from the cache or, when it has been written there; in memory if it cannot be."""
+    stamps = reading.stamps()
+    key = reading.key(cache)
+    names = [str(part) for part in reading.parts]
+    dataset = cache.load(key)
+    if dataset is None:
+        try:
+            with cache.writer(key) as writer:
+                report = DataReport()
+                for ids, supervised, content in reading.samples(report):
+                    writer.add(ids, supervised, digest=sample_digest(ids, supervised), content=content)
+                if reading.stamps() != stamps:
+                    raise CacheError("a file was changed while it was read")
+                # The cache knows parts by their place in the list, since their names may change.
+                report.formats = {str(names.index(name)): format for name, format in report.formats.items()}
+                dataset = writer.finish(report)
+        except CacheError as error:
+            logger.warning("token cache: %s cannot be written, going on without: %s", cache.directory, error)
+            return _in_memory(reading)
+    dataset.report.formats = {names[int(place)]: format for place, format in dataset.report.formats.items()}
+    return dataset
+
+
+def content_hash(record: Record) -> int:
+    """A hash of what a sample is made from, of 64 bits: the same for records that differ in other keys only."""
+    content = {key: record.content[key] for key in CONTENT_KEYS if key in record.content}
+    digest = hashlib.blake2b(json.dumps(content, sort_keys=True, default=str).encode(), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
 
 
 def _chunks(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, list[Record]]]:

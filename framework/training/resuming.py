@@ -33,7 +33,7 @@ UNREMARKABLE = (
     "training.max_steps",
 )
 # How the samples came about; what counts is the samples themselves.
-DATA_SOURCES = ("data.train", "data.format", "data.overlong", "data.eval_fraction", "model.tokenizer")
+DATA_SOURCES = ("data.train", "data.format", "data.overlong", "data.train_on", "data.eval_fraction", "model.tokenizer")
 
 
 def manifest_of(config: Config, plan: dict[str, Any], data: Dataset, **progress: Any) -> dict[str, Any]:

@@ -71,11 +71,12 @@ def load_datasets(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[D
 
     def load(source: SourceConfig, option: str) -> TokenizedDataset:
         return load_dataset(
-            source.path,
+            source,
             tokenizer=tokenizer,
             sequence_length=config.data.sequence_length,
-            format=source.format or config.data.format,
+            format=config.data.format,
             overlong=config.data.overlong,
+            train_on=config.data.train_on,
             option=option,
             cache=cache,
         )
