@@ -230,6 +230,8 @@ def _checksum(path: Path) -> int:
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of all files that the tokenizer saves: vocabulary, special tokens, chat template."""
+    # It keeps the padding and truncation of the last call and saves them too; this call has none, as labelling has.
+    tokenizer("")
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
         return _files_hash(Path(directory))
