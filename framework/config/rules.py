@@ -145,7 +145,10 @@ def _all_sources_are_weighted(train: Sources) -> tuple[str, str] | None:
     sources = data_sources(train)
     unweighted = [source.path for source in sources if source.weight is None]
     if unweighted and len(unweighted) < len(sources):
-        return "data.train", f"some sources have a weight, but {', '.join(unweighted)} has none: give all or none one"
+        return (
+            "data.train",
+            f"some sources have a weight, but not {', '.join(unweighted)}: give all of them one, or none",
+        )
     return None
 
 

@@ -28,7 +28,8 @@ class Batch:
     the first token of every document is), and `attention_mask` (padding) or `position_ids` (packing: they restart at
     0 with each document, from which Hugging Face builds the block mask when there is no attention mask)."""
     documents: Tensor
-    """int64 `[batch, sequence]`: draw index of each token's document, epoch * samples + sample index; -1 is padding."""
+    """int64 `[batch, sequence]`: draw index of each token's document, epoch * samples + sample index, the epoch
+    being the source's own in a mixture; no draw of a run has another's. -1 is padding."""
     supervised_tokens: int
     """Labels that count after the causal shift."""
 
@@ -97,7 +98,9 @@ def _drawn(dataset: Dataset, draw: int) -> Sample:
     try:
         return dataset[index]
     except Exception as error:
-        raise RunError(f"{dataset.place(index)} cannot be read: {error or type(error).__name__}") from error
+        name, number = dataset.locate(index)
+        reason = str(error) or type(error).__name__
+        raise RunError(f"sample {number} (counted from 0) of {name} cannot be read: {reason}") from error
 
 
 class _Rows:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
@@ -79,9 +79,19 @@ class Dataset(Sequence[Sample]):
             digest.update(np.array([len(part) for part in self.parts]).tobytes() + self.shares.tobytes())
         return digest.hexdigest()
 
-    def place(self, index: int) -> str:
-        """The sample at `index` as a message names it."""
-        return f"sample {index} (counted from 0) of {self.name}"
+    def locate(self, index: int) -> tuple[str, int]:
+        """Name of the source that the sample at `index` is of, and its number there, counted from 0."""
+        return self.name, index
+
+    def named(self, indices: Iterable[int], *, limit: int = 16) -> str:
+        """Samples as a message names them: "2, 5 of a.jsonl; 0 of b.jsonl", up to `limit` of them."""
+        listed: dict[str, list[str]] = {}
+        every = sorted(set(map(int, indices)))
+        for index in every[:limit]:
+            name, number = self.locate(index)
+            listed.setdefault(name, []).append(str(number))
+        text = "; ".join(f"{', '.join(numbers)} of {name}" for name, numbers in listed.items())
+        return text + ("; …" if len(every) > limit else "")
 
 
 class TokenizedDataset(Dataset):
@@ -191,15 +201,15 @@ class JoinedDataset(Dataset):
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at `index`, counted from 0 over all parts."""
-        part, own = self._locate(index)
+        part, own = self._part_of(index)
         return part[own]
 
-    def place(self, index: int) -> str:
-        """The sample at `index` as a message names it: with its source."""
-        part, own = self._locate(index)
-        return part.place(own)
+    def locate(self, index: int) -> tuple[str, int]:
+        """Name of the source that the sample at `index` is of, and its number there, counted from 0."""
+        part, own = self._part_of(index)
+        return part.locate(own)
 
-    def _locate(self, index: int) -> tuple[Dataset, int]:
+    def _part_of(self, index: int) -> tuple[Dataset, int]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = int(np.searchsorted(self._firsts, index, side="right")) - 1
@@ -245,6 +255,6 @@ class Subset(Dataset):
             raise IndexError(index)
         return self._whole[self._indices[index]]
 
-    def place(self, index: int) -> str:
-        """The sample at `index` as a message names it: with its number in the whole."""
-        return self._whole.place(int(self._indices[index]))
+    def locate(self, index: int) -> tuple[str, int]:
+        """Name of the source that the sample at `index` is of, and its number there, held out ones counted too."""
+        return self._whole.locate(int(self._indices[index]))

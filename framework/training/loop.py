@@ -47,8 +47,6 @@ from framework.training.setup import (
 )
 from framework.training.signals import StopSignals
 
-LISTED_SAMPLES = 16
-
 EvaluationBatches = Callable[..., Iterator[Batch]]
 
 
@@ -294,11 +292,10 @@ class Run:
     def _non_finite(self, step: int, result: StepResult, window: list[Batch]) -> str:
         """Names the samples as the data set counts them, which is what a person can look up."""
         draws = torch.cat([batch.documents.flatten() for batch in window]).unique().tolist()
-        samples = [str(draw % len(self.train_data)) for draw in draws if draw >= 0]
-        listed = ", ".join(samples[:LISTED_SAMPLES]) + (", …" if len(samples) > LISTED_SAMPLES else "")
+        samples = self.train_data.named(draw % len(self.train_data) for draw in draws if draw >= 0)
         return (
             f"step {step}: the loss is {result.loss} and the norm of the gradient {result.grad_norm}; samples of "
-            f"data.train in this step, counted from 0: {listed}; {self._advice()}"
+            f"data.train in this step, counted from 0: {samples}; {self._advice()}"
         )
 
     def _advice(self) -> str:

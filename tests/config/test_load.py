@@ -68,6 +68,8 @@ def test_hash_covers_what_determines_the_losses(small: Path) -> None:
         "checkpoint.keep_last=5",
         'hardware.gpu_memory="80GiB"',
         "optimizer.weight_decay=0",
+        "data.workers=0",
+        "data.cache_dir=elsewhere",
     ):
         assert load_config(small, [neutral]).sha256() == plain
     for changed in ("run.seed=1", "optimizer.weight_decay=0.1", "training.micro_batch_size=4", "data.packing=true"):

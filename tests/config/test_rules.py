@@ -29,6 +29,18 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
             "training.micro_batch_size: 3 does not divide training.global_batch_size, which is 8",
         ),
         (
+            ['data.train=[{"path": "a", "weight": 2}, "b", {"path": "c"}]'],
+            "data.train: some sources have a weight, but not b, c: give all of them one, or none",
+        ),
+        (
+            ['data.eval=[{"path": "a", "weight": 2}]'],
+            "data.eval: a weight has no effect in evaluation, which takes every sample once: leave it out",
+        ),
+        (
+            ["data.eval=a", "data.eval_fraction=0.1"],
+            "data.eval_fraction: contradicts data.eval: give the evaluation data, or hold some of data.train out",
+        ),
+        (
             ["model.path=null"],
             "model.path: missing: give model.path (weights), model.from_config (random weights), or both",
         ),

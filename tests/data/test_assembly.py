@@ -49,7 +49,9 @@ def test_joined_data_sets_follow_each_other() -> None:
     assert joined[3].labels.tolist() == [-100, 9, 10, 11]
     assert (joined.report.samples, joined.report.tokens, joined.report.supervised_tokens) == (5, 13, 8)
     assert joined.report.formats == {"a": "text", "b": "text"} and joined.report.longest == 4
-    assert joined.place(3) == "sample 1 (counted from 0) of b"
+    assert joined.locate(3) == ("b", 1)
+    assert joined.named([3, 0, 4, 0]) == "0 of a; 1, 2 of b"
+    assert joined.named(range(5), limit=3) == "0, 1 of a; 0 of b; …"
     for index in (-1, 5):
         with pytest.raises(IndexError):
             joined[index]
@@ -148,7 +150,8 @@ def test_both_sides_of_a_split_are_reported(texts) -> None:
         assert f"on the other side of the split: {report.held_out}" in report.summary()
     assert training.report.tokens + evaluation.report.tokens == whole.report.tokens
     # A message names a sample as the whole counts it.
-    number = int(evaluation.place(3).split()[1])
+    name, number = evaluation.locate(3)
+    assert name == whole.name
     assert whole[number].input_ids.tolist() == evaluation[3].input_ids.tolist()
     assert training.fingerprint != whole.fingerprint
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 
@@ -217,6 +218,38 @@ def test_broken_records_are_never_cached(load: Load, data: Path, directory: Path
     with pytest.raises(UserError, match="no label anywhere"):
         load()
     assert entries(directory) == []
+
+
+def test_an_interrupted_start_leaves_nothing(load: Load, directory: Path, monkeypatch) -> None:
+    def interrupt(*_, **__):
+        assert len(entries(directory)) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loading, "label_records", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load()
+    assert entries(directory) == []
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["directory", "save_to_disk"])
+def test_data_sets_of_a_directory_are_known_by_their_content(
+    load: Load, tmp_path: Path, labelled: list[int], saved: bool
+) -> None:
+    def make(name: str, *texts: str) -> Path:
+        path = tmp_path / name
+        if saved:
+            datasets.Dataset.from_dict({"text": texts}).save_to_disk(path)
+        else:
+            path.mkdir()
+            (path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return path
+
+    first = load(make("first", "abc", "de"))
+    assert_equal(load(tmp_path / "first"), first)
+    assert labelled == [2]
+    other = load(make("second", "abc", "df"))
+    assert labelled == [2, 2]
+    assert other.input_ids.tolist() != first.input_ids.tolist()
 
 
 def test_two_that_write_the_same_entry_at_once_do_not_meet(load: Load, directory: Path, tiny_tokenizer) -> None:
