@@ -8,18 +8,20 @@ framework.disable_token_selection(model)
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
+from framework.foreign_trainers import FUSED_HEAD, refuse_foreign_arguments, refuse_foreign_forward
 from framework.retention import SelectiveRetention, head_rows
-from framework.selection import Selection, check_options, documents_of, select, supervised_positions
+from framework.selection import IGNORED, Selection, check_options, documents_of, select, supervised_positions
 from framework.training.loss import LossKind, loss_kind, rows_loss, selected_supervised_rows, unwrapped
 
 _ATTRIBUTE = "_token_selection"
@@ -52,8 +54,17 @@ class TokenSelection:
         self.fixed: Selection | None = None
         self.mean_over_fixed = False
         self.drawn = 0
-        self.plain_forward = type(model).forward
-        self.signature = inspect.signature(self.plain_forward)
+        # Bound to the model: the class's own, or what a trainer has put in its place.
+        self.plain_forward = model.forward
+        self.own_forward: Callable[..., Any] | None = None
+        self.signature = inspect.signature(type(model).forward)
+
+    def start_step(self, step: int) -> None:
+        """Number the documents of an optimiser step from its own number, so that its draws depend on that alone.
+
+        For loops that know their step and want the draws after a resume to be those of an uninterrupted run.
+        """
+        self.drawn = step << 32
 
     def state_dict(self) -> dict[str, int]:
         """The draw counter."""
@@ -66,13 +77,9 @@ class TokenSelection:
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward: token-selective with labels in train mode, plain in eval mode and under `no_grad`."""
         if not model.training or not torch.is_grad_enabled():
-            return self.plain_forward(model, *args, **kwargs)
+            return self.plain_forward(*args, **kwargs)
         inputs = self._named_arguments(model, args, kwargs)
-        if inputs.get("labels") is None:
-            raise ValueError(
-                "token selection is enabled, but forward got no labels: pass labels (the selection and the loss need "
-                "them), or call framework.disable_token_selection(model) first"
-            )
+        refuse_foreign_arguments(model, inputs)
         if getattr(model.config, "output_router_logits", False) or inputs.get("output_router_logits"):
             raise ValueError(
                 "the auxiliary loss of the router needs gradients of every token: "
@@ -80,12 +87,15 @@ class TokenSelection:
             )
         if self.kind is LossKind.POOLED:
             return self._pooled(model, inputs)
+        if inputs.get(FUSED_HEAD):
+            return self._fused_head(inputs)
         return self._token_level(model, inputs)
 
     def _named_arguments(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """All arguments by name, without a key/value cache, which a replay would fill twice."""
+        head = {FUSED_HEAD: kwargs.pop(FUSED_HEAD)} if FUSED_HEAD in kwargs else {}
         (_, *bound) = self.signature.bind_partial(model, *args, **kwargs).arguments.items()
-        inputs: dict[str, Any] = {}
+        inputs: dict[str, Any] = head
         for name, value in bound:
             collected = self.signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
             inputs.update(value if collected else {name: value})
@@ -101,7 +111,7 @@ class TokenSelection:
         index, targets, probability = selected_supervised_rows(labels, self.kind, selection)
         weights = 1 / probability if self.normalization == "supervised" and probability is not None else None
         with self._running(selection), head_rows(model, index):
-            output = self.plain_forward(model, **inputs)
+            output = self.plain_forward(**inputs)
         is_tuple = isinstance(output, tuple)
         logits = output[0] if is_tuple else output.logits
         loss = rows_loss(logits[0], targets, weights)
@@ -122,7 +132,22 @@ class TokenSelection:
             return Selection.of_mask(mask, probability.masked_fill(pooled, 1.0))
 
         with self._running(draw):
-            return self.plain_forward(model, **inputs)
+            return self.plain_forward(**inputs)
+
+    def _fused_head(self, inputs: dict[str, Any]) -> Any:
+        """A head that forms no logits and gives losses per token (TRL's): it sees the selected labels only."""
+        if self.strategy != "supervised" and self.ratio != 1 and self.normalization == "supervised":
+            raise ValueError(
+                f"selection.strategy: {self.strategy!r} weighs the loss of each token by the inverse of its "
+                "probability, which TRL's fused head cannot: use strategy='supervised', or normalization='selected'"
+            )
+        labels = inputs["labels"]
+        supervised = supervised_positions(labels, causal=True)
+        selection = self._selection(supervised, inputs).to(labels.device)
+        unselected = supervised & ~selection.mask(labels.shape[1])
+        inputs["labels"] = labels.masked_fill(functional.pad(unselected[:, :-1], (1, 0), value=False), IGNORED)
+        with self._running(selection):
+            return self.plain_forward(**inputs)
 
     def _selection(self, supervised: Tensor, inputs: dict[str, Any], hidden: Tensor | None = None) -> Selection:
         """The fixed selection, or a new draw over the batch's documents."""
@@ -134,6 +159,10 @@ class TokenSelection:
         like = supervised if hidden is None else hidden
         documents = documents_of(like, mask, inputs.get("position_ids"), self.drawn)
         self.drawn = max(self.drawn, int(documents.max()) + 1)
+        if dist.is_available() and dist.is_initialized():
+            # Each rank counts its own samples; numbered apart, different samples are drawn for independently.
+            ranked = documents * dist.get_world_size() + dist.get_rank()
+            documents = ranked.where(documents >= 0, documents)
         return select(
             strategy=self.strategy,
             ratio=self.ratio,
@@ -148,6 +177,7 @@ class TokenSelection:
         self.retention.begin(selection)
         try:
             yield
+            self.retention.check_used()
         finally:
             self.retention.end()
 
@@ -166,7 +196,7 @@ def _pooled_positions(model: PreTrainedModel, inputs: dict[str, Any], hidden: Te
         if ids is not None and padding is not None:
             order = torch.arange(tokens, device=hidden.device)
             last = (order * (ids != padding)).argmax(-1)
-    return torch.nn.functional.one_hot(last, tokens).bool()
+    return functional.one_hot(last, tokens).bool()
 
 
 def enable_token_selection(
@@ -213,27 +243,32 @@ def enable_token_selection(
         raise ValueError(
             "token selection is enabled on this model already: call framework.disable_token_selection first"
         )
-    if "forward" in vars(inner):
-        raise ValueError(
-            "the model's forward is wrapped already (by Accelerate or another tool): enable token selection before that"
-        )
+    refuse_foreign_forward(inner.forward)
     retention = SelectiveRetention(inner, retain_linears=retain_linears, kv_format=kv_format)
     state = TokenSelection(
         inner, retention, strategy=strategy, ratio=ratio, seed=seed, tokentune=tokentune, normalization=normalization
     )
     retention.install()
+    state.own_forward = _forward_in_place_of(inner)
     setattr(inner, _ATTRIBUTE, state)
-    inner.forward = types.MethodType(_forward_of(type(inner)), inner)
+    inner.forward = types.MethodType(state.own_forward, inner)
     return state
 
 
-def _forward_of(model_class: type[PreTrainedModel]) -> Any:
-    """A forward with the signature of the class's own, which trainers inspect."""
+def _forward_in_place_of(model: PreTrainedModel) -> Any:
+    """A forward for a model, with the signature of its class's, which trainers inspect.
 
-    @functools.wraps(model_class.forward)
+    It stays correct as the inner part of a wrapper that outlives `disable_token_selection`.
+    """
+    before = model.forward
+
     def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self, _ATTRIBUTE).forward(self, args, kwargs)
+        state = vars(self).get(_ATTRIBUTE)
+        return before(*args, **kwargs) if state is None else state.forward(self, args, kwargs)
 
+    forward.__doc__ = before.__doc__
+    # Not `__wrapped__`: Accelerate unwraps a model's forward down to the innermost.
+    forward.__signature__ = inspect.signature(type(model).forward)
     return forward
 
 
@@ -250,10 +285,13 @@ def disable_token_selection(model: nn.Module) -> None:
     Raises:
         ValueError: it is not enabled.
     """
-    inner = unwrapped(model)
-    _state_of(model).retention.remove()
+    inner, state = unwrapped(model), _state_of(model)
+    state.retention.remove()
     delattr(inner, _ATTRIBUTE)
-    del inner.forward
+    if inner.forward.__func__ is state.own_forward:
+        del inner.forward
+        if state.plain_forward.__func__ is not type(inner).forward:
+            inner.forward = state.plain_forward
 
 
 @contextlib.contextmanager

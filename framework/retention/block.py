@@ -101,15 +101,20 @@ class SelectiveBlock(torch.autograd.Function):
     """Record pass forward, replay backward."""
 
     @staticmethod
-    def forward(ctx: Any, call: BlockCall, anchor: Tensor, hidden: Tensor) -> Any:
-        """The block's output. `anchor` is an empty tensor that requires grad, so that frozen embeddings get a graph."""
+    def forward(ctx: Any, call: BlockCall, anchor: Tensor, hidden: Tensor, *parameters: Tensor) -> Any:
+        """The block's output.
+
+        `anchor` is an empty tensor that requires grad, so that frozen embeddings get a graph. `parameters`, if given,
+        get their gradients from this node; otherwise the replay accumulates them one by one, which holds fewer bytes.
+        """
         output = call.record(hidden)
         ctx.call = call
         ctx.rows = call.current.rows.take(hidden)
+        ctx.parameters = parameters
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[None, None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """Replay, back-propagate into the parameters, and return the gradient of the block's input."""
         if ctx.call is None:
             raise RuntimeError("a token-selective block back-propagates once: its retained tensors are gone")
@@ -119,14 +124,20 @@ class SelectiveBlock(torch.autograd.Function):
         ctx.rows = None
         with torch.enable_grad():
             output = call.replay(rows)
-        if output.requires_grad:
+        grad_rows, grad_parameters = None, [None] * len(ctx.parameters)
+        if output.requires_grad and ctx.parameters:
+            wanted = [rows, *ctx.parameters] if rows.requires_grad else [*ctx.parameters]
+            grads = torch.autograd.grad(output, wanted, selected.take_gradient(grad), allow_unused=True)
+            grad_rows, grad_parameters = (grads[0], grads[1:]) if rows.requires_grad else (None, grads)
+        elif output.requires_grad:
             torch.autograd.backward(output, selected.take_gradient(grad))
+            grad_rows = rows.grad
         if not ctx.needs_input_grad[2]:
-            return None, None, None
+            return None, None, None, *grad_parameters
         grad_hidden = torch.zeros(*grad.shape[:2], rows.shape[-1], dtype=rows.dtype, device=rows.device)
-        if rows.grad is not None:
-            selected.put(grad_hidden, rows.grad)
-        return None, None, grad_hidden
+        if grad_rows is not None:
+            selected.put(grad_hidden, grad_rows)
+        return None, None, grad_hidden, *grad_parameters
 
 
 def selective_call(

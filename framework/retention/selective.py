@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -20,6 +21,7 @@ from framework.retention.linears import release_linears, retain_linears
 from framework.retention.locality import reason_to_fall_back
 from framework.retention.randomness import draws_in_blocks
 from framework.retention.rows import KeepGradientRows, SelectedRows
+from framework.retention.seam import Seam
 from framework.selection import Selection
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ register_attention()
 class SelectiveRetention:
     """The checkpointing function of a model's blocks, and its options.
 
-    While `selection` is set, blocks record and replay; otherwise they run plainly. `fallbacks` names the blocks that
+    While `selection` is set, blocks record and replay. `fallbacks` names the blocks that
     mix tokens where a replay cannot follow, with the reason: they are recomputed whole, with the gradient of
     unselected rows cut at their input and output.
 
@@ -54,6 +56,7 @@ class SelectiveRetention:
             )
         self.model = model
         self.blocks = blocks_of(model)
+        self.seam = Seam(model, self.blocks)
         self.retain_linears, self.kv_format = retain_linears, kv_format
         self.selection: Selection | Callable[[Tensor], Selection] | None = None
         self.fallbacks: dict[str, str] = {}
@@ -64,15 +67,15 @@ class SelectiveRetention:
 
     def install(self) -> None:
         """Switch the model's blocks, attention and linears over."""
-        self.model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=self.run_block)
+        self.seam.hold(self.run_block)
         self.model.set_attn_implementation(selective_name(self.kernel))
         if self.retain_linears:
             for block in self.blocks.values():
                 retain_linears(block)
 
     def remove(self) -> None:
-        """Give the model back as it was, with checkpointing off."""
-        self.model._set_gradient_checkpointing(enable=False)
+        """Give the model back as it was."""
+        self.seam.release()
         self.model.set_attn_implementation(self.kernel)
         for block in self.blocks.values():
             release_linears(block)
@@ -83,16 +86,42 @@ class SelectiveRetention:
         A callable is called with the first block's `hidden [batch, tokens, width]`, for models whose number of tokens
         is known only there (images).
         """
+        self.seam.check()
         self.selection, self._rows = selection, None
+
+    def check_used(self) -> None:
+        """Make sure that the forward pass since `begin` went through the blocks.
+
+        Raises:
+            RuntimeError: it did not, so its gradients are not token-selective.
+        """
+        if self._rows is None:
+            raise RuntimeError(
+                f"the forward of {type(self.model).__name__} did not call its blocks: it was replaced by one that "
+                "token selection cannot work in"
+            )
 
     def end(self) -> None:
         """The forward pass is over; replays hold what they need."""
         self.selection, self._rows = None, None
 
     def run_block(self, function: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
-        """Run one block; set as the blocks' checkpointing function. `hidden [batch, tokens, width]`."""
-        if self.selection is None or not torch.is_grad_enabled():
+        """Run one block; set as the blocks' checkpointing function. `hidden [batch, tokens, width]`.
+
+        Raises:
+            RuntimeError: a forward pass for training that no selection was drawn for, which would silently be an
+                ordinary one.
+        """
+        if not torch.is_grad_enabled():
             return function(hidden, *others)
+        if self.selection is None:
+            raise RuntimeError(
+                "token selection is enabled, but the blocks were called for training without its forward: the model's "
+                "forward was replaced after framework.enable_token_selection (TRL's trainers do that when they are "
+                "constructed, Liger's when training starts), or a part of the model was called by itself. Enable "
+                "token selection on the model that the trainer holds, after constructing it: "
+                "framework.enable_token_selection(trainer.model); and set use_liger_kernel=False"
+            )
         block = block_of(function)
         if block not in self._names:
             raise ValueError(f"{type(block).__name__} asks for checkpointing, but is not one of the model's blocks")
@@ -119,7 +148,8 @@ class SelectiveRetention:
             random=self._random,
         )
         anchor = torch.empty(0, device=hidden.device, requires_grad=True)
-        return SelectiveBlock.apply(call, anchor, hidden)
+        in_graph = [p for p in block.parameters() if p.requires_grad] if _graph_is_searched() else []
+        return SelectiveBlock.apply(call, anchor, hidden, *in_graph)
 
     def _resolve(self, hidden: Tensor, name: str) -> SelectedRows:
         """The selected rows of this forward pass, checked against the block's input."""
@@ -134,6 +164,15 @@ class SelectiveRetention:
                 f"{self._rows.tokens} tokens: models that change the number of tokens on the way are not supported"
             )
         return self._rows
+
+
+def _graph_is_searched() -> bool:
+    """Whether DistributedDataParallel looks for unused parameters in this forward pass.
+
+    It takes those that are not in the graph of the output for unused, as those of a replay would be.
+    """
+    active = DistributedDataParallel._active_ddp_module
+    return active is not None and active.find_unused_parameters and not active.static_graph
 
 
 def apply_checkpointing(model: PreTrainedModel) -> None:
