@@ -7,6 +7,7 @@ from framework.data.dataset import Dataset, JoinedDataset, Sample, Subset, Token
 from framework.data.inspect import show_samples
 from framework.data.loader import Loader, evaluation_batches
 from framework.data.loading import load_dataset
+from framework.data.mixture import shares_of
 from framework.data.report import DataReport
 from framework.data.tokenizer import load_tokenizer
 
@@ -27,6 +28,7 @@ __all__ = [
     "load_dataset",
     "load_sources",
     "load_tokenizer",
+    "shares_of",
     "show_samples",
     "source_lines",
 ]

@@ -71,7 +71,7 @@ class Dataset(Sequence[Sample]):
         """Shares in which the parts are drawn, float64 `[parts]`; None if every sample is drawn once an epoch."""
         return None
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of the samples in their order and of the shares, whatever the files are called."""
         digest = hashlib.sha256(self.digests.tobytes())

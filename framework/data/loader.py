@@ -83,11 +83,10 @@ class Loader:
         """The sequences of an epoch in the order of drawing: draw indices or, with packing, arrays of them."""
         known, sequences = self._sequences_of
         if known != epoch:
-            samples = len(self.dataset)
             sequences = self._draws(epoch)
             if self.packing:
-                bins = pack(self._lengths[sequences % samples], self.sequence_length)
-                sequences = [sequences[places] for places in bins]
+                lengths = self._lengths[sequences % len(self.dataset)]
+                sequences = pack(lengths, self.sequence_length, sequences)
             self._sequences_of = (epoch, sequences)
         return sequences
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from framework.config import Config, data_sources
-from framework.data import load_tokenizer, show_samples, source_lines
+from framework.data import load_tokenizer, shares_of, show_samples, source_lines
 from framework.models import check_compatibility, read_architecture
 from framework.sharding.precision import PRECISIONS
 from framework.training.objective import draw_selection
@@ -55,9 +55,16 @@ def dry_run(config: Config) -> str:
         f"memory         {format_bytes(held)} without activations: "
         + ", ".join(f"{name} {format_bytes(size)}" for name, size in states.items()),
     ]
+    sources = data_sources(config.data.train)
+    if weights := [each.weight for each in sources if each.weight is not None]:
+        shares = zip(shares_of(weights), sources, strict=True)
+        lines.append(f"mixture        {', '.join(f'{share:.1%} {each.path}' for share, each in shares)}")
     missing = [] if tokenizer else [f"tokenizer {source}"]
-    sources = (*data_sources(config.data.train), *data_sources(config.data.eval))
-    missing += [source.path for source in sources if not Path(source.path).expanduser().exists()]
+    missing += [
+        source.path
+        for source in (*sources, *data_sources(config.data.eval))
+        if not Path(source.path).expanduser().exists()
+    ]
     if missing:
         lines.append(f"not here       {', '.join(missing)}: needed to train, so not checked")
     return "\n".join(lines)

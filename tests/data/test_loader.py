@@ -134,8 +134,13 @@ def test_a_padding_token_that_is_the_end_of_sequence_hides_no_end() -> None:
 
 
 def test_pack_is_greedy_and_fits() -> None:
-    assert pack([5, 4, 3, 8, 1, 2], 9) == [[0, 1], [2, 5], [3, 4]]
-    assert pack([9, 9, 9], 9) == [[0], [1], [2]]
+    def bins(*arguments) -> list[list[int]]:
+        return [each.tolist() for each in pack(*arguments)]
+
+    assert bins([5, 4, 3, 8, 1, 2], 9) == [[0, 1], [2, 5], [3, 4]]
+    assert bins([9, 9, 9], 9) == [[0], [1], [2]]
+    assert bins([5, 4, 8, 1], 9, np.array([7, 3, 5, 1])) == [[7, 3], [5, 1]]
+    assert [each.tolist() for each in pack([5, 4, 8, 7], 9)[1:9]] == [[2], [3]]
     lengths = np.random.default_rng(0).integers(1, 41, 500)
     bins = pack(lengths, 100)
     assert sorted(place for each in bins for place in each) == list(range(500))

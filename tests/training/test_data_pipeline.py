@@ -12,7 +12,7 @@ from rich.console import Console
 import framework
 from framework.data import TokenizedDataset, loading
 from framework.errors import RunError, UserError
-from framework.training.preview import inspect_data
+from framework.training.preview import dry_run, inspect_data
 
 UNIFORM = {"selection__strategy": "uniform", "selection__ratio": 0.5}
 
@@ -173,3 +173,11 @@ def test_inspected_samples_are_those_that_are_trained_on(make_config, mixture):
     assert shown < 52 and "75.0% of the samples drawn" in text
     drawn = {int(each) % shown for each in re.findall(r"row \d+, draw (\d+):", text)}
     assert drawn == set(range(shown))
+
+
+def test_a_dry_run_says_what_a_mixture_is(make_config, mixture):
+    lines = dry_run(make_config(data__train=mixture)).splitlines()
+    few, many = (each["path"] for each in mixture)
+    assert f"mixture        75.0% {few}, 25.0% {many}" in lines
+    assert not [line for line in lines if line.startswith("not here")]
+    assert "mixture" not in dry_run(make_config(data__train=[few, many]))
