@@ -55,16 +55,13 @@ def dry_run(config: Config) -> str:
         f"memory         {format_bytes(held)} without activations: "
         + ", ".join(f"{name} {format_bytes(size)}" for name, size in states.items()),
     ]
-    sources = data_sources(config.data.train)
-    if weights := [each.weight for each in sources if each.weight is not None]:
-        shares = zip(shares_of(weights), sources, strict=True)
+    mixed = [each for each in data_sources(config.data.train) if each.weight is not None]
+    if mixed:
+        shares = zip(shares_of([each.weight for each in mixed]), mixed, strict=True)
         lines.append(f"mixture        {', '.join(f'{share:.1%} {each.path}' for share, each in shares)}")
     missing = [] if tokenizer else [f"tokenizer {source}"]
-    missing += [
-        source.path
-        for source in (*sources, *data_sources(config.data.eval))
-        if not Path(source.path).expanduser().exists()
-    ]
+    sources = (*data_sources(config.data.train), *data_sources(config.data.eval))
+    missing += [source.path for source in sources if not Path(source.path).expanduser().exists()]
     if missing:
         lines.append(f"not here       {', '.join(missing)}: needed to train, so not checked")
     return "\n".join(lines)

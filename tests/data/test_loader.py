@@ -276,6 +276,28 @@ def test_samples_per_sequence() -> None:
     assert packed.samples_per_sequence == len(LENGTHS) / len(packed.sequences(0))
 
 
+def test_pinned_batches_hold_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    (plain,) = evaluation_batches(make_dataset([3, 9]), sequence_length=16, micro_batch_size=2, pad_token_id=PAD)
+    assert pinned == []
+    (batch,) = evaluation_batches(
+        make_dataset([3, 9]), sequence_length=16, micro_batch_size=2, pad_token_id=PAD, pin_memory=True
+    )
+    assert equal([batch], [plain]) and len(pinned) == 3
+    loader = Loader(
+        make_dataset(LENGTHS),
+        sequence_length=SEQUENCE,
+        packing=False,
+        global_batch_size=4,
+        micro_batch_size=2,
+        seed=5,
+        pad_token_id=PAD,
+        pin_memory=True,
+    )
+    assert equal(loader.next_window(), make_loader().next_window()) and len(pinned) == 9
+
+
 class Torn(TokenizedDataset):
     """A data set whose sample 4 cannot be read."""
 
