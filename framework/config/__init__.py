@@ -15,7 +15,9 @@ from framework.config.sections import (
     ScheduleConfig,
     SelectionConfig,
     ShardingConfig,
+    SourceConfig,
     TrainingConfig,
+    data_sources,
 )
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "ScheduleConfig",
     "SelectionConfig",
     "ShardingConfig",
+    "SourceConfig",
     "TrainingConfig",
+    "data_sources",
     "load_config",
 ]
