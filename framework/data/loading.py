@@ -75,7 +75,7 @@ def load_dataset(
     parts = list_parts(paths, option=option)
     reading = _Reading(parts, tokenizer, sequence_length, format, overlong, train_on, option)
     dataset = _in_memory(reading) if cache is None else _cached(reading, cache)
-    dataset.name = ", ".join(map(str, parts))
+    dataset.name = str(parts[0]) if len(parts) == 1 else ", ".join(dict.fromkeys(part.source.path for part in parts))
     return dataset
 
 

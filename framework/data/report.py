@@ -11,7 +11,7 @@ class DataReport:
     """What became of the records of a data set."""
 
     formats: dict[str, str] = field(default_factory=dict)
-    """Format of each file."""
+    """Format of each file or split."""
     records: int = 0
     """Records read."""
     samples: int = 0
