@@ -50,10 +50,10 @@ def load_data(config: Config, reporter: Reporter) -> tuple[Dataset, Dataset | No
     )
     check_compatibility(architecture, tokenizer, config.data.sequence_length)
     train_data, eval_data = load_datasets(config, tokenizer)
-    for option, data in (("data.train", train_data), ("data.eval", eval_data)):
-        if data is not None:
-            for line in (data.report.summary(), *source_lines(data)):
-                reporter.line(f"{option}: {line}")
+    for line in (train_data.report.summary(), *source_lines(train_data)):
+        reporter.line(f"data.train: {line}")
+    if eval_data is not None:
+        reporter.line(f"data.eval: {eval_data.report.summary()}")
     return train_data, eval_data, tokenizer.pad_token_id
 
 
