@@ -7,6 +7,7 @@ checkpoints/
 │   ├── state.pt            state of the loop: loader, random states
 │   └── manifest.json       written last
 ├── latest                  a file that holds the name of the newest (a symbolic link does not survive every copy)
+├── best                    the same for the best, where the best are kept
 ├── .step-00000200.tmp/     being written, or left by a killed save
 └── .step-00000100.old/     being replaced by another save of the same step
 ```
@@ -25,6 +26,7 @@ import torch
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.pt"
 LATEST_FILE = "latest"
+BEST_FILE = "best"
 FORMAT = 1
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -79,6 +81,12 @@ class Checkpoint:
     def sequence(self) -> int:
         """Counts the saves in a run directory: newer ones have higher numbers, also after going back to a step."""
         return int(self.manifest["sequence"])
+
+    @property
+    def evaluation(self) -> dict[str, float | None] | None:
+        """Figures of the evaluation at its step by name, null where not finite; None if there was none."""
+        figures: dict[str, float | None] | None = self.manifest.get("evaluation")
+        return figures
 
     @property
     def size(self) -> int:

@@ -95,6 +95,11 @@ class Config(Section):
         """Name of the weights' torch dtype, which `optimizer.precision` implies."""
         return "bfloat16" if self.optimizer.precision == "pure_bf16" else "float32"
 
+    def with_max_steps(self, steps: int) -> Config:
+        """The same run with `training.epochs` replaced by the steps that they are."""
+        training = self.training.model_copy(update={"max_steps": steps, "epochs": None})
+        return self.model_copy(update={"training": training})
+
     def to_json(self) -> dict[str, Any]:
         """All settings, defaults included, as JSON values; loading them gives an equal config."""
         return self.model_dump(mode="json")

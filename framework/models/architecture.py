@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ def read_architecture(
     task: str = "causal_lm",
     attention: str = "eager",
     adapter: AdapterConfig | None = None,
+    examine: Callable[[nn.Module], None] | None = None,
 ) -> Architecture:
     """Describe a model from its config alone: it is built on the meta device, so no weights are read or allocated.
 
@@ -62,6 +64,7 @@ def read_architecture(
         attention: `sdpa` or `eager`; without influence on the sizes, but refused where the family lacks it, which no
             family does for `eager`.
         adapter: Counted and checked like in a run.
+        examine: Called with the model, adapter included, before it is forgotten.
 
     Raises:
         UserError: What `load_model` would refuse, weights apart.
@@ -70,9 +73,10 @@ def read_architecture(
     with torch.device("meta"):
         model = build_model(config, task=task, dtype=torch.bfloat16, attention=attention)
         described = describe(model)
-        if adapter is None:
-            return described
-        parameters, trainable = count_parameters(add_adapter(model, adapter, task=task))
+        whole = model if adapter is None else add_adapter(model, adapter, task=task)
+    if examine is not None:
+        examine(whole)
+    parameters, trainable = count_parameters(whole)
     return replace(described, parameters=parameters, trainable_parameters=trainable)
 
 

@@ -6,29 +6,33 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from framework.checkpoint import (
     Checkpoint,
+    best_checkpoint,
     capture_random_state,
     find_checkpoint,
+    is_among_best,
     restore_random_state,
     save_checkpoint,
     truncate_metrics,
+    update_pointers,
 )
 from framework.config import Config
 from framework.data import Batch, Dataset, Loader
 from framework.errors import RunError, UserError
 from framework.models import count_parameters
-from framework.sharding.protocol import Engine, StepResult
+from framework.sharding.protocol import Engine
 from framework.sharding.single import SingleEngine
-from framework.training.loss import evaluation_loss
+from framework.training.early_stopping import EarlyStopping
+from framework.training.evaluation import evaluate
 from framework.training.memory import CpuMemoryTracker, device_peak_memory, reset_device_peak
-from framework.training.metrics import EvalRecord, MetricsFile, TrainRecord, evaluated_at
-from framework.training.objective import Objective, move
+from framework.training.metrics import EvalRecord, MetricsFile, TrainRecord
+from framework.training.non_finite import SkippedSteps, describe_non_finite
+from framework.training.objective import Objective
 from framework.training.optimizer import optimizer_factory
 from framework.training.plan import settings_plan
 from framework.training.progress import Reporter
@@ -38,6 +42,7 @@ from framework.training.run_directory import RunDirectory
 from framework.training.schedule import scheduled_rate
 from framework.training.setup import (
     configured_model,
+    in_steps,
     load_data,
     make_loaders,
     report_epochs,
@@ -46,6 +51,7 @@ from framework.training.setup import (
     warm_up,
 )
 from framework.training.signals import StopSignals
+from framework.training.step import train_window
 
 EvaluationBatches = Callable[..., Iterator[Batch]]
 
@@ -64,12 +70,14 @@ def run_training(
 
     train_data, eval_data, pad_token_id = load_data(config, reporter)
     loader, evaluation_batches = make_loaders(config, train_data, pad_token_id)
+    if config.training.epochs is not None:
+        config = in_steps(config, loader, reporter)
 
     # The order of the transforms: adapters, then selection and retention, then the engine.
     model = configured_model(config)
     objective = Objective(model, config)
-    engine = SingleEngine(config.optimizer.precision)
-    engine.prepare(model, optimizer_factory(config))
+    engine = SingleEngine(config.optimizer.precision, loss_scale=config.optimizer.loss_scale)
+    engine.prepare(model, optimizer_factory(config, reporter.line))
     parameters, trainable = count_parameters(model)
     reporter.line(f"model: {parameters:,} parameters, {trainable:,} trained, on {engine.device}")
     seed_everything(config.run.seed)
@@ -80,6 +88,7 @@ def run_training(
     step = checkpoint.step if checkpoint else 0
     if (moved := directory.set_aside(after_step=step)) is not None:
         reporter.line(f"what this run does not continue was moved to {moved}")
+    update_pointers(directory.path, keep_best=config.checkpoint.keep_best, best_metric=config.checkpoint.best_metric)
     directory.begin(config.to_json(), settings_plan(config))
     truncate_metrics(directory.metrics, step)
 
@@ -92,9 +101,12 @@ def run_training(
         MetricsFile(directory.metrics) as metrics,
         cpu_tracker(config, engine) or nullcontext() as tracker,
     ):
-        run = Run(config, directory, signals, reporter, engine, objective, loader, train_data, metrics, tracker)
+        evaluation = partial(evaluation_batches, eval_data) if eval_data is not None else None
+        run = Run(
+            config, directory, signals, reporter, engine, objective, loader, train_data, evaluation, metrics, tracker
+        )
         run.begin(checkpoint)
-        run.train(partial(evaluation_batches, eval_data) if eval_data is not None else None)
+        run.train()
     return run.result()
 
 
@@ -131,6 +143,9 @@ class Run:
     Attributes:
         step: optimiser steps done.
         tokens: non-padding tokens they trained on, all ranks.
+        evaluation: figures of the evaluation after this step; None if there was none.
+        early_stopping: whether evaluations still improve.
+        skipped: steps without an update.
     """
 
     def __init__(
@@ -143,14 +158,18 @@ class Run:
         objective: Objective,
         loader: Loader,
         train_data: Dataset,
+        evaluation_batches: EvaluationBatches | None,
         metrics: MetricsFile,
         tracker: CpuMemoryTracker | None,
     ) -> None:
         self.config, self.directory, self.signals, self.reporter = config, directory, signals, reporter
         self.engine, self.objective, self.loader, self.train_data = engine, objective, loader, train_data
-        self.metrics, self.tracker = metrics, tracker
+        self.evaluation_batches, self.metrics, self.tracker = evaluation_batches, metrics, tracker
         self.step = self.tokens = 0
         self.complete = False
+        self.evaluation: dict[str, float | None] | None = None
+        self.early_stopping = EarlyStopping(config.training.early_stopping)
+        self.skipped = SkippedSteps()
         self.train_loss: float | None = None
         self.eval_loss: float | None = None
         self.checkpoint: Path | None = None
@@ -161,36 +180,48 @@ class Run:
         if checkpoint is None:
             return
         self.step, self.tokens, self.checkpoint = checkpoint.step, checkpoint.manifest["tokens"], checkpoint.path
+        self.evaluation = checkpoint.evaluation
+        self.eval_loss = self.evaluation and self.evaluation["loss"]
+        # A checkpoint need not have counted anything: its format is older than the counters.
+        if (counted := checkpoint.load_state().get("run")) is not None:
+            self.early_stopping.load_state_dict(counted["early_stopping"])
+            self.skipped = SkippedSteps(**counted["skipped"])
         own = checkpoint.path.parent.resolve() == self.directory.checkpoints.resolve()
         # Another run's checkpoint is not this one's: even without a further step it is saved here.
         self._saved_step = checkpoint.step if own else 0
 
-    def train(self, evaluation: EvaluationBatches | None) -> None:
-        """Train to the last step or until asked to stop, evaluate, save.
-
-        Args:
-            evaluation: gives the evaluation batches; None if there is no evaluation set.
-        """
-        settings, last_step = self.config.training, self.config.training.max_steps
-        if self.step >= last_step:
-            self.reporter.line(f"nothing left to train: the checkpoint is of step {self.step} of {last_step}")
+    def train(self) -> None:
+        """Train to the last step or until asked to stop, evaluate and save on the way."""
+        last_step = self.config.training.max_steps
+        if self.finished():
+            why = self.early_stopping.reason() or "that is the last"
+            self.reporter.line(f"nothing left to train: the checkpoint is of step {self.step} of {last_step}: {why}")
         self.reporter.start(self.step, last_step)
-        while self.step < last_step and not self.stopping():
+        if self.evaluation_is_due() and self.evaluate():
+            # The run was stopped in this evaluation, which the checkpoint of its step lacks.
+            self.save()
+        while not self.finished() and not self.stopping():
             self.one_step()
-            if self.step < last_step:
-                if evaluation is not None and _due(self.step, settings.eval_every_steps):
-                    self.evaluate(evaluation)
-                if _due(self.step, self.config.checkpoint.every_steps):
-                    self.save()
-        self.complete = self.step >= last_step
-        if self.complete and evaluation is not None:
-            # A run that was stopped in its last evaluation owes it still when it resumes; no other resumed one does.
-            self.eval_loss = evaluated_at(self.directory.metrics, self.step)
-            if self.eval_loss is None:
-                self.complete = self.evaluate(evaluation)
+            if self.evaluation_is_due():
+                self.evaluate()
+            if _due(self.step, self.config.checkpoint.every_steps) or self.is_among_best():
+                self.save()
+        self.complete = self.finished() and not self.evaluation_is_due()
         self.save()
         cause = "done" if self.complete else f"stopped by {self.signals.requested(self.directory.stop_file)}"
-        self.reporter.line(f"{cause} after step {self.step}; checkpoint: {self.checkpoint}")
+        result = self.result()
+        details = {
+            "reason": result.reason,
+            "skipped steps": self.skipped.total,
+            "best checkpoint": result.best_checkpoint,
+            "checkpoint": result.checkpoint,
+        }
+        said = [f"{name}: {value}" for name, value in details.items() if value]
+        self.reporter.line("; ".join([f"{cause} after step {self.step}", *said]))
+
+    def finished(self) -> bool:
+        """Whether there is no step left to do."""
+        return self.step >= self.config.training.max_steps or self.early_stopping.reason() is not None
 
     def one_step(self) -> None:
         """Train on one accumulation window and write its record."""
@@ -202,8 +233,9 @@ class Run:
         window = self.loader.next_window()
         rate = scheduled_rate(self.config, step)
         result, selected = train_window(self.engine, self.objective, window, rate, settings.max_grad_norm)
-        if not result.finite and settings.non_finite == "stop":
-            raise RunError(self._non_finite(step, result, window))
+        self.skipped.count(result)
+        if not result.finite:
+            self.answer_non_finite(describe_non_finite(step, result, window, self.train_data))
         seconds = time.perf_counter() - started
         tokens = self._sum(batch.tokens for batch in window)
         peak = device_peak_memory(self.engine.device)
@@ -219,43 +251,77 @@ class Run:
             tokens_per_second=tokens / seconds,
             peak_memory_bytes=peak.allocated if peak else self.tracker.peak if self.tracker else None,
             peak_reserved_bytes=peak.reserved if peak else None,
+            loss_scale=result.loss_scale,
             skipped=result.skipped,
+            skipped_steps=self.skipped.total,
         )
-        self.step, self.tokens, self.train_loss = step, self.tokens + tokens, result.loss
-        if _due(step, self.config.logging.every_steps) or step == settings.max_steps:
-            self.metrics.write(record)
-            self.reporter.train(record, settings.max_steps)
+        self.step, self.tokens, self.train_loss, self.evaluation = step, self.tokens + tokens, result.loss, None
+        if _due(step, self.config.logging.every_steps) or step == settings.max_steps or result.skipped:
+            self.report(record)
 
-    def evaluate(self, evaluation: EvaluationBatches) -> bool:
+    def answer_non_finite(self, what: str) -> None:
+        """Let a step that is not finite be skipped, which the engine did already, or stop the run.
+
+        Raises:
+            RunError: the config says to stop, or this was the last of the steps in a row that it lets pass.
+        """
+        settings, kept = self.config.training, self._kept()
+        if settings.non_finite == "stop":
+            raise RunError(
+                f"{what}; {kept}; lower optimizer.learning_rate, or set training.non_finite to 'skip' to leave such "
+                "steps out"
+            )
+        if self.skipped.in_a_row >= settings.max_skipped_steps:
+            raise RunError(
+                f"{what}; it is the last of {self.skipped.in_a_row} such steps in a row (training.max_skipped_steps): "
+                f"the run has diverged; {kept}; lower optimizer.learning_rate, or go on from an earlier checkpoint"
+            )
+        self.reporter.line(f"warning: skipped {what}")
+
+    def evaluation_is_due(self) -> bool:
+        """Whether this step, or the end of the run, calls for an evaluation that was not made yet."""
+        if self.evaluation_batches is None or self.evaluation is not None:
+            return False
+        settings = self.config.training
+        return self.finished() or (
+            _due(self.step, settings.eval_every_steps) if self.step else settings.eval_before_training
+        )
+
+    def evaluate(self) -> bool:
         """Evaluate and write the record; false if a request to stop came in between.
 
         Raises:
             RunError: the loss is not finite, and the config does not say to go on then.
         """
-        batches = evaluation(max_samples=self.config.training.eval_max_samples)
-        total, count = torch.zeros((), dtype=torch.float64, device=self.engine.device), 0
-        self.engine.model.eval()
-        for batch in batches:
-            if self.stopping():
-                break
-            with self.engine.autocast():
-                loss, tokens = evaluation_loss(self.engine.model, move(batch.inputs, self.engine.device))
-            total += loss
-            count += tokens
-        self.engine.model.train()
-        if self.stopping():
+        batches = self.evaluation_batches(max_samples=self.config.training.eval_max_samples)
+        record = evaluate(self.engine, batches, step=self.step, interrupted=self.stopping)
+        if record is None:
             return False
-        count = self._sum([count])
-        record = EvalRecord(self.step, self.engine.sum_over_ranks(float(total)) / count, count)
-        self.eval_loss = record.loss
-        self.metrics.write(record)
-        self.reporter.evaluation(record)
-        if not math.isfinite(record.loss) and self.config.training.non_finite == "stop":
-            raise RunError(f"step {self.step}: the evaluation loss is {record.loss}; {self._advice()}")
+        self.evaluation, self.eval_loss = record.figures(), record.loss
+        self._saved_step = 0
+        self.report(record)
+        settings = self.config.training
+        if not math.isfinite(record.loss) and settings.non_finite == "stop":
+            raise RunError(f"step {self.step}: the evaluation loss is {record.loss}; {self._kept()}")
+        if self.step and _due(self.step, settings.eval_every_steps):
+            self.early_stopping.observe(self.step, self.evaluation)
         return True
 
+    def is_among_best(self) -> bool:
+        """Whether this step's evaluation makes it a checkpoint to keep as one of the best."""
+        settings = self.config.checkpoint
+        if self.evaluation is None:
+            return False
+        figure = self.evaluation[settings.best_metric]
+        return is_among_best(self.directory.path, figure, settings.best_metric, settings.keep_best)
+
+    def report(self, record: TrainRecord | EvalRecord) -> None:
+        """Hand a record to everything that follows the run: the metrics file, and what a person sees."""
+        self.metrics.write(record)
+        self.reporter.record(record, self.config.training.max_steps)
+
     def save(self) -> None:
-        """Write a checkpoint of the current step, unless there is one."""
+        """Write a checkpoint of the current step with its evaluation, unless there is one."""
         if self.step == self._saved_step:
             return
         self.metrics.sync()
@@ -264,16 +330,23 @@ class Run:
             self.directory.path,
             self.step,
             write_shards=self.engine.save,
-            state={"loader": position, "random": capture_random_state()},
+            state={
+                "loader": position,
+                "random": capture_random_state(),
+                "run": {"early_stopping": self.early_stopping.state_dict(), "skipped": asdict(self.skipped)},
+            },
             manifest=manifest_of(
                 self.config,
                 settings_plan(self.config),
                 self.train_data,
                 tokens=self.tokens,
+                evaluation=self.evaluation,
                 loader=position,
                 world_size=self.engine.world_size,
             ),
             keep_last=self.config.checkpoint.keep_last,
+            keep_best=self.config.checkpoint.keep_best,
+            best_metric=self.config.checkpoint.best_metric,
         )
         self._saved_step = self.step
 
@@ -283,43 +356,24 @@ class Run:
 
     def result(self) -> TrainResult:
         """How the run ended."""
-        status = "completed" if self.complete else "stopped"
-        return TrainResult(status, self.step, self.directory.path, self.checkpoint, self.train_loss, self.eval_loss)
+        stopped_early = self.complete and self.step < self.config.training.max_steps
+        best = best_checkpoint(self.directory.path, self.config.checkpoint.best_metric)
+        return TrainResult(
+            status="completed" if self.complete else "stopped",
+            step=self.step,
+            run_dir=self.directory.path,
+            checkpoint=self.checkpoint,
+            train_loss=self.train_loss,
+            eval_loss=self.eval_loss,
+            reason=self.early_stopping.reason() if stopped_early else None,
+            best_checkpoint=best.path if best is not None and self.config.checkpoint.keep_best else None,
+        )
 
     def _sum(self, values: Iterable[int]) -> int:
         return int(self.engine.sum_over_ranks(sum(values)))
 
-    def _non_finite(self, step: int, result: StepResult, window: list[Batch]) -> str:
-        """Names the samples as the data set counts them, which is what a person can look up."""
-        draws = torch.cat([batch.documents.flatten() for batch in window]).unique().tolist()
-        samples = self.train_data.named(draw % len(self.train_data) for draw in draws if draw >= 0)
-        return (
-            f"step {step}: the loss is {result.loss} and the norm of the gradient {result.grad_norm}; samples of "
-            f"data.train in this step, counted from 0: {samples}; {self._advice()}"
-        )
-
-    def _advice(self) -> str:
-        kept = f"{self.checkpoint} is intact" if self.checkpoint else "no checkpoint was saved yet"
-        return f"{kept}; lower optimizer.learning_rate, or set training.non_finite to 'skip' to leave such steps out"
-
-
-def train_window(
-    engine: Engine, objective: Objective, window: list[Batch], rate: float, max_grad_norm: float | None
-) -> tuple[StepResult, int]:
-    """One optimiser step on an accumulation window; returns its result and this rank's number of selected tokens."""
-    selections = [objective.select(batch) for batch in window]
-    # Counted over all micro-batches and ranks before the first of them runs: the loss does not depend on the split.
-    counts = [objective.denominator(*pair) for pair in zip(window, selections, strict=True)]
-    count = max(1, int(engine.sum_over_ranks(sum(counts))))
-    total = torch.zeros((), device=engine.device)
-    selected = 0
-    for batch, selection in zip(window, selections, strict=True):
-        with engine.autocast():
-            loss = objective.loss(engine.model, batch, selection, count)
-        engine.backward(loss)
-        total += loss.detach()
-        selected += batch.tokens if selection is None else selection.selected_tokens
-    return engine.step(loss=total, max_grad_norm=max_grad_norm, learning_rate=rate), selected
+    def _kept(self) -> str:
+        return f"{self.checkpoint} is intact" if self.checkpoint else "no checkpoint was saved yet"
 
 
 def _due(step: int, every: int) -> bool:

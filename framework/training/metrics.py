@@ -28,7 +28,9 @@ class TrainRecord:
         peak_memory_bytes: CUDA: peak bytes of live tensors; CPU: the same by the tracker if it is on, else None.
         peak_reserved_bytes: CUDA: peak bytes held by the allocator; None elsewhere, and then not written.
         predicted_peak_memory_bytes: by the plan, None where there is none.
+        loss_scale: that the losses of this step were multiplied with; fp16 only, and written only then.
         skipped: the update was left out because of a non-finite loss or gradient; written only then.
+        skipped_steps: steps of the run that were skipped so far; written if there were any.
     """
 
     step: int
@@ -43,16 +45,16 @@ class TrainRecord:
     peak_memory_bytes: int | None
     predicted_peak_memory_bytes: int | None = None
     peak_reserved_bytes: int | None = None
+    loss_scale: float | None = None
     skipped: bool = False
+    skipped_steps: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The line's object."""
         record = {"kind": "train"} | asdict(self)
-        if self.peak_reserved_bytes is None:
-            del record["peak_reserved_bytes"]
-        if not self.skipped:
-            del record["skipped"]
-        return record
+        absent = [name for name in ("peak_reserved_bytes", "loss_scale") if record[name] is None]
+        absent += [name for name in ("skipped", "skipped_steps") if not record[name]]
+        return {name: value for name, value in record.items() if name not in absent}
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class EvalRecord:
         """The line's object."""
         return {"kind": "eval"} | asdict(self)
 
+    def figures(self) -> dict[str, float | None]:
+        """What was found, by name, for a checkpoint's manifest: JSON values, as in the line."""
+        return json_values({name: value for name, value in asdict(self).items() if name != "step"})
+
 
 class MetricsFile:
     """Appends records to `metrics.jsonl`; every line is with the operating system before the next step starts."""
@@ -75,12 +81,8 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: TrainRecord | EvalRecord) -> None:
-        """Append one line. Numbers that JSON has no name for (NaN, infinity) become null."""
-        values = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.to_json().items()
-        }
-        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        """Append one line."""
+        self._file.write(json.dumps(json_values(record.to_json()), allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -96,9 +98,8 @@ class MetricsFile:
         self._file.close()
 
 
-def evaluated_at(path: Path, step: int) -> float | None:
-    """The evaluation loss that a metrics file records for a step; None if there is none, or it was not finite."""
-    with path.open(encoding="utf-8") as file:
-        records = (json.loads(line) for line in file if '"eval"' in line)
-        losses = [record["loss"] for record in records if record["kind"] == "eval" and record["step"] == step]
-    return losses[-1] if losses else None
+def json_values(record: dict[str, Any]) -> dict[str, Any]:
+    """The same with null for the numbers that JSON has no name for (NaN, infinity)."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }

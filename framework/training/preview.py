@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
 
 from framework.config import Config, data_sources
 from framework.data import load_tokenizer, shares_of, show_samples, source_lines
 from framework.models import check_compatibility, read_architecture
 from framework.sharding.precision import PRECISIONS
 from framework.training.objective import draw_selection
+from framework.training.parameter_groups import describe_groups, parameter_groups
 from framework.training.plan import fidelity_class, state_bytes
 from framework.training.progress import format_bytes
 from framework.training.setup import load_datasets, make_loaders, tokenizer_source
@@ -25,12 +27,18 @@ def dry_run(config: Config) -> str:
         UserError: the run would be refused.
     """
     model = config.model
+    groups: list[str] = []
+
+    def examine(built: nn.Module) -> None:
+        groups.extend(describe_groups(parameter_groups(built, config.optimizer), config.optimizer.learning_rate))
+
     architecture = read_architecture(
         path=model.path,
         from_config=model.from_config,
         task=model.task,
         attention=model.attention,
         adapter=model.adapter,
+        examine=examine,
     )
     source = tokenizer_source(config)
     tokenizer = load_tokenizer(source) if Path(source).expanduser().is_dir() else None
@@ -45,13 +53,14 @@ def dry_run(config: Config) -> str:
         f"({trainable / architecture.parameters:.2%})",
         f"batch          {training.global_batch_size} sequences a step = {training.micro_batch_size} (micro-batch) x "
         f"{config.gradient_accumulation} (accumulation) x 1 (rank), of up to {config.data.sequence_length} tokens",
-        f"steps          {training.max_steps}",
+        f"steps          {training.max_steps or f'{training.epochs:g} epochs; data.train says how many steps'}",
         f"selection      {config.selection.strategy}, ratio {config.resolved_ratio}: {fidelity_class(config)}",
         f"retention      {config.retention.policy}"
         + (", linear outputs retained" if config.retention.retain_linears else "")
         + (f", keys and values in {config.retention.kv_format}" if config.retention.policy == "selective" else ""),
         f"engine         {config.sharding.engine}, precision {config.optimizer.precision}: "
         f"weights {config.weights_dtype}, computation {PRECISIONS[config.optimizer.precision].autocast or 'the same'}",
+        *(f"optimizer      {group}" for group in groups),
         f"memory         {format_bytes(held)} without activations: "
         + ", ".join(f"{name} {format_bytes(size)}" for name, size in states.items()),
     ]

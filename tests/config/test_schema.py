@@ -22,11 +22,11 @@ def test_command_prints_the_schema() -> None:
     assert schema["additionalProperties"] is False
     assert schema["required"] == ["run", "model", "data", "optimizer", "training"]
     training = schema["$defs"]["TrainingConfig"]
-    assert training["required"] == ["max_steps", "global_batch_size", "micro_batch_size"]
-    assert training["properties"]["max_steps"] == {
-        "description": "Optimiser steps.",
+    assert training["required"] == ["global_batch_size", "micro_batch_size"]
+    assert training["properties"]["global_batch_size"] == {
+        "description": "Sequences per optimiser step.",
         "minimum": 1,
-        "title": "Max Steps",
+        "title": "Global Batch Size",
         "type": "integer",
     }
 
@@ -35,7 +35,7 @@ def test_every_key_is_described() -> None:
     keys = known_keys(Config.model_json_schema())
     assert ("model", "adapter", "rank") in keys
     assert ("data", "train", "[]", "path") in keys
-    sections = [schema for schema in keys.values() if "$ref" in schema]
+    sections = [key for key, schema in keys.items() if "$ref" in schema and key[-1] != ELEMENT]
     assert len(sections) == len(Config.model_fields)
     undescribed = [key for key, schema in keys.items() if "$ref" not in schema and not schema.get("description")]
     assert [key for key in undescribed if key[-1] != ELEMENT] == []
