@@ -10,6 +10,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Paths = NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+Format = Literal["messages", "completion", "text"]
 
 
 class Section(BaseModel):
@@ -82,17 +83,59 @@ class ModelConfig(Section):
     """Weights are not quantised."""
 
 
+class SourceConfig(Section):
+    """One source of data, where its path alone does not say enough."""
+
+    path: NonEmpty
+    """A file, a directory, or a name on the Hugging Face hub."""
+
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the mixture, relative to the other sources' weights. Null, for all of them: every sample once."""
+
+    format: Literal["auto", Format] | None = None
+    """Format of its records. Null: `data.format`."""
+
+    subset: NonEmpty | None = None
+    """Configuration of a data set that has several, such as "main"; for hub names and directories in the hub's
+    layout."""
+
+    split: NonEmpty | None = None
+    """Which split, such as "train" or "train[:5%]", as `datasets.load_dataset` takes it. Null: "train" in `data.train`;
+    in `data.eval` the only one there is."""
+
+    revision: NonEmpty | None = None
+    """Branch, tag or commit of a hub name. Null: its main branch."""
+
+
+Sources = NonEmpty | Annotated[list[NonEmpty | SourceConfig], Field(min_length=1)]
+
+
+def data_sources(value: Sources | list[dict[str, Any]] | None) -> tuple[SourceConfig, ...]:
+    """The sources that `data.train` or `data.eval` names, whichever way; none for null.
+
+    Args:
+        value: of the key, valid by itself: of a loaded config, or the JSON value that a rule reads.
+    """
+    if value is None:
+        return ()
+    named = [value] if isinstance(value, str) else value
+    return tuple(
+        SourceConfig(path=each) if isinstance(each, str) else SourceConfig.model_validate(each) for each in named
+    )
+
+
 class DataConfig(Section):
     """What the model is trained and evaluated on."""
 
-    train: Paths
-    """JSON lines: a file, a directory of `*.jsonl` files, or a list of them, relative to the current directory."""
+    train: Sources
+    """A file, a directory or a hub name, or a list of these, each also as an object with `path` and options. Paths are
+    relative to the current directory."""
 
-    eval: Paths | None = None
+    eval: Sources | None = None
     """The same for evaluation. Null: no evaluation."""
 
-    format: Literal["auto", "messages", "completion", "text"] = "auto"
-    """Format of the lines: `messages` (chat), `completion` (prompt and completion), `text`; "auto" recognises it by
+    format: Literal["auto", Format] = "auto"
+    """Format of the records: `messages` (chat), `completion` (prompt and completion), `text`; "auto" recognises it by
     the keys of each file's first record."""
 
     sequence_length: Annotated[int, Field(ge=2)]

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from torch import nn
 
-from framework.config import Config
+from framework.config import Config, data_sources
 from framework.data import load_dataset, load_tokenizer, show_samples
 from framework.models import check_compatibility, read_architecture
 from framework.sharding.precision import PRECISIONS
@@ -65,9 +65,8 @@ def dry_run(config: Config) -> str:
         + ", ".join(f"{name} {format_bytes(size)}" for name, size in states.items()),
     ]
     missing = [] if tokenizer else [f"tokenizer {source}"]
-    for paths in (config.data.train, config.data.eval):
-        listed = [paths] if isinstance(paths, str) else paths or []
-        missing += [path for path in listed if not Path(path).expanduser().exists()]
+    sources = (*data_sources(config.data.train), *data_sources(config.data.eval))
+    missing += [source.path for source in sources if not Path(source.path).expanduser().exists()]
     if missing:
         lines.append(f"not here       {', '.join(missing)}: needed to train, so not checked")
     return "\n".join(lines)
@@ -86,7 +85,7 @@ def inspect_data(config: Config, count: int, console: Console | None = None) -> 
     """
     tokenizer = load_tokenizer(tokenizer_source(config))
     data = load_dataset(
-        config.data.train,
+        [source.path for source in data_sources(config.data.train)],
         tokenizer=tokenizer,
         sequence_length=config.data.sequence_length,
         format=config.data.format,

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from framework.checkpoint import capture_random_state, restore_random_state
-from framework.config import Config
+from framework.config import Config, data_sources
 from framework.data import Batch, Loader, TokenizedDataset, evaluation_batches, load_dataset, load_tokenizer
 from framework.errors import UserError
 from framework.models import check_compatibility, load_model, read_architecture
@@ -42,11 +42,11 @@ def load_data(config: Config, reporter: Reporter) -> tuple[TokenizedDataset, Tok
         format=config.data.format,
         overlong=config.data.overlong,
     )
-    train_data = load(config.data.train, option="data.train")
+    train_data = load([source.path for source in data_sources(config.data.train)], option="data.train")
     reporter.line(f"data.train: {train_data.report.summary()}")
     eval_data = None
     if config.data.eval is not None:
-        eval_data = load(config.data.eval, option="data.eval")
+        eval_data = load([source.path for source in data_sources(config.data.eval)], option="data.eval")
         reporter.line(f"data.eval: {eval_data.report.summary()}")
     return train_data, eval_data, tokenizer.pad_token_id
 
