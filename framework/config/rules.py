@@ -16,7 +16,9 @@ from framework.config.sections import (
     EarlyStoppingConfig,
     LossScaleConfig,
     ParameterGroupConfig,
+    Sources,
     TrainingConfig,
+    data_sources,
 )
 
 TASK_METRICS = {"sequence_classification": ("accuracy",), "image_classification": ("accuracy",)}
@@ -221,6 +223,16 @@ def _single_engine_keeps_optimizer(engine: str, offload_optimizer: bool) -> tupl
     if engine == "single" and offload_optimizer:
         return "sharding.offload_optimizer", 'sharding.engine "single" cannot offload: set it to false'
     return None
+
+
+@_rule("data.train", "data.eval", "data.format", "data.train_on")
+def _train_on_is_for_conversations(
+    train: Sources, eval: Sources | None, format: str, train_on: str
+) -> tuple[str, str] | None:
+    formats = {source.format or format for source in (*data_sources(train), *data_sources(eval))}
+    if train_on == "assistant" or formats & {"auto", "messages", "sharegpt", "alpaca", "completion"}:
+        return None
+    return "data.train_on", f'"{train_on}" has no effect on the format {" or ".join(sorted(formats))}: leave it out'
 
 
 @_rule("training.global_batch_size", "training.micro_batch_size")

@@ -10,7 +10,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Paths = NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
-Format = Literal["messages", "completion", "text"]
+Format = Literal["messages", "sharegpt", "alpaca", "completion", "text"]
 
 
 class Section(BaseModel):
@@ -135,8 +135,11 @@ class DataConfig(Section):
     """The same for evaluation. Null: no evaluation."""
 
     format: Literal["auto", Format] = "auto"
-    """Format of the records: `messages` (chat), `completion` (prompt and completion), `text`; "auto" recognises it by
-    the keys of each file's first record."""
+    """Format of the records: `messages` (chat), `sharegpt`, `alpaca`, `completion` (prompt and completion), `text`;
+    "auto" recognises it by the keys of each file's first record."""
+
+    train_on: Literal["assistant", "last_assistant"] = "assistant"
+    """Which turns of a conversation carry labels: all of the assistant's, or its last one."""
 
     sequence_length: Annotated[int, Field(ge=2)]
     """Longest sequence, in tokens."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from framework.data.formats import ProblemList, Record, list_files, read_records
-from framework.data.labels import LABELLERS
+from framework.data.formats import ProblemList, Record, read_records
+from framework.data.labels import label_records
+from framework.data.sources import Paths, list_parts
 from framework.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class DataReport:
     """What became of the records of a data set."""
 
     formats: dict[str, str] = field(default_factory=dict)
-    """Format of each file."""
+    """Format of each file or split."""
     records: int = 0
     """Records read."""
     samples: int = 0
@@ -115,47 +115,49 @@ class TokenizedDataset(Sequence[Sample]):
 
 
 def load_dataset(
-    paths: str | Path | Sequence[str | Path],
+    paths: Paths,
     *,
     tokenizer: PreTrainedTokenizerBase,
     sequence_length: int,
     format: str = "auto",
     overlong: str = "drop",
+    train_on: str = "assistant",
     option: str = "data.train",
 ) -> TokenizedDataset:
-    """Read, validate, tokenise and label JSON lines files (see `framework.data.formats` for the formats).
+    """Read, validate, tokenise and label data.
 
     Args:
-        paths: A file, a directory of `*.jsonl` files, or a list of them; the order of samples follows it.
+        paths: Files, directories or hub names (see `framework.data.sources`); the order of samples follows them.
         tokenizer: From `load_tokenizer`.
         sequence_length: The most tokens that a sample may have.
-        format: `messages`, `completion`, `text`, or `auto`: decided for each file by its first record.
+        format: One of `framework.data.formats`, or `auto`: decided for each file by its first record.
         overlong: What happens to longer samples: `drop`, or `truncate` (the end is cut off).
+        train_on: Which turns of conversations carry labels: `assistant` (all of its turns) or `last_assistant`.
         option: The config key that `paths` comes from, for error messages.
 
     Raises:
-        UserError: A file is missing, a record is broken (file, line, and what is wrong; up to ten together), there is
+        UserError: A source is missing, a record is broken (its place and what is wrong; up to ten together), there is
             no record, none fits into the sequence length, or no token anywhere carries a label.
     """
-    files = list_files(paths, option=option)
+    parts = list_parts(paths, option=option)
     problems = ProblemList(option)
     report = DataReport()
     ids_parts: list[np.ndarray] = []
     supervised_parts: list[np.ndarray] = []
-    for file in files:
-        records = read_records(file, format=format, problems=problems)
+    for part in parts:
+        records = read_records(part, format=format, problems=problems)
         for chunk_format, chunk in _chunks(records):
-            report.formats[str(file)] = chunk_format
+            report.formats[str(part)] = chunk_format
             report.records += len(chunk)
             if problems.problems:
                 continue  # only to find further broken lines
-            for ids, supervised in LABELLERS[chunk_format](chunk, tokenizer):
+            for ids, supervised in label_records(chunk_format, chunk, tokenizer, train_on=train_on):
                 if _admit(ids, supervised, sequence_length, overlong, report):
                     ids_parts.append(ids[:sequence_length])
                     supervised_parts.append(supervised[:sequence_length])
     problems.raise_if_any()
     if not ids_parts:
-        raise UserError(f"{option}: {_why_empty(report, sequence_length)} ({', '.join(map(str, files))})")
+        raise UserError(f"{option}: {_why_empty(report, sequence_length)} ({', '.join(map(str, parts))})")
     lengths = np.array([len(ids) for ids in ids_parts], np.int64)
     return TokenizedDataset(np.concatenate(ids_parts), np.concatenate(supervised_parts), lengths, report)
 

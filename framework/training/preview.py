@@ -85,11 +85,12 @@ def inspect_data(config: Config, count: int, console: Console | None = None) -> 
     """
     tokenizer = load_tokenizer(tokenizer_source(config))
     data = load_dataset(
-        [source.path for source in data_sources(config.data.train)],
+        data_sources(config.data.train),
         tokenizer=tokenizer,
         sequence_length=config.data.sequence_length,
         format=config.data.format,
         overlong=config.data.overlong,
+        train_on=config.data.train_on,
     )
     console = console or Console()
     console.print(f"data.train: {data.report.summary()}", markup=False, highlight=False)

@@ -29,7 +29,7 @@ BINDING = (
 # Where a run writes and how it is watched; changing these between two starts is ordinary.
 UNREMARKABLE = ("run.output_dir", "checkpoint", "logging", "hardware", "training.max_steps")
 # How the samples came about; what counts is the samples themselves.
-DATA_SOURCES = ("data.train", "data.format", "data.overlong", "model.tokenizer")
+DATA_SOURCES = ("data.train", "data.format", "data.overlong", "data.train_on", "model.tokenizer")
 
 
 def manifest_of(config: Config, plan: dict[str, Any], data: TokenizedDataset, **progress: Any) -> dict[str, Any]:

@@ -41,12 +41,13 @@ def load_data(config: Config, reporter: Reporter) -> tuple[TokenizedDataset, Tok
         sequence_length=config.data.sequence_length,
         format=config.data.format,
         overlong=config.data.overlong,
+        train_on=config.data.train_on,
     )
-    train_data = load([source.path for source in data_sources(config.data.train)], option="data.train")
+    train_data = load(data_sources(config.data.train), option="data.train")
     reporter.line(f"data.train: {train_data.report.summary()}")
     eval_data = None
     if config.data.eval is not None:
-        eval_data = load([source.path for source in data_sources(config.data.eval)], option="data.eval")
+        eval_data = load(data_sources(config.data.eval), option="data.eval")
         reporter.line(f"data.eval: {eval_data.report.summary()}")
     return train_data, eval_data, tokenizer.pad_token_id
 

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -12,7 +10,7 @@ from framework.errors import UserError
 
 
 def record(**content) -> Record:
-    return Record(Path("data.jsonl"), 7, content)
+    return Record("data.jsonl:7", content)
 
 
 def chat(*turns: tuple[str, str]) -> Record:
@@ -194,7 +192,7 @@ def test_an_assistant_that_begins_needs_markers(tiny_tokenizer) -> None:
 
 def test_no_chat_template_is_refused(tiny_tokenizer) -> None:
     tiny_tokenizer.chat_template = None
-    with pytest.raises(UserError, match="needs a chat template"):
+    with pytest.raises(UserError, match=r"data\.jsonl:7: .*needs a chat template"):
         label_messages([CONVERSATION], tiny_tokenizer)
 
 
