@@ -18,14 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from framework.data.conversations import (
-    check_alpaca,
-    check_completion,
-    check_messages,
-    check_sharegpt,
-    check_texts,
-    names,
-)
+from framework.data.conversations import check_messages, check_texts, names
+from framework.data.dialects import check_alpaca, check_completion, check_sharegpt
 from framework.data.sources import Part
 from framework.errors import UserError
 

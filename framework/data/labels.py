@@ -12,15 +12,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from framework.data.conversations import (
-    Conversation,
-    alpaca_prompt,
-    conversation,
-    from_alpaca,
-    from_chat_completion,
-    from_sharegpt,
-    is_chat,
-)
+from framework.data.conversations import Conversation, conversation
+from framework.data.dialects import alpaca_prompt, from_alpaca, from_chat_completion, from_sharegpt, is_chat
 from framework.data.formats import Record
 from framework.data.turns import Span, render
 from framework.errors import UserError

@@ -25,6 +25,7 @@ PIECE = 1 << 20
 _CUT_OFF = 16
 """Characters from the end within which an error can come from a value that goes on in the next piece."""
 
+_DELIMITERS = tuple(" \t\r\n,]}")
 _DECODER = json.JSONDecoder()
 _DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.open,
@@ -231,7 +232,9 @@ class _JsonText:
             except RecursionError:
                 raise _BadText(self.line, "bad JSON: nested too deeply") from None
             else:
-                if end < len(self._text) or self._complete:  # else a number may go on
+                following = self._text[end : end + 1]
+                # A number, and only a number, may go on in the next piece.
+                if self._complete or following in _DELIMITERS or (following and not isinstance(value, int | float)):
                     self._position = end
                     return value
             self._read_on()

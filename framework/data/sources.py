@@ -2,8 +2,8 @@
 
 - A file is read by its suffix: JSON lines (`.jsonl`, `.ndjson`) and JSON (`.json`), perhaps compressed (`.gz`, `.bz2`,
   `.xz`, `.zst`); `.parquet`, `.arrow`, `.csv`, `.tsv`, `.txt` (a text a line).
-- A directory is read as `datasets` does: one that `save_to_disk` wrote, or files in the layout of a data set on the hub,
-  with its splits and subsets.
+- A directory is read as `datasets` does: one that `save_to_disk` wrote, or files in the layout of a data set on the
+  hub, with its splits and subsets.
 - Anything else is a name on the hub, for `datasets.load_dataset`.
 """
 
