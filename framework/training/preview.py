@@ -94,6 +94,8 @@ def inspect_data(config: Config, count: int, console: Console | None = None) -> 
     )
     console = console or Console()
     console.print(f"data.train: {data.report.summary()}", markup=False, highlight=False)
+    for name, format in data.report.formats.items():
+        console.print(f"  {name}: {format}", markup=False, highlight=False)
     loader, _ = make_loaders(config, data, tokenizer.pad_token_id)
     while count > 0:
         for batch in loader.next_window():

@@ -137,7 +137,7 @@ def test_one_problem_is_one_line(small: Path) -> None:
         ("learning_rate", "did you mean optimizer.learning_rate?"),
         ("optimiser.learning_rate", "did you mean optimizer?"),
         ("training.every_steps", "did you mean checkpoint.every_steps or logging.every_steps?"),
-        ("data.lora_alpha", "data has train, eval, format, sequence_length, packing, overlong"),
+        ("data.lora_alpha", "data has train, eval, format, train_on, sequence_length, packing, overlong"),
         ("model.sequence_lenght", "did you mean data.sequence_length?"),
         (
             "cake.size",

@@ -62,6 +62,14 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
             'retention.kv_format: "int8" needs retention.policy "selective", which is "checkpoint"',
         ),
         (
+            ["data.train_on=last_assistant", "data.format=text"],
+            'data.train_on: "last_assistant" has no effect on the format text: leave it out',
+        ),
+        (
+            ["data.train_on=last_assistant", 'data.train=[{"path": "a", "format": "text"}]', "data.format=text"],
+            'data.train_on: "last_assistant" has no effect on the format text: leave it out',
+        ),
+        (
             ["sharding.offload_optimizer=true"],
             'sharding.offload_optimizer: sharding.engine "single" cannot offload: set it to false',
         ),
@@ -145,6 +153,14 @@ def test_ratio_one_is_exact_under_any_policy(small: Path) -> None:
     supervised = ["selection.strategy=supervised", "retention.policy=selective"]
     assert load_config(small, supervised).resolved_ratio == "labelled"
     assert load_config(small, [*supervised, "selection.ratio=0.5"]).resolved_ratio == 0.5
+
+
+def test_train_on_needs_one_source_of_conversations(small: Path) -> None:
+    for source in ('"a"', '[{"path": "a", "format": "messages"}]', '[{"path": "a", "format": "text"}, "b"]'):
+        config = load_config(small, ["data.train_on=last_assistant", f"data.train={source}"])
+        assert config.data.train_on == "last_assistant"
+    evaluated = ['data.train=[{"path": "a", "format": "text"}]', 'data.eval=[{"path": "b", "format": "alpaca"}]']
+    load_config(small, ["data.train_on=last_assistant", *evaluated])
 
 
 @pytest.mark.parametrize(
