@@ -84,6 +84,8 @@ class _Template:
         chat = self._chat
         text, spans = self._render(len(chat.messages), return_assistant_tokens_mask=True)
         spoken = [learnt for message, learnt in zip(chat.messages, chat.learnt, strict=True) if _is_assistant(message)]
+        if not any(self._chat.learnt):
+            return text, []
         if all(spoken):
             if not any(end > start for start, end in spans) and any(map(_says_something, chat.messages)):
                 raise UserError(
