@@ -88,7 +88,6 @@ def unknown_key(key_path: KeyPath, known: dict[KeyPath, Schema]) -> str:
     names = {path: str(path[-1]) for path in known if path[-1] != ELEMENT}
     siblings = [path for path in names if path[:-1] == tuple(section)]
     elsewhere = [path for path, name in names.items() if name == key]
-    elsewhere = [path for path in elsewhere if ELEMENT not in path] or elsewhere
     close_here = difflib.get_close_matches(str(key), [names[path] for path in siblings], n=1)
     close_anywhere = difflib.get_close_matches(str(key), dict.fromkeys(names.values()), n=1, cutoff=0.75)
     if elsewhere:
