@@ -81,6 +81,12 @@ class Checkpoint:
         return int(self.manifest["sequence"])
 
     @property
+    def evaluation(self) -> dict[str, float | None] | None:
+        """Figures of the evaluation at its step by name, null where not finite; None if there was none."""
+        figures: dict[str, float | None] | None = self.manifest.get("evaluation")
+        return figures
+
+    @property
     def size(self) -> int:
         """Bytes of its files, manifest apart."""
         return sum(entry["bytes"] for entry in self.manifest["files"])

@@ -25,10 +25,10 @@ from framework.errors import RunError, UserError
 from framework.models import count_parameters
 from framework.sharding.protocol import Engine, StepResult
 from framework.sharding.single import SingleEngine
-from framework.training.loss import evaluation_loss
+from framework.training.evaluation import evaluate
 from framework.training.memory import CpuMemoryTracker, device_peak_memory, reset_device_peak
-from framework.training.metrics import EvalRecord, MetricsFile, TrainRecord, evaluated_at
-from framework.training.objective import Objective, move
+from framework.training.metrics import EvalRecord, MetricsFile, TrainRecord
+from framework.training.objective import Objective
 from framework.training.optimizer import optimizer_factory
 from framework.training.plan import settings_plan
 from framework.training.progress import Reporter
@@ -46,6 +46,7 @@ from framework.training.setup import (
     warm_up,
 )
 from framework.training.signals import StopSignals
+from framework.training.step import train_window
 
 EvaluationBatches = Callable[..., Iterator[Batch]]
 
@@ -92,9 +93,12 @@ def run_training(
         MetricsFile(directory.metrics) as metrics,
         cpu_tracker(config, engine) or nullcontext() as tracker,
     ):
-        run = Run(config, directory, signals, reporter, engine, objective, loader, train_data, metrics, tracker)
+        evaluation = partial(evaluation_batches, eval_data) if eval_data is not None else None
+        run = Run(
+            config, directory, signals, reporter, engine, objective, loader, train_data, evaluation, metrics, tracker
+        )
         run.begin(checkpoint)
-        run.train(partial(evaluation_batches, eval_data) if eval_data is not None else None)
+        run.train()
     return run.result()
 
 
@@ -131,6 +135,7 @@ class Run:
     Attributes:
         step: optimiser steps done.
         tokens: non-padding tokens they trained on, all ranks.
+        evaluation: figures of the evaluation after this step; None if there was none.
     """
 
     def __init__(
@@ -143,14 +148,16 @@ class Run:
         objective: Objective,
         loader: Loader,
         train_data: Dataset,
+        evaluation_batches: EvaluationBatches | None,
         metrics: MetricsFile,
         tracker: CpuMemoryTracker | None,
     ) -> None:
         self.config, self.directory, self.signals, self.reporter = config, directory, signals, reporter
         self.engine, self.objective, self.loader, self.train_data = engine, objective, loader, train_data
-        self.metrics, self.tracker = metrics, tracker
+        self.evaluation_batches, self.metrics, self.tracker = evaluation_batches, metrics, tracker
         self.step = self.tokens = 0
         self.complete = False
+        self.evaluation: dict[str, float | None] | None = None
         self.train_loss: float | None = None
         self.eval_loss: float | None = None
         self.checkpoint: Path | None = None
@@ -161,33 +168,28 @@ class Run:
         if checkpoint is None:
             return
         self.step, self.tokens, self.checkpoint = checkpoint.step, checkpoint.manifest["tokens"], checkpoint.path
+        self.evaluation = checkpoint.evaluation
+        self.eval_loss = self.evaluation and self.evaluation["loss"]
         own = checkpoint.path.parent.resolve() == self.directory.checkpoints.resolve()
         # Another run's checkpoint is not this one's: even without a further step it is saved here.
         self._saved_step = checkpoint.step if own else 0
 
-    def train(self, evaluation: EvaluationBatches | None) -> None:
-        """Train to the last step or until asked to stop, evaluate, save.
-
-        Args:
-            evaluation: gives the evaluation batches; None if there is no evaluation set.
-        """
-        settings, last_step = self.config.training, self.config.training.max_steps
+    def train(self) -> None:
+        """Train to the last step or until asked to stop, evaluate and save on the way."""
+        last_step = self.config.training.max_steps
         if self.step >= last_step:
             self.reporter.line(f"nothing left to train: the checkpoint is of step {self.step} of {last_step}")
         self.reporter.start(self.step, last_step)
+        if self.evaluation_is_due() and self.evaluate():
+            # The run was stopped in this evaluation, which the checkpoint of its step lacks.
+            self.save()
         while self.step < last_step and not self.stopping():
             self.one_step()
-            if self.step < last_step:
-                if evaluation is not None and _due(self.step, settings.eval_every_steps):
-                    self.evaluate(evaluation)
-                if _due(self.step, self.config.checkpoint.every_steps):
-                    self.save()
-        self.complete = self.step >= last_step
-        if self.complete and evaluation is not None:
-            # A run that was stopped in its last evaluation owes it still when it resumes; no other resumed one does.
-            self.eval_loss = evaluated_at(self.directory.metrics, self.step)
-            if self.eval_loss is None:
-                self.complete = self.evaluate(evaluation)
+            if self.evaluation_is_due():
+                self.evaluate()
+            if _due(self.step, self.config.checkpoint.every_steps):
+                self.save()
+        self.complete = self.step >= last_step and not self.evaluation_is_due()
         self.save()
         cause = "done" if self.complete else f"stopped by {self.signals.requested(self.directory.stop_file)}"
         self.reporter.line(f"{cause} after step {self.step}; checkpoint: {self.checkpoint}")
@@ -221,41 +223,41 @@ class Run:
             peak_reserved_bytes=peak.reserved if peak else None,
             skipped=result.skipped,
         )
-        self.step, self.tokens, self.train_loss = step, self.tokens + tokens, result.loss
+        self.step, self.tokens, self.train_loss, self.evaluation = step, self.tokens + tokens, result.loss, None
         if _due(step, self.config.logging.every_steps) or step == settings.max_steps:
-            self.metrics.write(record)
-            self.reporter.train(record, settings.max_steps)
+            self.report(record)
 
-    def evaluate(self, evaluation: EvaluationBatches) -> bool:
+    def evaluation_is_due(self) -> bool:
+        """Whether this step, or the end of the run, calls for an evaluation that was not made yet."""
+        if self.evaluation_batches is None or self.evaluation is not None:
+            return False
+        settings = self.config.training
+        return self.step >= settings.max_steps or (self.step > 0 and _due(self.step, settings.eval_every_steps))
+
+    def evaluate(self) -> bool:
         """Evaluate and write the record; false if a request to stop came in between.
 
         Raises:
             RunError: the loss is not finite, and the config does not say to go on then.
         """
-        batches = evaluation(max_samples=self.config.training.eval_max_samples)
-        total, count = torch.zeros((), dtype=torch.float64, device=self.engine.device), 0
-        self.engine.model.eval()
-        for batch in batches:
-            if self.stopping():
-                break
-            with self.engine.autocast():
-                loss, tokens = evaluation_loss(self.engine.model, move(batch.inputs, self.engine.device))
-            total += loss
-            count += tokens
-        self.engine.model.train()
-        if self.stopping():
+        batches = self.evaluation_batches(max_samples=self.config.training.eval_max_samples)
+        record = evaluate(self.engine, batches, step=self.step, interrupted=self.stopping)
+        if record is None:
             return False
-        count = self._sum([count])
-        record = EvalRecord(self.step, self.engine.sum_over_ranks(float(total)) / count, count)
-        self.eval_loss = record.loss
-        self.metrics.write(record)
-        self.reporter.evaluation(record)
+        self.evaluation, self.eval_loss = record.figures(), record.loss
+        self._saved_step = 0
+        self.report(record)
         if not math.isfinite(record.loss) and self.config.training.non_finite == "stop":
             raise RunError(f"step {self.step}: the evaluation loss is {record.loss}; {self._advice()}")
         return True
 
+    def report(self, record: TrainRecord | EvalRecord) -> None:
+        """Hand a record to everything that follows the run: the metrics file, and what a person sees."""
+        self.metrics.write(record)
+        self.reporter.record(record, self.config.training.max_steps)
+
     def save(self) -> None:
-        """Write a checkpoint of the current step, unless there is one."""
+        """Write a checkpoint of the current step with its evaluation, unless there is one."""
         if self.step == self._saved_step:
             return
         self.metrics.sync()
@@ -270,6 +272,7 @@ class Run:
                 settings_plan(self.config),
                 self.train_data,
                 tokens=self.tokens,
+                evaluation=self.evaluation,
                 loader=position,
                 world_size=self.engine.world_size,
             ),
@@ -301,25 +304,6 @@ class Run:
     def _advice(self) -> str:
         kept = f"{self.checkpoint} is intact" if self.checkpoint else "no checkpoint was saved yet"
         return f"{kept}; lower optimizer.learning_rate, or set training.non_finite to 'skip' to leave such steps out"
-
-
-def train_window(
-    engine: Engine, objective: Objective, window: list[Batch], rate: float, max_grad_norm: float | None
-) -> tuple[StepResult, int]:
-    """One optimiser step on an accumulation window; returns its result and this rank's number of selected tokens."""
-    selections = [objective.select(batch) for batch in window]
-    # Counted over all micro-batches and ranks before the first of them runs: the loss does not depend on the split.
-    counts = [objective.denominator(*pair) for pair in zip(window, selections, strict=True)]
-    count = max(1, int(engine.sum_over_ranks(sum(counts))))
-    total = torch.zeros((), device=engine.device)
-    selected = 0
-    for batch, selection in zip(window, selections, strict=True):
-        with engine.autocast():
-            loss = objective.loss(engine.model, batch, selection, count)
-        engine.backward(loss)
-        total += loss.detach()
-        selected += batch.tokens if selection is None else selection.selected_tokens
-    return engine.step(loss=total, max_grad_norm=max_grad_norm, learning_rate=rate), selected
 
 
 def _due(step: int, every: int) -> bool:

@@ -67,6 +67,10 @@ class EvalRecord:
         """The line's object."""
         return {"kind": "eval"} | asdict(self)
 
+    def figures(self) -> dict[str, float | None]:
+        """What was found, by name, for a checkpoint's manifest: JSON values, as in the line."""
+        return json_values({name: value for name, value in asdict(self).items() if name != "step"})
+
 
 class MetricsFile:
     """Appends records to `metrics.jsonl`; every line is with the operating system before the next step starts."""
@@ -75,12 +79,8 @@ class MetricsFile:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: TrainRecord | EvalRecord) -> None:
-        """Append one line. Numbers that JSON has no name for (NaN, infinity) become null."""
-        values = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.to_json().items()
-        }
-        self._file.write(json.dumps(values, allow_nan=False) + "\n")
+        """Append one line."""
+        self._file.write(json.dumps(json_values(record.to_json()), allow_nan=False) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -96,9 +96,8 @@ class MetricsFile:
         self._file.close()
 
 
-def evaluated_at(path: Path, step: int) -> float | None:
-    """The evaluation loss that a metrics file records for a step; None if there is none, or it was not finite."""
-    with path.open(encoding="utf-8") as file:
-        records = (json.loads(line) for line in file if '"eval"' in line)
-        losses = [record["loss"] for record in records if record["kind"] == "eval" and record["step"] == step]
-    return losses[-1] if losses else None
+def json_values(record: dict[str, Any]) -> dict[str, Any]:
+    """The same with null for the numbers that JSON has no name for (NaN, infinity)."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }

@@ -42,8 +42,11 @@ class Reporter:
             self._task = self._bar.add_task("", total=max_steps, completed=step)
             self._bar.start()
 
-    def train(self, record: TrainRecord, max_steps: int) -> None:
-        """Show one optimiser step."""
+    def record(self, record: TrainRecord | EvalRecord, max_steps: int) -> None:
+        """Show one optimiser step or one evaluation."""
+        if isinstance(record, EvalRecord):
+            self.line(f"step {record.step}  evaluation loss {record.loss:.4f} over {record.tokens:,} tokens")
+            return
         text = f"loss {record.loss:.4f}  grad {record.grad_norm:.3g}  {record.tokens_per_second:,.0f} tokens/s"
         if record.peak_memory_bytes is not None:
             text += f"  peak {format_bytes(record.peak_memory_bytes)}"
@@ -55,10 +58,6 @@ class Reporter:
         else:
             self.last_lines.append(line)
             self._bar.update(self._task, completed=record.step, description=text)
-
-    def evaluation(self, record: EvalRecord) -> None:
-        """Show one evaluation."""
-        self.line(f"step {record.step}  evaluation loss {record.loss:.4f} over {record.tokens:,} tokens")
 
     def close(self) -> None:
         """Take the bar away."""

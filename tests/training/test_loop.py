@@ -14,7 +14,7 @@ from framework.data import Loader, load_dataset, load_tokenizer
 from framework.errors import RunError, UserError
 from framework.selection import supervised_positions
 from framework.sharding.single import SingleEngine
-from framework.training import loop
+from framework.training import evaluation, loop
 from framework.training.objective import Objective, draw_selection
 from framework.training.optimizer import optimizer_factory
 from framework.training.setup import configured_model, warm_up
@@ -333,13 +333,13 @@ def test_several_processes_are_refused(make_config, monkeypatch):
 def test_a_stop_during_the_last_evaluation_is_made_good_on_resume(make_config, monkeypatch):
     config = make_config()
     directory = Path(config.run.output_dir)
-    plain = loop.evaluation_loss
+    plain = evaluation.evaluation_loss
 
     def stop_here(model, inputs):
         (directory / "STOP").touch()
         return plain(model, inputs)
 
-    monkeypatch.setattr(loop, "evaluation_loss", stop_here)
+    monkeypatch.setattr(evaluation, "evaluation_loss", stop_here)
     stopped = framework.train(config)
     assert (stopped.status, stopped.step, stopped.eval_loss) == ("stopped", 6, None)
     assert (directory / "STOPPED").exists() and records(directory, "eval") == []

@@ -1,6 +1,6 @@
 import json
 
-from framework.training.metrics import EvalRecord, MetricsFile, TrainRecord, evaluated_at
+from framework.training.metrics import EvalRecord, MetricsFile, TrainRecord
 
 TRAIN = {
     "step": 3,
@@ -45,5 +45,8 @@ def test_a_second_opening_appends(tmp_path):
         with MetricsFile(path) as metrics:
             metrics.write(EvalRecord(step, float(step), 10))
     assert [record["step"] for record in read(path)] == [1, 2]
-    assert evaluated_at(path, 2) == 2.0
-    assert evaluated_at(path, 3) is None
+
+
+def test_figures_of_an_evaluation():
+    assert EvalRecord(3, 2.0, 77).figures() == {"loss": 2.0, "tokens": 77}
+    assert EvalRecord(3, float("inf"), 77).figures() == {"loss": None, "tokens": 77}

@@ -1,0 +1,45 @@
+"""What a model is worth on the evaluation set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from framework.data import Batch
+from framework.sharding.protocol import Engine
+from framework.training.loss import evaluation_loss
+from framework.training.metrics import EvalRecord
+from framework.training.objective import move
+
+
+def evaluate(
+    engine: Engine, batches: Iterable[Batch], *, step: int, interrupted: Callable[[], bool]
+) -> EvalRecord | None:
+    """Evaluate the engine's model, which is in training mode before and after.
+
+    Args:
+        engine: holds the model.
+        batches: this rank's share of the evaluation set.
+        step: optimiser steps done.
+        interrupted: asked before each batch whether to give up; must answer the same on every rank.
+
+    Returns:
+        The means over all ranks' batches; None if it was given up.
+    """
+    total, count = torch.zeros((), dtype=torch.float64, device=engine.device), 0
+    engine.model.eval()
+    try:
+        for batch in batches:
+            if interrupted():
+                return None
+            with engine.autocast():
+                loss, tokens = evaluation_loss(engine.model, move(batch.inputs, engine.device))
+            total += loss
+            count += tokens
+    finally:
+        engine.model.train()
+    if interrupted():
+        return None
+    count = int(engine.sum_over_ranks(count))
+    return EvalRecord(step, engine.sum_over_ranks(float(total)) / count, count)
