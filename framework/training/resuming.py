@@ -19,6 +19,7 @@ BINDING = (
     "model.quantization",
     "data.sequence_length",
     "data.packing",
+    "data.label_names",
     "optimizer.name",
     "optimizer.precision",
 )
