@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -28,7 +29,11 @@ def named_classes(path: str | None, from_config: dict[str, Any] | None) -> list[
         path: A local directory or a hub name; counts where it is given, as in training.
         from_config: A Hugging Face config as JSON values.
     """
-    values = PreTrainedConfig.get_config_dict(path)[0] if path is not None else from_config or {}
+    if path is not None:
+        directory = Path(path).expanduser()
+        values = PreTrainedConfig.get_config_dict(str(directory) if directory.is_dir() else path)[0]
+    else:
+        values = from_config or {}
     names = [name for _, name in sorted((int(key), str(name)) for key, name in values.get("id2label", {}).items())]
     if names:
         generic = all(name == f"LABEL_{number}" for number, name in enumerate(names))

@@ -73,7 +73,13 @@ def inspect_data(config: Config, count: int, console: Console | None = None) -> 
         UserError: see `load_run_data`.
     """
     console = console or Console()
-    data = load_run_data(config, lambda line: console.print(line, markup=False, highlight=False))
+
+    def report(line: str) -> None:
+        # What is shown are samples of the training set.
+        if not line.startswith("data.eval"):
+            console.print(line, markup=False, highlight=False)
+
+    data = load_run_data(config, report)
     loader, _ = data.loaders()
     for name, format in data.train.report.formats.items():
         console.print(f"  {name}: {format}", markup=False, highlight=False)

@@ -232,7 +232,7 @@ def _split(config: Config, whole: Dataset, load: Callable[..., Dataset]) -> tupl
 
 
 def _report(report: Report, train: Dataset, evaluation: Dataset | None) -> None:
-    for option, data in (("data.train", train), ("data.eval", evaluation)):
-        if data is not None:
-            for line in (data.report.summary(), *source_lines(data)):
-                report(f"{option}: {line}")
+    for line in (train.report.summary(), *source_lines(train)):
+        report(f"data.train: {line}")
+    if evaluation is not None:
+        report(f"data.eval: {evaluation.report.summary()}")
