@@ -1,42 +1,60 @@
-# Each target creates .venv if needed, installs what it needs, and does its job; the second time it installs nothing.
+# Each target creates its environment if needed, installs what it needs, and does its job; the second time it installs
+# nothing. The environment is .venv, but for `test-lowest`: .venv-lowest.
 
 SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST_VENV := .venv-lowest
 
 # The first Python on this machine that is new enough; `make PYTHON=…` chooses another.
 CANDIDATES := python3 python3.14 python3.13 python3.12 python3.11
 PYTHON ?= $(shell for p in $(CANDIDATES); do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
+# The oldest Python that we support, or the next one: the lowest versions have no wheels for newer ones.
+LOWEST_PYTHON ?= $(shell for p in python3.11 python3.12; do $$p -c '' 2>/dev/null && echo $$p && break; done)
+
 # Workers and further arguments of pytest: make test PYTEST_ARGS="tests/config -k hash"
 TEST_WORKERS ?= 2
 PYTEST_ARGS ?=
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(TEST_WORKERS) --durations=15 $(PYTEST_ARGS)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help demo test check
+.PHONY: help demo test test-lowest check
 help:
-	@echo "make demo   train the embedded default, then compare time and memory with exact training"
-	@echo "make test   run all tests"
-	@echo "make check  lint, formatting and types"
+	@echo "make demo         train the embedded default, then compare time and memory with exact training"
+	@echo "make test         run all tests"
+	@echo "make test-lowest  run all tests with the oldest versions of the dependencies that we support"
+	@echo "make check        lint, formatting and types"
 
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --durations=15 $(PYTEST_ARGS)
+	$(call PYTEST,$(VENV))
+
+test-lowest: $(LOWEST_VENV)/.installed
+	$(call PYTEST,$(LOWEST_VENV))
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-$(VENV)/.created:
-	@[ -n "$(PYTHON)" ] || { echo "error: no Python 3.11 or newer found; name one with make PYTHON=…" >&2; exit 1; }
-	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
-		echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+# $(call create,DIRECTORY,PYTHON,WHAT PYTHON,VARIABLE): an environment, where there is none.
+define create
+	@[ -n "$(2)" ] || { echo "error: no Python $(3) found; name one with make $(4)=…" >&2; exit 1; }
+	@[ -x $(1)/bin/pip ] || $(2) -m venv $(1) || { rm -rf $(1); \
+		echo "error: '$(2) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@touch $@
+endef
+
+$(VENV)/.created:
+	$(call create,$(VENV),$(PYTHON),3.11 or newer,PYTHON)
+
+$(LOWEST_VENV)/.created:
+	$(call create,$(LOWEST_VENV),$(LOWEST_PYTHON),3.11 or 3.12,LOWEST_PYTHON)
 
 # torch comes first and in this very form, so that a machine may serve its own build of this version.
 $(VENV)/.torch: $(VENV)/.created
@@ -50,3 +68,8 @@ $(VENV)/.installed: $(VENV)/.torch constraints.txt pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.torch constraints.txt pyproject.toml
 	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.installed
+
+# With torch's build for CUDA on x86-64, the only one on PyPI: 3 GB of wheels, which stay out of pip's cache.
+$(LOWEST_VENV)/.installed: $(LOWEST_VENV)/.created constraints-lowest.txt pyproject.toml
+	$(LOWEST_VENV)/bin/pip install --no-cache-dir -c constraints-lowest.txt -e '.[test]'
+	@touch $@

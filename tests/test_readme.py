@@ -40,11 +40,10 @@ def test_first_job_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_formats_are_those_that_are_read(tmp_path: Path) -> None:
     rows = re.findall(r"^\| `(\w+)` \| `(\{.*?\})` \|", README, flags=re.MULTILINE)
-    assert {name for name, _ in rows} == set(VALIDATORS) == set(LABELLERS) == set(get_args(Format))
+    assert set(LABELLERS) <= {name for name, _ in rows} <= set(get_args(Format))
     for name, record in rows:
-        content = json.loads(record)
-        assert recognise(content) == name
-        assert VALIDATORS[name](content) is None
+        assert VALIDATORS[name](json.loads(record)) is None
+        assert recognise(json.loads(record)) == name or name not in LABELLERS
 
 
 def test_sources_as_objects_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,7 +35,7 @@ from framework.checkpoint.layout import (
 )
 from framework.errors import RunError
 
-_LIBRARIES = ("torch", "transformers", "peft", "safetensors", "numpy", "selectrain")
+_LIBRARIES = ("transformers", "peft", "safetensors", "numpy", "selectrain")
 _LEFTOVER = re.compile(r"\.(step-\d+)\.(tmp|old)")
 
 
@@ -184,7 +184,8 @@ def _full_message(run_dir: Path, step: int, *, written: int, free: int) -> str:
 
 
 def _library_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+    # The packages of torch's builds share one version, which only torch itself completes, such as 2.11.0+cu130.
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in _LIBRARIES:
         try:
             versions[name] = version(name)

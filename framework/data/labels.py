@@ -15,7 +15,7 @@ import numpy as np
 from framework.data.conversations import Conversation, conversation
 from framework.data.dialects import alpaca_prompt, from_alpaca, from_chat_completion, from_sharegpt, is_chat
 from framework.data.formats import Record
-from framework.data.turns import Span, render
+from framework.data.turns import Span, render, turn_ends
 from framework.errors import UserError
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ def _label_conversations(chats: Sequence[Conversation], tokenizer: PreTrainedTok
         raise UserError(
             "data.format: conversations need a tokenizer that knows the characters of its tokens (tokenizer.json)"
         )
-    rendered = [render(chat, tokenizer) for chat in chats]
+    ends = turn_ends(tokenizer)
+    rendered = [render(chat, tokenizer, ends) for chat in chats]
     encoded = _encode([text for text, _ in rendered], tokenizer, add_special_tokens=False)
     labelled = []
     for index, (text, spans) in enumerate(rendered):

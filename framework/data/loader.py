@@ -121,7 +121,11 @@ class Loader:
             ahead = max(count, 2 * self.workers)
             rows = self._micro_batches(*self._position)
             self._batches = ordered_map(self._make, rows, workers=self.workers, ahead=ahead)
-        window = [next(self._batches) for _ in range(count)]
+        try:
+            window = [next(self._batches) for _ in range(count)]
+        except BaseException:
+            self.close()  # so that another call tries the same window again
+            raise
         self._position = window[-1][1]
         return [batch for batch, _ in window]
 

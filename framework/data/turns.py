@@ -13,6 +13,7 @@ missing there.
 from __future__ import annotations
 
 import re
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
@@ -33,14 +34,26 @@ SPOKEN_KEYS = ("content", "reasoning_content", "reasoning", "thinking")
 """Keys of an assistant's message whose texts it must learn to say."""
 
 
-def render(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
+def turn_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Tokens that can end a turn: those that were added to the vocabulary."""
+    return tuple(token.content for token in tokenizer.added_tokens_decoder.values())
+
+
+def render(
+    chat: Conversation, tokenizer: PreTrainedTokenizerBase, ends: tuple[str, ...] | None = None
+) -> tuple[str, list[Span]]:
     """The text that the tokenizer's chat template makes of a conversation, and the spans of the turns that are learnt.
+
+    Args:
+        chat: The conversation.
+        tokenizer: With the chat template.
+        ends: Its `turn_ends`, for those who render many conversations.
 
     Raises:
         UserError: There is no chat template, it cannot render the conversation or leaves out a part of it, it does not
             mark a text of the assistant although it has markers, or it has none and turns cannot be found by prefixes.
     """
-    template = _Template(chat, tokenizer)
+    template = _Template(chat, tokenizer, turn_ends(tokenizer) if ends is None else ends)
     text, spans = template.marked() if template.has_markers else template.by_prefixes()
     return text, [(start, end) for start, end in spans if end > start]
 
@@ -48,8 +61,9 @@ def render(chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> tuple[str,
 class _Template:
     """The chat template of a tokenizer, applied to one conversation."""
 
-    def __init__(self, chat: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, chat: Conversation, tokenizer: PreTrainedTokenizerBase, ends: tuple[str, ...]) -> None:
         self._chat = chat
+        self._ends = ends
         self._tokenizer = tokenizer
         try:
             self._template = tokenizer.get_chat_template(tools=chat.tools)
@@ -70,6 +84,8 @@ class _Template:
         chat = self._chat
         text, spans = self._render(len(chat.messages), return_assistant_tokens_mask=True)
         spoken = [learnt for message, learnt in zip(chat.messages, chat.learnt, strict=True) if _is_assistant(message)]
+        if not any(self._chat.learnt):
+            return text, []
         if all(spoken):
             if not any(end > start for start, end in spans) and any(map(_says_something, chat.messages)):
                 raise UserError(
@@ -106,6 +122,12 @@ class _Template:
         if not (through.startswith(prompt) and text.startswith(prompt)):
             self._refuse(index)
         turn, end = self._up_to_end(through[len(prompt) :])
+        if not end:
+            warnings.warn(
+                f"{place}: the chat template ends an answer without a special token, so no label teaches the model to "
+                "stop there",
+                stacklevel=2,
+            )
         if not text.startswith(through):
             as_last = turn
             reach = text.find(end, len(prompt)) if end else -1
@@ -127,9 +149,10 @@ class _Template:
 
     def _up_to_end(self, turn: str) -> tuple[str, str]:
         """A turn without the blanks behind its last special token, and this token; "" if it does not end with one."""
-        ends = (token.content for token in self._tokenizer.added_tokens_decoder.values())
-        end = max((end for end in ends if turn.rstrip().endswith(end)), key=len, default="")
-        return (turn.rstrip() if end else turn), end
+        stripped = turn.rstrip()
+        if not stripped.endswith(self._ends):
+            return turn, ""
+        return stripped, max((end for end in self._ends if stripped.endswith(end)), key=len)
 
     def _missing(self, index: int, turn: str) -> str | None:
         """A key of a message that is not all in its turn, whatever the template does to blanks; None if all are."""

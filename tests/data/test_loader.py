@@ -299,10 +299,12 @@ def test_pinned_batches_hold_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Torn(TokenizedDataset):
-    """A data set whose sample 4 cannot be read."""
+    """A data set whose sample 4 cannot be read, until it is `mended`."""
+
+    mended = False
 
     def __getitem__(self, index: int):
-        if index == 4:
+        if index == 4 and not self.mended:
             raise OSError("truncated image")
         return super().__getitem__(index)
 
@@ -327,6 +329,10 @@ def test_a_sample_that_cannot_be_read_is_named(packing: bool, workers: int) -> N
             state = loader.state_dict()
             loader.next_window()
     assert loader.state_dict() == state
+    dataset.mended = True
+    whole = make_loader(packing, window=2, micro=1, seed=0)
+    whole.load_state_dict(state)
+    assert equal(loader.next_window(), whole.next_window()), "the same window, once it can be read"
     loader.close()
 
 

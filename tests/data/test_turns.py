@@ -397,6 +397,15 @@ def test_a_template_that_is_not_prefix_preserving_is_refused(tokenizer) -> None:
     assert "not prefix-preserving" in refusal(tokenizer, record(TWO_TURNS))
 
 
+def test_answers_without_an_end_are_warned_of(tokenizer) -> None:
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    )
+    with pytest.warns(UserWarning, match=r"data\.jsonl:7: the chat template ends an answer without a special token"):
+        assert marked(tokenizer, record(TWO_TURNS[:2])) == "<|user|>\na<|assistant|>\n⟦b c⟧"
+
+
 def test_generation_markers_say_what_is_learnt(tokenizer) -> None:
     messages = [("system", "s"), ("user", "a\n"), ("assistant", "b c"), ("user", "d"), ("assistant", "")]
     by_markers = marked(tokenizer, record(messages))

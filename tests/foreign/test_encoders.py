@@ -25,7 +25,6 @@ SIZES = {
     "num_attention_heads": 4,
 }
 STILL = {
-    "num_attention_heads": 4,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
     "initializer_range": 0.2,

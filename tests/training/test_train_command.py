@@ -167,6 +167,7 @@ def test_signals_and_the_stop_file_end_a_run_with_a_checkpoint(write_config: Cal
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, (name, output)
         assert f"stopped by {name} after step" in output
+        assert "Traceback" not in output, "of no thread that makes batches either"
         path = directories[name]
         assert markers(path) == ["STOPPED"], name
         step = train_lines(path)[-1]["step"]
