@@ -21,12 +21,25 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.add_argument("--run", required=True, type=Path, metavar="DIR", help="run directory")
-    options.add_argument("--checkpoint", type=int, metavar="STEP", help="step to export (default: the newest)")
+    options.add_argument(
+        "--checkpoint",
+        type=_step,
+        metavar="best|latest|STEP",
+        help="the checkpoint with the best evaluation, the newest (default), or that of a step",
+    )
     options.add_argument("--output", required=True, type=Path, metavar="DIR", help="directory to write; new or empty")
     options.add_argument(
         "--merge-adapter", action="store_true", help="write the whole model with the adapter added to its weights"
     )
     return options
+
+
+def _step(argument: str) -> int | str | None:
+    if argument == "latest":
+        return None
+    if argument != "best" and not argument.isdecimal():
+        raise argparse.ArgumentTypeError(f"{argument!r} is none of best, latest and a step")
+    return argument if argument == "best" else int(argument)
 
 
 def main() -> None:

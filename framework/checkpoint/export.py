@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -12,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.image_processing_utils import BaseImageProcessor
 
 from framework.checkpoint.disk import free_bytes, is_disk_full, readable_bytes, sync
-from framework.checkpoint.finding import find_step
+from framework.checkpoint.finding import find_best, find_step
 from framework.checkpoint.weights import WEIGHTS_FILE, load_weights, map_weights
 from framework.config import Config, load_config
 from framework.data import load_tokenizer
@@ -26,7 +27,9 @@ from framework.models.head import describe_classes, set_padding
 logger = logging.getLogger(__name__)
 
 
-def export_run(run_dir: Path, *, step: int | None = None, output: Path, merge_adapter: bool = False) -> Path:
+def export_run(
+    run_dir: Path, *, step: int | Literal["best"] | None = None, output: Path, merge_adapter: bool = False
+) -> Path:
     """Write a checkpoint of a run as a Hugging Face directory, with tokenizer, chat template and generation config.
 
     Models of images come with their image processor instead. A classifier's config.json names its classes; beside an
@@ -38,7 +41,8 @@ def export_run(run_dir: Path, *, step: int | None = None, output: Path, merge_ad
 
     Args:
         run_dir: The run directory, with `config.json` and `checkpoints/`.
-        step: Which checkpoint; None for the newest complete one.
+        step: Which checkpoint; None for the newest complete one, `"best"` for the one with the best evaluation by the
+            run's `checkpoint.best_metric`.
         output: The directory to write; must not exist or be empty. It appears complete or not at all.
         merge_adapter: Add the adapter to the base model's weights.
 
@@ -56,7 +60,8 @@ def export_run(run_dir: Path, *, step: int | None = None, output: Path, merge_ad
         raise UserError(f"--merge-adapter: {run_dir} trained all weights, there is no adapter to merge")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists and is not an empty directory; give another one")
-    weights = find_step(run_dir, step).path / WEIGHTS_FILE
+    chosen = find_best(run_dir, config.checkpoint.best_metric) if step == "best" else find_step(run_dir, step)
+    weights = chosen.path / WEIGHTS_FILE
     tokenizer, processor = _tokenizer(config), _image_processor(config)
     build = _merged_model if merge_adapter else _mapped_model
     model = build(config, weights, None if tokenizer is None else tokenizer.pad_token_id)

@@ -15,6 +15,7 @@ from framework.checkpoint.layout import (
     checkpoints_directory,
     list_checkpoints,
 )
+from framework.checkpoint.ranking import best_checkpoint
 from framework.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,26 @@ def find_step(run_dir: Path, step: int | None) -> Checkpoint:
     reasons = "".join(f"\ndamaged: {path}: {reason}" for path, reason in damaged.items())
     wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
     raise UserError(f"{run_dir}: {wanted}; complete ones: {steps}{reasons}")
+
+
+def find_best(run_dir: Path, metric: str) -> Checkpoint:
+    """The complete checkpoint with the best evaluation.
+
+    Args:
+        run_dir: The run directory.
+        metric: The figure that counts, see `best_first`.
+
+    Raises:
+        UserError: The step of no complete checkpoint was evaluated.
+    """
+    if (best := best_checkpoint(run_dir, metric)) is not None:
+        return best
+    complete, damaged = list_checkpoints(run_dir)
+    reasons = "".join(f"\ndamaged: {path}: {reason}" for path, reason in damaged.items())
+    raise UserError(
+        f"{run_dir}: none of its {len(complete)} checkpoints is of a step with an evaluation that has a finite "
+        f"{metric}; checkpoint.keep_best keeps those that are{reasons}"
+    )
 
 
 def compare_configs(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ checkpoints/
 │   ├── state.pt            state of the loop: loader, random states
 │   └── manifest.json       written last
 ├── latest                  a file that holds the name of the newest (a symbolic link does not survive every copy)
+├── best                    the same for the best, where the best are kept
 ├── .step-00000200.tmp/     being written, or left by a killed save
 └── .step-00000100.old/     being replaced by another save of the same step
 ```
@@ -25,6 +26,7 @@ import torch
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.pt"
 LATEST_FILE = "latest"
+BEST_FILE = "best"
 FORMAT = 1
 
 _NAME = re.compile(r"step-(\d{8,})")

@@ -23,6 +23,7 @@ from framework.checkpoint.disk import (
     write_synced,
 )
 from framework.checkpoint.layout import (
+    BEST_FILE,
     FORMAT,
     LATEST_FILE,
     MANIFEST_FILE,
@@ -33,6 +34,7 @@ from framework.checkpoint.layout import (
     replaced_directory,
     temporary_directory,
 )
+from framework.checkpoint.ranking import best_checkpoint, best_first
 from framework.errors import RunError
 
 _LIBRARIES = ("transformers", "peft", "safetensors", "numpy", "selectrain")
@@ -47,11 +49,14 @@ def save_checkpoint(
     state: dict[str, Any],
     manifest: dict[str, Any],
     keep_last: int,
+    keep_best: int = 0,
+    best_metric: str = "loss",
 ) -> Path:
     """Save a checkpoint. Killed at any moment, the run keeps its last complete one.
 
-    Everything is written and synced under a temporary name, the manifest last; then renamed, `latest` moved, and older
-    checkpoints removed. An earlier checkpoint of the same step is replaced.
+    Everything is written and synced under a temporary name, the manifest last; then renamed, `latest` and `best` moved,
+    and the checkpoints removed that are neither among the newest nor among the best. An earlier checkpoint of the same
+    step is replaced.
 
     Args:
         run_dir: The run directory.
@@ -59,8 +64,11 @@ def save_checkpoint(
         write_shards: Writes weights and optimiser into the directory it is given (the engine's `save`).
         state: What else resuming needs (state of the loader, `capture_random_state()`), of tensors and plain values.
         manifest: JSON values that describe the checkpoint: tokens, data state, selection seed, plan, config and its
-            hash, world size. `format`, `step`, `sequence`, `state`, `files` and `libraries` are added.
+            hash, world size, and as `evaluation` the figures of this step's evaluation by name. `format`, `step`,
+            `sequence`, `state`, `files` and `libraries` are added.
         keep_last: Number of newest checkpoints to keep, this one included; at least 1.
+        keep_best: Number of best checkpoints to keep beside them.
+        best_metric: The figure of `evaluation` that they are compared by, see `best_first`.
 
     Returns:
         The directory of the checkpoint.
@@ -85,7 +93,8 @@ def save_checkpoint(
         _write_manifest(directory, {**manifest, "step": step, "sequence": _next_sequence(run_dir)})
         path = _publish(root, directory, step)
         _move_latest(root, path.name)
-        _prune(run_dir, keep_last)
+        _move_best(run_dir, keep_best, best_metric)
+        _prune(run_dir, keep_last, keep_best, best_metric)
     except BaseException as error:
         written = tree_bytes(directory) if directory.exists() else 0
         shutil.rmtree(directory, ignore_errors=True)
@@ -146,18 +155,44 @@ def _publish(root: Path, directory: Path, step: int) -> Path:
     return path
 
 
-def _move_latest(root: Path, name: str) -> None:
-    temporary = root / f".{LATEST_FILE}.tmp"
-    write_synced(temporary, f"{name}\n".encode())
-    temporary.replace(root / LATEST_FILE)
-    sync(root)
-
-
-def _prune(run_dir: Path, keep_last: int) -> None:
-    """Remove the oldest saves. Renamed first, so that a kill leaves a leftover and not a damaged checkpoint."""
+def update_pointers(run_dir: Path, *, keep_best: int, best_metric: str) -> None:
+    """Make `latest` and `best` say what is there, as after a save; for a run that starts from what others left."""
     root = checkpoints_directory(run_dir)
     complete, _ = list_checkpoints(run_dir)
-    for checkpoint in complete[:-keep_last]:
+    if complete:
+        _move_latest(root, complete[-1].path.name)
+        _move_best(run_dir, keep_best, best_metric)
+
+
+def _move_latest(root: Path, name: str) -> None:
+    _point(root / LATEST_FILE, name)
+
+
+def _move_best(run_dir: Path, keep_best: int, metric: str) -> None:
+    """Let `best` name the best checkpoint; without one, or where the best are not kept, it must name none."""
+    pointer = checkpoints_directory(run_dir) / BEST_FILE
+    best = best_checkpoint(run_dir, metric)
+    if keep_best and best is not None:
+        _point(pointer, best.path.name)
+    else:
+        pointer.unlink(missing_ok=True)
+
+
+def _point(pointer: Path, name: str) -> None:
+    temporary = pointer.with_name(f".{pointer.name}.tmp")
+    write_synced(temporary, f"{name}\n".encode())
+    temporary.replace(pointer)
+    sync(pointer.parent)
+
+
+def _prune(run_dir: Path, keep_last: int, keep_best: int, metric: str) -> None:
+    """Remove what is neither new nor good. Renamed first, so that a kill leaves a leftover and no damaged one."""
+    root = checkpoints_directory(run_dir)
+    complete, _ = list_checkpoints(run_dir)
+    kept = [*complete[-keep_last:], *best_first(complete, metric)[:keep_best]]
+    for checkpoint in complete:
+        if checkpoint in kept:
+            continue
         doomed = temporary_directory(root, checkpoint.step)
         checkpoint.path.rename(doomed)
         shutil.rmtree(doomed)
@@ -179,7 +214,7 @@ def _full_message(run_dir: Path, step: int, *, written: int, free: int) -> str:
         kept = "there is no checkpoint yet"
     return (
         f"the disk is full: saving step {step} to {root} needs {needed}, {readable_bytes(free)} were free; {kept}. "
-        "Free space, or set run.output_dir to another disk or checkpoint.keep_last to a smaller number"
+        "Free space, or set run.output_dir to another disk, or checkpoint.keep_last or keep_best to a smaller number"
     )
 
 

@@ -6,11 +6,23 @@ reported together with those of single keys and never follow from them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from framework.config.sections import Sources, data_sources
+from framework.config.sections import (
+    CheckpointConfig,
+    EarlyStoppingConfig,
+    LossScaleConfig,
+    ParameterGroupConfig,
+    Sources,
+    TrainingConfig,
+    data_sources,
+)
+
+TASK_METRICS = {"sequence_classification": ("accuracy",), "image_classification": ("accuracy",)}
+"""What an evaluation gives beside the loss, for each task that has such a figure; higher is better for all of them."""
 
 Check = Callable[..., tuple[str, str] | None]
 
@@ -80,6 +92,98 @@ def _precision_sets_dtype(dtype: str | None, precision: str) -> tuple[str, str] 
         f'"{dtype}" contradicts optimizer.precision "{precision}", which holds weights in {implied}: '
         "leave model.dtype out, or change the precision"
     )
+
+
+@_rule("training.max_steps", "training.epochs")
+def _one_measure_of_length(max_steps: int | None, epochs: float | None) -> tuple[str, str] | None:
+    if max_steps is None and epochs is None:
+        return "training.max_steps", "missing: give training.max_steps, or training.epochs"
+    if max_steps is not None and epochs is not None:
+        return "training.epochs", f"contradicts training.max_steps, which is {max_steps}: leave one of them out"
+    return None
+
+
+@_rule("schedule.warmup_steps", "schedule.warmup_ratio")
+def _one_measure_of_warmup(warmup_steps: int, warmup_ratio: float | None) -> tuple[str, str] | None:
+    if warmup_steps and warmup_ratio is not None:
+        return "schedule.warmup_ratio", f"contradicts schedule.warmup_steps, which is {warmup_steps}: leave one out"
+    return None
+
+
+@_rule("training.non_finite", "training.max_skipped_steps")
+def _bound_needs_skipping(non_finite: str, max_skipped_steps: int) -> tuple[str, str] | None:
+    if non_finite == "stop" and max_skipped_steps != TrainingConfig.model_fields["max_skipped_steps"].default:
+        return "training.max_skipped_steps", 'needs training.non_finite "skip", which is "stop"'
+    return None
+
+
+@_rule("training.eval_before_training", "data.eval")
+def _evaluation_needs_data(before: bool, data: Any) -> tuple[str, str] | None:
+    return ("training.eval_before_training", "needs data.eval") if before and data is None else None
+
+
+@_rule("training.early_stopping", "training.eval_every_steps", "data.eval", "model.task")
+def _early_stopping_evaluates(early_stopping: Any, every: int, data: Any, task: str) -> tuple[str, str] | None:
+    if early_stopping is None:
+        return None
+    metric = EarlyStoppingConfig.model_validate(early_stopping).metric
+    return _compares_evaluations("training.early_stopping", "metric", metric, every, data, task)
+
+
+@_rule("checkpoint.keep_best", "checkpoint.best_metric", "training.eval_every_steps", "data.eval", "model.task")
+def _best_is_evaluated(keep_best: int, metric: str, every: int, data: Any, task: str) -> tuple[str, str] | None:
+    if keep_best == 0:
+        default = CheckpointConfig.model_fields["best_metric"].default
+        return ("checkpoint.best_metric", "needs checkpoint.keep_best of at least 1") if metric != default else None
+    return _compares_evaluations("checkpoint.keep_best", "checkpoint.best_metric", metric, every, data, task)
+
+
+def _compares_evaluations(
+    key: str, metric_key: str, metric: str, every: int, data: Any, task: str
+) -> tuple[str, str] | None:
+    """What `key`, which compares evaluations of a run by a metric, needs."""
+    metrics = ("loss", *TASK_METRICS.get(task, ()))
+    if data is None or every == 0:
+        missing = "data.eval" if data is None else "training.eval_every_steps of at least 1"
+        return key, f"compares evaluations on the way: needs {missing}"
+    if metric not in metrics:
+        return key, f'{metric_key} "{metric}" is not measured with model.task "{task}", but {", ".join(metrics)}'
+    return None
+
+
+@_rule("optimizer.weight_decay", "optimizer.decay_embeddings")
+def _embeddings_are_spared_some_decay(weight_decay: float, decay_embeddings: bool) -> tuple[str, str] | None:
+    if not decay_embeddings and weight_decay == 0:
+        return "optimizer.decay_embeddings", "has no effect with optimizer.weight_decay 0"
+    return None
+
+
+@_rule("optimizer.groups")
+def _groups_say_something(groups: list[Any]) -> tuple[str, str] | None:
+    problems = []
+    for group in map(ParameterGroupConfig.model_validate, groups):
+        name = f'group "{group.pattern}"'
+        try:
+            re.compile(group.pattern)
+        except re.error as error:
+            problems.append(f"{name} is not a regular expression: {error}")
+        if group.learning_rate is not None and group.learning_rate_scale is not None:
+            problems.append(f"{name} has both learning_rate and learning_rate_scale: leave one of them out")
+        elif group.learning_rate is None and group.learning_rate_scale is None and group.weight_decay is None:
+            problems.append(f"{name} needs learning_rate, learning_rate_scale or weight_decay")
+    return ("optimizer.groups", "; ".join(problems)) if problems else None
+
+
+@_rule("optimizer.precision", "optimizer.loss_scale")
+def _only_fp16_is_scaled(precision: str, scale: Any) -> tuple[str, str] | None:
+    if scale is not None and precision != "fp16":
+        return "optimizer.loss_scale", f'needs optimizer.precision "fp16", which is "{precision}"'
+    if scale is None or isinstance(scale, float | int):
+        return None
+    options = LossScaleConfig.model_validate(scale)
+    if options.initial < options.minimum:
+        return "optimizer.loss_scale", f"initial {options.initial} is below minimum {options.minimum}"
+    return None
 
 
 @_rule("selection.strategy", "selection.ratio")

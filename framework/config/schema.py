@@ -104,6 +104,11 @@ class Config(Section):
         """The same run with `data.label_names` written out."""
         return self.model_copy(update={"data": self.data.model_copy(update={"label_names": names})})
 
+    def with_max_steps(self, steps: int) -> Config:
+        """The same run with `training.epochs` replaced by the steps that they are."""
+        training = self.training.model_copy(update={"max_steps": steps, "epochs": None})
+        return self.model_copy(update={"training": training})
+
     def to_json(self) -> dict[str, Any]:
         """All settings, defaults included, as JSON values; loading them gives an equal config."""
         return self.model_dump(mode="json")

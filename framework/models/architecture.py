@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -63,6 +63,7 @@ def read_architecture(
     adapter: AdapterConfig | None = None,
     label_names: Sequence[str] | None = None,
     pixels: tuple[int, ...] | None = None,
+    examine: Callable[[nn.Module], None] | None = None,
 ) -> Architecture:
     """Describe a model from its config alone: it is built on the meta device, so no weights are read or allocated.
 
@@ -75,6 +76,7 @@ def read_architecture(
         adapter: Counted and checked like in a run.
         label_names: A classifier's classes; None takes what the config says of them.
         pixels: `(channels, height, width)` of the images that it will get, to count their tokens.
+        examine: Called with the model, adapter included, before it is forgotten.
 
     Raises:
         UserError: What `load_model` would refuse, weights apart.
@@ -85,9 +87,10 @@ def read_architecture(
         described = describe(model, task=task)
         if pixels is not None:
             described = replace(described, image_tokens=_image_tokens(model, pixels))
-        if adapter is None:
-            return described
-        parameters, trainable = count_parameters(add_adapter(model, adapter, task=task))
+        whole = model if adapter is None else add_adapter(model, adapter, task=task)
+    if examine is not None:
+        examine(whole)
+    parameters, trainable = count_parameters(whole)
     return replace(described, parameters=parameters, trainable_parameters=trainable)
 
 

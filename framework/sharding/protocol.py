@@ -27,12 +27,14 @@ class StepResult:
         finite: loss and gradients were finite; if not, the weights and the optimiser are as before the step. An
             overflow that the fp16 loss scale answers by becoming smaller counts as finite.
         skipped: no update was made: not finite, or such an overflow.
+        loss_scale: that the step's losses were multiplied with; None without loss scaling.
     """
 
     loss: float
     grad_norm: float
     finite: bool
     skipped: bool
+    loss_scale: float | None = None
 
 
 class Engine(Protocol):
@@ -68,7 +70,7 @@ class Engine(Protocol):
         Args:
             loss: sum of the window's micro-batch losses on this rank, a float32 scalar.
             max_grad_norm: bound of the global norm; None for none.
-            learning_rate: of this step.
+            learning_rate: of this step; a parameter group multiplies it with its `learning_rate_scale`, if it has one.
         """
         ...
 

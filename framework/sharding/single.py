@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from framework.checkpoint.weights import WEIGHTS_FILE, load_weights, save_weights, write_tensors
+from framework.config import LossScaleConfig
 from framework.errors import UserError
 from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import OptimizerFactory, StepResult
@@ -26,22 +27,37 @@ class SingleEngine:
     """Model, gradients and optimiser whole, on the first CUDA device if there is one, else on the CPU.
 
     The fp16 precision scales losses with torch's `GradScaler`, on the CPU too; an overflowing step is skipped and the
-    scale halved. Below a scale of 1 an overflow is no longer the scale's fault and counts as not finite.
+    scale halved. Where it falls no lower, an overflow is not the scale's fault and counts as not finite.
     """
 
     rank = 0
     world_size = 1
 
-    def __init__(self, precision: str, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        precision: str,
+        device: torch.device | None = None,
+        *,
+        loss_scale: float | LossScaleConfig | None = None,
+    ) -> None:
         """Choose the device.
 
         Args:
             precision: a key of `PRECISIONS`.
             device: instead of the choice above.
+            loss_scale: of fp16: a constant, or how it follows the gradients; None for the latter's defaults.
         """
         self.device = device or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         self._precision = PRECISIONS[precision]
-        self._scaler = torch.amp.GradScaler(self.device.type, enabled=self._precision.loss_scaling)
+        self._constant_scale = loss_scale if isinstance(loss_scale, float) else None
+        scaling = loss_scale if isinstance(loss_scale, LossScaleConfig) else LossScaleConfig()
+        self._minimum_scale = scaling.minimum
+        self._scaler = torch.amp.GradScaler(
+            self.device.type,
+            init_scale=self._constant_scale or scaling.initial,
+            growth_interval=scaling.growth_interval,
+            enabled=self._precision.loss_scaling,
+        )
 
     def prepare(self, model: nn.Module, build_optimizer: OptimizerFactory) -> None:
         """Move the model to the device and build its optimiser."""
@@ -63,19 +79,37 @@ class SingleEngine:
         self._scaler.unscale_(self.optimizer)
         trainable = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = _global_norm([p.grad for p in trainable if p.grad is not None], self.device)
-        loss_value, norm_value = torch.stack((loss.detach().float(), norm)).tolist()  # the step's one wait
-        overflow = math.isfinite(loss_value) and not math.isfinite(norm_value)
+        scale = self._scaler.scale(torch.ones((), device=self.device))
+        # The step's one wait for the device.
+        loss_value, norm_value, scale_value = torch.stack((loss.detach().float(), norm, scale)).tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
             if max_grad_norm is not None:
                 clip_grads_with_norm_(trainable, max_grad_norm, norm)
             for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate
+                group["lr"] = learning_rate * group.get("learning_rate_scale", 1.0)
             self.optimizer.step()
-        blamed = overflow and self._scaler.is_enabled() and self._scaler.get_scale() >= 1
-        self._scaler.update()
+        too_large = math.isfinite(loss_value) and not finite and self._can_fall(scale_value)
+        if finite and self._constant_scale is None:
+            self._scaler.update()
+        elif too_large:
+            # Halves the scale, but knows no minimum and no norm that overflows in float32 where no gradient does.
+            self._scaler.update()
+            self._scaler.update(max(scale_value / 2, self._minimum_scale))
+        else:
+            self._scaler.update(scale_value)
         self.discard_gradients()
-        return StepResult(loss_value, norm_value, finite=finite or blamed, skipped=not finite)
+        return StepResult(
+            loss_value,
+            norm_value,
+            finite=finite or too_large,
+            skipped=not finite,
+            loss_scale=scale_value if self._scaler.is_enabled() else None,
+        )
+
+    def _can_fall(self, scale: float) -> bool:
+        """Whether a smaller loss scale is an answer to gradients that overflow."""
+        return self._scaler.is_enabled() and self._constant_scale is None and scale > self._minimum_scale
 
     def discard_gradients(self) -> None:
         """Free the gradients."""
@@ -110,7 +144,14 @@ class SingleEngine:
                 value = stored.get_tensor(key)
                 self.optimizer.state[parameter][state] = value.to(parameter.device) if on_device else value
         if self._scaler.is_enabled():
-            self._scaler.load_state_dict(json.loads((directory / SCALER_FILE).read_text(encoding="utf-8")))
+            saved = json.loads((directory / SCALER_FILE).read_text(encoding="utf-8"))
+            # How the scale moves is this run's setting; where it has got to is the checkpoint's.
+            if self._constant_scale is None:
+                reached = {
+                    "scale": max(saved["scale"], self._minimum_scale),
+                    "_growth_tracker": saved["_growth_tracker"],
+                }
+                self._scaler.load_state_dict(self._scaler.state_dict() | reached)
 
     def sum_over_ranks(self, value: float) -> float:
         """The value itself."""

@@ -6,28 +6,32 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from framework.checkpoint import (
     Checkpoint,
+    best_checkpoint,
     capture_random_state,
     find_checkpoint,
+    is_among_best,
     restore_random_state,
     save_checkpoint,
     truncate_metrics,
+    update_pointers,
 )
 from framework.config import Config
 from framework.data import Batch, Dataset, Loader
 from framework.errors import RunError
 from framework.models import count_parameters
-from framework.sharding.protocol import Engine, StepResult
+from framework.sharding.protocol import Engine
 from framework.sharding.single import SingleEngine
+from framework.training.early_stopping import EarlyStopping
 from framework.training.evaluation import evaluate
 from framework.training.memory import CpuMemoryTracker, device_peak_memory, reset_device_peak
 from framework.training.metrics import EvalRecord, MetricsFile, TrainRecord
+from framework.training.non_finite import SkippedSteps, describe_non_finite
 from framework.training.objective import Objective
 from framework.training.optimizer import optimizer_factory
 from framework.training.plan import settings_plan
@@ -39,6 +43,7 @@ from framework.training.run_directory import RunDirectory
 from framework.training.schedule import scheduled_rate
 from framework.training.setup import (
     configured_model,
+    in_steps,
     report_epochs,
     seed_everything,
     use_deterministic_kernels,
@@ -60,12 +65,14 @@ def run_training(
     data = load_run_data(config, reporter.line)
     config, train_data, eval_data = data.config, data.train, data.eval
     loader, evaluation_batches = data.loaders()
+    if config.training.epochs is not None:
+        config = in_steps(config, loader, reporter)
 
     # The order of the transforms: adapters, then selection and retention, then the engine.
     model = configured_model(config, data.pad_token_id)
     objective = Objective(model, config)
-    engine = SingleEngine(config.optimizer.precision)
-    engine.prepare(model, optimizer_factory(config))
+    engine = SingleEngine(config.optimizer.precision, loss_scale=config.optimizer.loss_scale)
+    engine.prepare(model, optimizer_factory(config, reporter.line))
     parameters, trainable = count_parameters(model)
     reporter.line(f"model: {parameters:,} parameters, {trainable:,} trained, on {engine.device}")
     seed_everything(config.run.seed)
@@ -76,6 +83,7 @@ def run_training(
     step = checkpoint.step if checkpoint else 0
     if (moved := directory.set_aside(after_step=step)) is not None:
         reporter.line(f"what this run does not continue was moved to {moved}")
+    update_pointers(directory.path, keep_best=config.checkpoint.keep_best, best_metric=config.checkpoint.best_metric)
     directory.begin(config.to_json(), settings_plan(config))
     truncate_metrics(directory.metrics, step)
 
@@ -133,6 +141,8 @@ class Run:
         step: optimiser steps done.
         tokens: non-padding tokens they trained on, all ranks.
         evaluation: figures of the evaluation after this step; None if there was none.
+        early_stopping: whether evaluations still improve.
+        skipped: steps without an update.
     """
 
     def __init__(
@@ -155,6 +165,8 @@ class Run:
         self.step = self.tokens = 0
         self.complete = False
         self.evaluation: dict[str, float | None] | None = None
+        self.early_stopping = EarlyStopping(config.training.early_stopping)
+        self.skipped = SkippedSteps()
         self.train_loss: float | None = None
         self.eval_loss: float | None = None
         self.checkpoint: Path | None = None
@@ -167,6 +179,10 @@ class Run:
         self.step, self.tokens, self.checkpoint = checkpoint.step, checkpoint.manifest["tokens"], checkpoint.path
         self.evaluation = checkpoint.evaluation
         self.eval_loss = self.evaluation and self.evaluation["loss"]
+        # A checkpoint need not have counted anything: its format is older than the counters.
+        if (counted := checkpoint.load_state().get("run")) is not None:
+            self.early_stopping.load_state_dict(counted["early_stopping"])
+            self.skipped = SkippedSteps(**counted["skipped"])
         own = checkpoint.path.parent.resolve() == self.directory.checkpoints.resolve()
         # Another run's checkpoint is not this one's: even without a further step it is saved here.
         self._saved_step = checkpoint.step if own else 0
@@ -174,22 +190,35 @@ class Run:
     def train(self) -> None:
         """Train to the last step or until asked to stop, evaluate and save on the way."""
         last_step = self.config.training.max_steps
-        if self.step >= last_step:
-            self.reporter.line(f"nothing left to train: the checkpoint is of step {self.step} of {last_step}")
+        if self.finished():
+            why = self.early_stopping.reason() or "that is the last"
+            self.reporter.line(f"nothing left to train: the checkpoint is of step {self.step} of {last_step}: {why}")
         self.reporter.start(self.step, last_step)
         if self.evaluation_is_due() and self.evaluate():
             # The run was stopped in this evaluation, which the checkpoint of its step lacks.
             self.save()
-        while self.step < last_step and not self.stopping():
+        while not self.finished() and not self.stopping():
             self.one_step()
             if self.evaluation_is_due():
                 self.evaluate()
-            if _due(self.step, self.config.checkpoint.every_steps):
+            if _due(self.step, self.config.checkpoint.every_steps) or self.is_among_best():
                 self.save()
-        self.complete = self.step >= last_step and not self.evaluation_is_due()
+        self.complete = self.finished() and not self.evaluation_is_due()
         self.save()
         cause = "done" if self.complete else f"stopped by {self.signals.requested(self.directory.stop_file)}"
-        self.reporter.line(f"{cause} after step {self.step}; checkpoint: {self.checkpoint}")
+        result = self.result()
+        details = {
+            "reason": result.reason,
+            "skipped steps": self.skipped.total,
+            "best checkpoint": result.best_checkpoint,
+            "checkpoint": result.checkpoint,
+        }
+        said = [f"{name}: {value}" for name, value in details.items() if value]
+        self.reporter.line("; ".join([f"{cause} after step {self.step}", *said]))
+
+    def finished(self) -> bool:
+        """Whether there is no step left to do."""
+        return self.step >= self.config.training.max_steps or self.early_stopping.reason() is not None
 
     def one_step(self) -> None:
         """Train on one accumulation window and write its record."""
@@ -201,8 +230,9 @@ class Run:
         window = self.loader.next_window()
         rate = scheduled_rate(self.config, step)
         result, selected = train_window(self.engine, self.objective, window, rate, settings.max_grad_norm)
-        if not result.finite and settings.non_finite == "stop":
-            raise RunError(self._non_finite(step, result, window))
+        self.skipped.count(result)
+        if not result.finite:
+            self.answer_non_finite(describe_non_finite(step, result, window, self.train_data))
         seconds = time.perf_counter() - started
         tokens = self._sum(batch.tokens for batch in window)
         peak = device_peak_memory(self.engine.device)
@@ -218,18 +248,41 @@ class Run:
             tokens_per_second=tokens / seconds,
             peak_memory_bytes=peak.allocated if peak else self.tracker.peak if self.tracker else None,
             peak_reserved_bytes=peak.reserved if peak else None,
+            loss_scale=result.loss_scale,
             skipped=result.skipped,
+            skipped_steps=self.skipped.total,
         )
         self.step, self.tokens, self.train_loss, self.evaluation = step, self.tokens + tokens, result.loss, None
-        if _due(step, self.config.logging.every_steps) or step == settings.max_steps:
+        if _due(step, self.config.logging.every_steps) or step == settings.max_steps or result.skipped:
             self.report(record)
+
+    def answer_non_finite(self, what: str) -> None:
+        """Let a step that is not finite be skipped, which the engine did already, or stop the run.
+
+        Raises:
+            RunError: the config says to stop, or this was the last of the steps in a row that it lets pass.
+        """
+        settings, kept = self.config.training, self._kept()
+        if settings.non_finite == "stop":
+            raise RunError(
+                f"{what}; {kept}; lower optimizer.learning_rate, or set training.non_finite to 'skip' to leave such "
+                "steps out"
+            )
+        if self.skipped.in_a_row >= settings.max_skipped_steps:
+            raise RunError(
+                f"{what}; it is the last of {self.skipped.in_a_row} such steps in a row (training.max_skipped_steps): "
+                f"the run has diverged; {kept}; lower optimizer.learning_rate, or go on from an earlier checkpoint"
+            )
+        self.reporter.line(f"warning: skipped {what}")
 
     def evaluation_is_due(self) -> bool:
         """Whether this step, or the end of the run, calls for an evaluation that was not made yet."""
         if self.evaluation_batches is None or self.evaluation is not None:
             return False
         settings = self.config.training
-        return self.step >= settings.max_steps or (self.step > 0 and _due(self.step, settings.eval_every_steps))
+        return self.finished() or (
+            _due(self.step, settings.eval_every_steps) if self.step else settings.eval_before_training
+        )
 
     def evaluate(self) -> bool:
         """Evaluate and write the record; false if a request to stop came in between.
@@ -244,9 +297,20 @@ class Run:
         self.evaluation, self.eval_loss = record.figures(), record.loss
         self._saved_step = 0
         self.report(record)
-        if not math.isfinite(record.loss) and self.config.training.non_finite == "stop":
-            raise RunError(f"step {self.step}: the evaluation loss is {record.loss}; {self._advice()}")
+        settings = self.config.training
+        if not math.isfinite(record.loss) and settings.non_finite == "stop":
+            raise RunError(f"step {self.step}: the evaluation loss is {record.loss}; {self._kept()}")
+        if self.step and _due(self.step, settings.eval_every_steps):
+            self.early_stopping.observe(self.step, self.evaluation)
         return True
+
+    def is_among_best(self) -> bool:
+        """Whether this step's evaluation makes it a checkpoint to keep as one of the best."""
+        settings = self.config.checkpoint
+        if self.evaluation is None:
+            return False
+        figure = self.evaluation[settings.best_metric]
+        return is_among_best(self.directory.path, figure, settings.best_metric, settings.keep_best)
 
     def report(self, record: TrainRecord | EvalRecord) -> None:
         """Hand a record to everything that follows the run: the metrics file, and what a person sees."""
@@ -263,7 +327,11 @@ class Run:
             self.directory.path,
             self.step,
             write_shards=self.engine.save,
-            state={"loader": position, "random": capture_random_state()},
+            state={
+                "loader": position,
+                "random": capture_random_state(),
+                "run": {"early_stopping": self.early_stopping.state_dict(), "skipped": asdict(self.skipped)},
+            },
             manifest=manifest_of(
                 self.config,
                 settings_plan(self.config),
@@ -274,6 +342,8 @@ class Run:
                 world_size=self.engine.world_size,
             ),
             keep_last=self.config.checkpoint.keep_last,
+            keep_best=self.config.checkpoint.keep_best,
+            best_metric=self.config.checkpoint.best_metric,
         )
         self._saved_step = self.step
 
@@ -283,24 +353,24 @@ class Run:
 
     def result(self) -> TrainResult:
         """How the run ended."""
-        status = "completed" if self.complete else "stopped"
-        return TrainResult(status, self.step, self.directory.path, self.checkpoint, self.train_loss, self.eval_loss)
+        stopped_early = self.complete and self.step < self.config.training.max_steps
+        best = best_checkpoint(self.directory.path, self.config.checkpoint.best_metric)
+        return TrainResult(
+            status="completed" if self.complete else "stopped",
+            step=self.step,
+            run_dir=self.directory.path,
+            checkpoint=self.checkpoint,
+            train_loss=self.train_loss,
+            eval_loss=self.eval_loss,
+            reason=self.early_stopping.reason() if stopped_early else None,
+            best_checkpoint=best.path if best is not None and self.config.checkpoint.keep_best else None,
+        )
 
     def _sum(self, values: Iterable[int]) -> int:
         return int(self.engine.sum_over_ranks(sum(values)))
 
-    def _non_finite(self, step: int, result: StepResult, window: list[Batch]) -> str:
-        """Names the samples as the data set counts them, which is what a person can look up."""
-        draws = torch.cat([batch.documents.flatten() for batch in window]).unique().tolist()
-        samples = self.train_data.named(draw % len(self.train_data) for draw in draws if draw >= 0)
-        return (
-            f"step {step}: the loss is {result.loss} and the norm of the gradient {result.grad_norm}; samples of "
-            f"data.train in this step, counted from 0: {samples}; {self._advice()}"
-        )
-
-    def _advice(self) -> str:
-        kept = f"{self.checkpoint} is intact" if self.checkpoint else "no checkpoint was saved yet"
-        return f"{kept}; lower optimizer.learning_rate, or set training.non_finite to 'skip' to leave such steps out"
+    def _kept(self) -> str:
+        return f"{self.checkpoint} is intact" if self.checkpoint else "no checkpoint was saved yet"
 
 
 def _due(step: int, every: int) -> bool:

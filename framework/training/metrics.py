@@ -28,7 +28,9 @@ class TrainRecord:
         peak_memory_bytes: CUDA: peak bytes of live tensors; CPU: the same by the tracker if it is on, else None.
         peak_reserved_bytes: CUDA: peak bytes held by the allocator; None elsewhere, and then not written.
         predicted_peak_memory_bytes: by the plan, None where there is none.
+        loss_scale: that the losses of this step were multiplied with; fp16 only, and written only then.
         skipped: the update was left out because of a non-finite loss or gradient; written only then.
+        skipped_steps: steps of the run that were skipped so far; written if there were any.
     """
 
     step: int
@@ -43,16 +45,16 @@ class TrainRecord:
     peak_memory_bytes: int | None
     predicted_peak_memory_bytes: int | None = None
     peak_reserved_bytes: int | None = None
+    loss_scale: float | None = None
     skipped: bool = False
+    skipped_steps: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The line's object."""
         record = {"kind": "train"} | asdict(self)
-        if self.peak_reserved_bytes is None:
-            del record["peak_reserved_bytes"]
-        if not self.skipped:
-            del record["skipped"]
-        return record
+        absent = [name for name in ("peak_reserved_bytes", "loss_scale") if record[name] is None]
+        absent += [name for name in ("skipped", "skipped_steps") if not record[name]]
+        return {name: value for name, value in record.items() if name not in absent}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""AdamW: parameter groups, and the variant whose bf16 weights are rounded stochastically."""
+"""AdamW, and the variant whose bf16 weights are rounded stochastically."""
 
 from __future__ import annotations
 
@@ -12,35 +12,32 @@ from torch import Tensor, nn
 from framework.config import Config
 from framework.errors import UserError
 from framework.sharding.precision import PRECISIONS
+from framework.training.parameter_groups import describe_groups, parameter_groups
 
 # Elements updated at once by `StochasticAdamW`: bounds its float32 temporaries to a few times 64 MiB.
 CHUNK = 1 << 24
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: matrices, which decay, and norms and biases, which do not.
-
-    A bias is told by its name too, because experts hold theirs as matrices.
-    """
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trainable if p.dim() >= 2 and not name.endswith("bias")]
-    plain = [p for name, p in trainable if p.dim() < 2 or name.endswith("bias")]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def optimizer_factory(config: Config) -> Callable[[nn.Module], torch.optim.Optimizer]:
+def optimizer_factory(
+    config: Config, report: Callable[[str], None] | None = None
+) -> Callable[[nn.Module], torch.optim.Optimizer]:
     """What builds a config's AdamW over the trainable parameters of a model.
 
     The model must be on its device, with its final parameters (adapters added, shards made). The learning rate is
     overwritten by the schedule at every step.
+
+    Args:
+        config: of the run.
+        report: is told a line for each group of parameters.
     """
     settings = config.optimizer
 
     def build(model: nn.Module) -> torch.optim.Optimizer:
-        groups = parameter_groups(model, settings.weight_decay)
+        groups = parameter_groups(model, settings)
         if not groups:
             raise UserError("model.adapter: no parameter of the model is trainable")
+        for line in describe_groups(groups, settings.learning_rate) if report is not None else []:
+            report(f"optimizer: {line}")
         rate, betas, epsilon = settings.learning_rate, settings.betas, settings.epsilon
         if PRECISIONS[settings.precision].stochastic_rounding:
             return StochasticAdamW(groups, lr=rate, betas=betas, eps=epsilon, seed=config.run.seed)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
+from torch import nn
 
 from framework.config import Config, data_sources
 from framework.data import load_tokenizer, shares_of, show_images, show_samples
@@ -14,6 +16,7 @@ from framework.models import Architecture, check_compatibility, read_architectur
 from framework.models.configuration import read_model_config
 from framework.sharding.precision import PRECISIONS
 from framework.training.objective import draw_selection
+from framework.training.parameter_groups import describe_groups, parameter_groups
 from framework.training.plan import fidelity_class, state_bytes
 from framework.training.progress import format_bytes
 from framework.training.run_data import load_run_data, tokenizer_source
@@ -29,7 +32,12 @@ def dry_run(config: Config) -> str:
     Raises:
         UserError: the run would be refused.
     """
-    architecture, missing = _checked_architecture(config)
+    groups: list[str] = []
+
+    def examine(built: nn.Module) -> None:
+        groups.extend(describe_groups(parameter_groups(built, config.optimizer), config.optimizer.learning_rate))
+
+    architecture, missing = _checked_architecture(config, examine)
     training, trainable = config.training, architecture.trainable_parameters
     states = state_bytes(config.optimizer.precision, architecture.parameters, trainable)
     held = sum(states.values())
@@ -40,13 +48,14 @@ def dry_run(config: Config) -> str:
         f"batch          {training.global_batch_size} sequences a step = {training.micro_batch_size} (micro-batch) x "
         f"{config.gradient_accumulation} (accumulation) x 1 (rank), of {_length(config, architecture)}",
         *_task_lines(config, architecture),
-        f"steps          {training.max_steps}",
+        f"steps          {training.max_steps or f'{training.epochs:g} epochs; data.train says how many steps'}",
         f"selection      {config.selection.strategy}, ratio {config.resolved_ratio}: {fidelity_class(config)}",
         f"retention      {config.retention.policy}"
         + (", linear outputs retained" if config.retention.retain_linears else "")
         + (f", keys and values in {config.retention.kv_format}" if config.retention.policy == "selective" else ""),
         f"engine         {config.sharding.engine}, precision {config.optimizer.precision}: "
         f"weights {config.weights_dtype}, computation {PRECISIONS[config.optimizer.precision].autocast or 'the same'}",
+        *(f"optimizer      {group}" for group in groups),
         f"memory         {format_bytes(held)} without activations: "
         + ", ".join(f"{name} {format_bytes(size)}" for name, size in states.items()),
     ]
@@ -103,7 +112,7 @@ def inspect_data(config: Config, count: int, console: Console | None = None) -> 
                 break
 
 
-def _checked_architecture(config: Config) -> tuple[Architecture, list[str]]:
+def _checked_architecture(config: Config, examine: Callable[[nn.Module], None]) -> tuple[Architecture, list[str]]:
     """The architecture, found to go with the tokenizer or image processor, and which of these is not here."""
     model, data = config.model, config.data
     pixels, tokenizer, missing = None, None, []
@@ -127,6 +136,7 @@ def _checked_architecture(config: Config) -> tuple[Architecture, list[str]]:
         adapter=model.adapter,
         label_names=data.label_names,
         pixels=pixels,
+        examine=examine,
     )
     if data.sequence_length is not None:
         check_compatibility(architecture, tokenizer, data.sequence_length)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
+
+from pydantic import ValidationError
 
 from framework.checkpoint import compare_configs
 from framework.config import Config
@@ -69,7 +72,8 @@ def check_resumable(manifest: dict[str, Any], config: Config, data: Dataset) -> 
     Raises:
         UserError: the checkpoint is of another model, optimiser or data set; all differences are named.
     """
-    changes = {line.partition(":")[0]: line for line in compare_configs(manifest["config"], config.to_json())}
+    saved = with_defaults(manifest["config"])
+    changes = {line.partition(":")[0]: line for line in compare_configs(saved, config.to_json())}
     binding = [line for key, line in changes.items() if _within(key, BINDING)]
     if manifest["data_fingerprint"] != data.fingerprint:
         sources = [line for key, line in changes.items() if _within(key, DATA_SOURCES)]
@@ -82,6 +86,15 @@ def check_resumable(manifest: dict[str, Any], config: Config, data: Dataset) -> 
         )
     # The same samples under another name are the same data.
     return [line for key, line in changes.items() if not _within(key, (*UNREMARKABLE, *DATA_SOURCES))]
+
+
+def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the defaults of keys that did not exist when it was saved: they are no difference."""
+    try:
+        return Config.model_validate_json(json.dumps(saved)).to_json()
+    except ValidationError:
+        # It has a key or a value that this version refuses, which is a difference to name.
+        return saved
 
 
 def _within(key: str, names: tuple[str, ...]) -> bool:

@@ -28,7 +28,9 @@ class TrainResult:
         run_dir: the run directory.
         checkpoint: directory of the newest checkpoint; None if there is none.
         train_loss: loss of the last step done by this call; None if it did none.
-        eval_loss: of the last evaluation by this call; None if there was none.
+        eval_loss: of the last evaluation, which may be that of the checkpoint it continued; None if there was none.
+        reason: why it completed before `training.max_steps`; None if it did not.
+        best_checkpoint: directory of the checkpoint with the best evaluation; None unless `checkpoint.keep_best` is on.
     """
 
     status: str
@@ -37,6 +39,8 @@ class TrainResult:
     checkpoint: Path | None
     train_loss: float | None
     eval_loss: float | None
+    reason: str | None = None
+    best_checkpoint: Path | None = None
 
 
 def train(config: Config, *, resume: str = "auto", signals: StopSignals | None = None) -> TrainResult:
@@ -109,7 +113,7 @@ def _train(config: Config, resume: str, directory: RunDirectory, signals: StopSi
             raise RunError(f"the disk is full: cannot write to {directory.path}; free space and start again") from error
         raise
     marker, message = (
-        (COMPLETED, f"completed {result.step} steps")
+        (COMPLETED, f"completed {result.step} steps" + (f": {result.reason}" if result.reason else ""))
         if result.status == "completed"
         else (STOPPED, f"stopped after step {result.step}")
     )

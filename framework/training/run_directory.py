@@ -70,7 +70,8 @@ class RunDirectory:
         (target / self.checkpoints.name).mkdir(parents=True)
         if self.metrics.exists():
             (target / self.metrics.name).write_bytes(self.metrics.read_bytes())
-        (self.checkpoints / "latest").unlink(missing_ok=True)  # the next save makes it anew
+        for pointer in ("latest", "best"):  # `update_pointers` makes them anew
+            (self.checkpoints / pointer).unlink(missing_ok=True)
         for path in later:
             path.rename(target / self.checkpoints.name / path.name)
         if after_step == 0:

@@ -11,12 +11,13 @@ if TYPE_CHECKING:
 
 def scheduled_rate(config: Config, step: int) -> float:
     """The learning rate of step 1 to `training.max_steps` of a run."""
+    max_steps, ratio = config.training.max_steps, config.schedule.warmup_ratio
     return learning_rate(
         step,
         peak=config.optimizer.learning_rate,
         kind=config.schedule.kind,
-        warmup_steps=config.schedule.warmup_steps,
-        max_steps=config.training.max_steps,
+        warmup_steps=config.schedule.warmup_steps if ratio is None else math.ceil(ratio * max_steps),
+        max_steps=max_steps,
         final_ratio=config.schedule.final_ratio,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -61,6 +62,18 @@ def report_epochs(config: Config, loader: Loader, reporter: Reporter) -> None:
     steps, batch = config.training.max_steps, config.training.global_batch_size
     line = epochs_line(loader.dataset, steps * batch * loader.samples_per_sequence)
     reporter.line(f"data.train: {steps} steps of {batch} sequences are {line}")
+
+
+def in_steps(config: Config, loader: Loader, reporter: Reporter) -> Config:
+    """The same run with `training.epochs` as the number of steps in which `loader` makes so many passes."""
+    epochs = config.training.epochs
+    whole = int(epochs)
+    sequences = sum(len(loader.sequences(epoch)) for epoch in range(whole))
+    if epochs > whole:
+        sequences += math.ceil((epochs - whole) * len(loader.sequences(whole)))
+    steps = math.ceil(sequences / config.training.global_batch_size)
+    reporter.line(f"training.epochs: {epochs:g} epochs are {sequences:,} sequences, {steps:,} steps")
+    return config.with_max_steps(steps)
 
 
 def configured_model(config: Config, pad_token_id: int | None = None) -> PreTrainedModel | PeftModel:

@@ -9,17 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from framework.checkpoint import compare_configs, find_checkpoint, find_step, save_checkpoint, truncate_metrics
+from framework.checkpoint import (
+    compare_configs,
+    find_best,
+    find_checkpoint,
+    find_step,
+    save_checkpoint,
+    truncate_metrics,
+)
 from framework.errors import UserError
 
 
-def save(run_dir: Path, step: int) -> Path:
+def save(run_dir: Path, step: int, evaluation: dict[str, float | None] | None = None) -> Path:
     return save_checkpoint(
         run_dir,
         step,
         write_shards=lambda directory: (directory / "weights").write_bytes(bytes(step)) and None,
         state={"step": step},
-        manifest={},
+        manifest={"evaluation": evaluation},
         keep_last=9,
     )
 
@@ -116,6 +123,17 @@ def test_step_is_found_or_the_complete_ones_are_named(tmp_path: Path) -> None:
         find_step(tmp_path, 20)
     with pytest.raises(UserError, match="no checkpoint; complete ones: none"):
         find_step(tmp_path / "new", None)
+
+
+def test_the_best_is_found_by_its_evaluation_and_not_by_the_pointer(tmp_path: Path) -> None:
+    for step, evaluation in ((10, {"loss": 2.0}), (20, {"loss": 1.0}), (30, {"loss": None}), (40, None)):
+        save(tmp_path, step, evaluation=evaluation)
+    (tmp_path / "checkpoints" / "best").write_text("step-00000010\n")
+    assert find_best(tmp_path, "loss").step == 20
+    cut(tmp_path / "checkpoints" / "step-00000020")
+    assert find_best(tmp_path, "loss").step == 10
+    with pytest.raises(UserError, match=r"(?s)none of its 3 checkpoints .* finite accuracy.*damaged: .*weights has"):
+        find_best(tmp_path, "accuracy")
 
 
 def test_differences_of_configs_are_lines() -> None:

@@ -17,7 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from framework.checkpoint import Checkpoint, find_checkpoint, remove_leftovers, save_checkpoint, saving
+from framework.checkpoint import (
+    Checkpoint,
+    find_best,
+    find_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+    saving,
+    update_pointers,
+)
 from framework.checkpoint.weights import write_tensors
 from framework.errors import RunError
 
@@ -31,6 +39,8 @@ NEW_IS_LOST = [
 NEW_IS_KEPT = [
     "after the rename, before latest",
     "while moving latest",
+    "before best",
+    "while moving best",
     "before pruning",
     "while pruning",
     "after everything",
@@ -58,7 +68,8 @@ def patch_to_die(point: str, step: int) -> Callable[[Path], None]:
         return die() if path.name.endswith(".tmp") else original_rename(path, target)
 
     def replace(path: Path, target: Path) -> Path:
-        return die() if path.name == ".latest.tmp" else original_replace(path, target)
+        moved = {"while moving latest": ".latest.tmp", "while moving best": ".best.tmp"}
+        return die() if path.name == moved[point] else original_replace(path, target)
 
     def rmtree(path: Path, **_: Any) -> None:
         (path / "model.safetensors").unlink()
@@ -79,6 +90,8 @@ def patch_to_die(point: str, step: int) -> Callable[[Path], None]:
         "between the renames": (Path, "rename", rename),
         "after the rename, before latest": (saving, "_move_latest", die),
         "while moving latest": (Path, "replace", replace),
+        "before best": (saving, "_move_best", die),
+        "while moving best": (Path, "replace", replace),
         "before pruning": (saving, "_prune", die),
         "while pruning": (shutil, "rmtree", rmtree),
         "after everything": (saving, "_prune", prune_and_die),
@@ -87,7 +100,16 @@ def patch_to_die(point: str, step: int) -> Callable[[Path], None]:
     return write_shards
 
 
-def save(run_dir: Path, step: int, *, keep_last: int = 2, value: int | None = None, size: int = 64) -> Path:
+def save(
+    run_dir: Path,
+    step: int,
+    *,
+    keep_last: int = 2,
+    value: int | None = None,
+    size: int = 64,
+    evaluation: dict[str, float | None] | None = None,
+    **best: Any,
+) -> Path:
     value = 1000 + step if value is None else value
 
     def write_shards(directory: Path) -> None:
@@ -98,8 +120,9 @@ def save(run_dir: Path, step: int, *, keep_last: int = 2, value: int | None = No
         step,
         write_shards=write_shards,
         state={"value": value, "generator": torch.get_rng_state()},
-        manifest={"tokens": value},
+        manifest={"tokens": value, "evaluation": evaluation},
         keep_last=keep_last,
+        **best,
     )
 
 
@@ -116,8 +139,8 @@ def names(run_dir: Path) -> list[str]:
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
-def kill_while_saving(run_dir: Path, point: str, step: int) -> None:
-    """Save values of 2000 + step in a child process that is killed at `point`."""
+def kill_while_saving(run_dir: Path, point: str, step: int, loss: float = 1.0, keep_last: int = 2) -> None:
+    """Save values of 2000 + step and an evaluation in a child process that is killed at `point`."""
     with warnings.catch_warnings():
         # A child that only writes files is safe beside the threads of the test runner.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -129,8 +152,9 @@ def kill_while_saving(run_dir: Path, point: str, step: int) -> None:
                 step,
                 write_shards=patch_to_die(point, step),
                 state={"value": 2000 + step},
-                manifest={"tokens": 2000 + step},
-                keep_last=2,
+                manifest={"tokens": 2000 + step, "evaluation": {"loss": loss}},
+                keep_last=keep_last,
+                keep_best=1,
             )
         finally:
             os._exit(1)
@@ -231,6 +255,86 @@ def test_killed_while_replacing_the_only_checkpoint(tmp_path: Path, point: str) 
     remove_leftovers(tmp_path)
     assert content(find_checkpoint(tmp_path)) == (1, expected)
     assert [name for name in names(tmp_path) if "step" in name] == ["step-00000001"]
+
+
+def save_losses(run_dir: Path, losses: list[float | None], **options: Any) -> None:
+    """Steps 1, 2, … with these evaluation losses."""
+    for step, loss in enumerate(losses, start=1):
+        save(run_dir, step, keep_last=1, evaluation={"loss": loss}, **options)
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [int(name.removeprefix("step-")) for name in names(run_dir) if name.startswith("step-")]
+
+
+def pointer(run_dir: Path, name: str) -> int:
+    return int((run_dir / "checkpoints" / name).read_text().strip().removeprefix("step-"))
+
+
+@pytest.mark.parametrize(
+    ("losses", "keep_best", "kept", "best"),
+    [
+        ([3.0, 2.0, 4.0, 5.0], 1, [2, 4], 2),
+        ([3.0, 2.0, 4.0, 5.0], 2, [1, 2, 4], 2),
+        ([3.0, 2.0, 1.0], 1, [3], 3),
+        ([2.0, 2.0, 2.0], 1, [1, 3], 1),
+        ([2.0, None, 3.0], 2, [1, 3], 1),
+    ],
+)
+def test_the_best_are_kept_beside_the_newest(
+    tmp_path: Path, losses: list[float | None], keep_best: int, kept: list[int], best: int
+) -> None:
+    save_losses(tmp_path, losses, keep_best=keep_best)
+    assert steps(tmp_path) == kept
+    assert (pointer(tmp_path, "latest"), pointer(tmp_path, "best")) == (len(losses), best)
+
+
+def test_of_another_metric_more_is_better(tmp_path: Path) -> None:
+    for step, accuracy in enumerate([0.3, 0.9, 0.5], start=1):
+        save(
+            tmp_path,
+            step,
+            keep_last=1,
+            keep_best=1,
+            best_metric="accuracy",
+            evaluation={"loss": 1.0 / step, "accuracy": accuracy},
+        )
+    assert (steps(tmp_path), pointer(tmp_path, "best")) == ([2, 3], 2)
+
+
+def test_without_evaluations_or_without_keeping_them_there_is_no_best(tmp_path: Path) -> None:
+    save(tmp_path, 1, keep_best=1)
+    assert names(tmp_path) == ["latest", "step-00000001"]
+    save(tmp_path, 2, evaluation={"loss": 2.0}, keep_best=1)
+    assert pointer(tmp_path, "best") == 2
+    save(tmp_path, 3, evaluation={"loss": 1.0})
+    assert names(tmp_path) == ["latest", "step-00000002", "step-00000003"]
+
+
+def test_saved_again_with_its_evaluation_a_step_becomes_the_best(tmp_path: Path) -> None:
+    save_losses(tmp_path, [2.0, 3.0], keep_best=1)
+    save(tmp_path, 3, keep_last=1, keep_best=1)
+    save(tmp_path, 3, keep_last=1, keep_best=1, evaluation={"loss": 1.0})
+    assert (steps(tmp_path), pointer(tmp_path, "best")) == ([3], 3)
+
+
+# Step 2 is the best so far and not among the newest; the save of step 4 is killed.
+@pytest.mark.parametrize("loss", [1.0, 9.0], ids=["a new best", "no new best"])
+@pytest.mark.parametrize("point", [*NEW_IS_LOST, *NEW_IS_KEPT])
+def test_killed_anywhere_the_best_of_what_is_complete_is_there(tmp_path: Path, point: str, loss: float) -> None:
+    save_losses(tmp_path, [4.0, 2.0, 3.0], keep_best=1)
+    kill_while_saving(tmp_path, point, 4, loss=loss, keep_last=1)
+    saved = point in NEW_IS_KEPT
+    best = 4 if saved and loss == 1.0 else 2
+    assert find_best(tmp_path, "loss").step == best
+    named = pointer(tmp_path, "best")
+    assert (tmp_path / "checkpoints" / f"step-{named:08d}" / "manifest.json").exists()
+    # What the next start does.
+    remove_leftovers(tmp_path)
+    update_pointers(tmp_path, keep_best=1, best_metric="loss")
+    assert (pointer(tmp_path, "latest"), pointer(tmp_path, "best")) == (4 if saved else 3, best)
+    save(tmp_path, 5, keep_last=1, keep_best=1, evaluation={"loss": 7.0})
+    assert (steps(tmp_path), pointer(tmp_path, "best")) == ([best, 5], best)
 
 
 def test_first_save_killed_leaves_nothing_to_resume(tmp_path: Path) -> None:

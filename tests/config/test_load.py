@@ -112,7 +112,6 @@ def test_all_problems_are_reported_together_in_the_order_of_the_file(write: Writ
         'line 2: run.output_dir: expected a non-empty string, got the string ""',
         "line 3: model.rank: unknown key, did you mean model.adapter.rank?",
         "line 4: trainig: unknown key, did you mean training?",
-        "line 5: training.max_steps: missing, expected an integer of at least 1",
         "line 6: training.max_step: unknown key, did you mean training.max_steps?",
         'line 7: training.global_batch_size: expected an integer of at least 1, got the string "8"',
         "line 8: training.micro_batch_size: expected an integer of at least 1, got true",
@@ -123,7 +122,7 @@ def test_all_problems_are_reported_together_in_the_order_of_the_file(write: Writ
         "line 12: optimizer.betas: expected a list of 2, each a number of at least 0 and below 1, got the list [0.9]",
         'line 12: optimizer.precision: expected "fp32", "fp32_master", "pure_bf16" or "fp16", got the string "bf16"',
         "line 12: optimizer.momentum: unknown key, optimizer has name, learning_rate, betas, epsilon, weight_decay, "
-        "precision",
+        "decay_embeddings, groups, precision, loss_scale",
         'line 13: selection.ratio: missing: selection.strategy "uniform" needs a number in (0, 1]',
         'line 14: retention.policy: "all" is for exact training, but selection.strategy "uniform" without '
         'selection.ratio 1.0 leaves tokens out: set retention.policy "selective", or selection.strategy "none"',
@@ -132,7 +131,7 @@ def test_all_problems_are_reported_together_in_the_order_of_the_file(write: Writ
     assert problems(path) == expected
     with pytest.raises(ConfigError) as caught:
         load_config(path)
-    assert str(caught.value) == "\n  ".join([f"{path}: 17 problems", *expected])
+    assert str(caught.value) == "\n  ".join([f"{path}: 16 problems", *expected])
 
 
 def test_one_problem_is_one_line(small: Path) -> None:
@@ -224,7 +223,7 @@ def test_integer_serves_as_number_but_not_otherwise(small: Path, problems: Probl
         "--set: optimizer.learning_rate: expected a number above 0, got true"
     ]
     assert problems(small, 'training.max_steps="8"') == [
-        '--set: training.max_steps: expected an integer of at least 1, got the string "8"'
+        '--set: training.max_steps: expected an integer of at least 1, or null, got the string "8"'
     ]
     assert problems(small, "sharding.zero_stage=false") == ["--set: sharding.zero_stage: expected 0, got false"]
     assert problems(small, "hardware.gpu_memory=80") == [

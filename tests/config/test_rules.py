@@ -155,6 +155,58 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
             ["sharding.offload_optimizer=true"],
             'sharding.offload_optimizer: sharding.engine "single" cannot offload: set it to false',
         ),
+        (
+            ["training.max_steps=null"],
+            "training.max_steps: missing: give training.max_steps, or training.epochs",
+        ),
+        (
+            ["training.epochs=2"],
+            "training.epochs: contradicts training.max_steps, which is 10: leave one of them out",
+        ),
+        (
+            ["schedule.warmup_steps=3", "schedule.warmup_ratio=0.1"],
+            "schedule.warmup_ratio: contradicts schedule.warmup_steps, which is 3: leave one out",
+        ),
+        (
+            ["training.max_skipped_steps=3"],
+            'training.max_skipped_steps: needs training.non_finite "skip", which is "stop"',
+        ),
+        (["training.eval_before_training=true"], "training.eval_before_training: needs data.eval"),
+        (
+            ['training.early_stopping={"patience": 3}', "training.eval_every_steps=5"],
+            "training.early_stopping: compares evaluations on the way: needs data.eval",
+        ),
+        (
+            ["checkpoint.keep_best=1", "data.eval=eval.jsonl"],
+            "checkpoint.keep_best: compares evaluations on the way: needs training.eval_every_steps of at least 1",
+        ),
+        (
+            ["checkpoint.keep_best=1", "checkpoint.best_metric=bleu", "data.eval=e", "training.eval_every_steps=5"],
+            'checkpoint.keep_best: checkpoint.best_metric "bleu" is not measured with model.task "causal_lm", but loss',
+        ),
+        (
+            ['training.early_stopping={"patience": 3, "metric": "f1"}', "data.eval=e", "training.eval_every_steps=5"],
+            'training.early_stopping: metric "f1" is not measured with model.task "causal_lm", but loss',
+        ),
+        (["checkpoint.best_metric=accuracy"], "checkpoint.best_metric: needs checkpoint.keep_best of at least 1"),
+        (
+            ["optimizer.decay_embeddings=false"],
+            "optimizer.decay_embeddings: has no effect with optimizer.weight_decay 0",
+        ),
+        (
+            [
+                'optimizer.groups=[{"pattern": "a", "learning_rate": 1, "learning_rate_scale": 2}, '
+                '{"pattern": "b("}, {"pattern": "c", "weight_decay": 0}]'
+            ],
+            'optimizer.groups: group "a" has both learning_rate and learning_rate_scale: leave one of them out; group '
+            '"b(" is not a regular expression: missing ), unterminated subpattern at position 1; group "b(" needs '
+            "learning_rate, learning_rate_scale or weight_decay",
+        ),
+        (["optimizer.loss_scale=128"], 'optimizer.loss_scale: needs optimizer.precision "fp16", which is "fp32"'),
+        (
+            ['optimizer.loss_scale={"initial": 0.5}', "optimizer.precision=fp16"],
+            "optimizer.loss_scale: initial 0.5 is below minimum 1.0",
+        ),
     ],
 )
 def test_keys_that_contradict_each_other(small: Path, overrides: list[str], expected: str, problems: Problems) -> None:
@@ -219,3 +271,18 @@ def test_auto_needs_a_planner(small: Path, key: str, problems: Problems) -> None
     assert problems(small, f"{key}=auto") == [
         f'--set: {key}: "auto" needs a planner, and there is none for {key}: give a value'
     ]
+
+
+def test_length_in_epochs(small: Path) -> None:
+    config = load_config(small, ["training.max_steps=null", "training.epochs=2.5"])
+    assert (config.training.max_steps, config.training.epochs) == (None, 2.5)
+    resolved = config.with_max_steps(40)
+    assert (resolved.training.max_steps, resolved.training.epochs) == (40, None)
+    assert Config.model_validate_json(json.dumps(resolved.to_json())) == resolved
+
+
+def test_a_loss_scale_is_a_number_or_options(small: Path) -> None:
+    for value, expected in (("128", 128.0), ('{"growth_interval": 5}', {"initial": 65536.0, "growth_interval": 5})):
+        scale = load_config(small, ["optimizer.precision=fp16", f"optimizer.loss_scale={value}"]).optimizer.loss_scale
+        found = scale if isinstance(scale, float) else scale.model_dump(exclude={"minimum"})
+        assert found == expected

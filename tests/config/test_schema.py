@@ -22,11 +22,11 @@ def test_command_prints_the_schema() -> None:
     assert schema["additionalProperties"] is False
     assert schema["required"] == ["run", "model", "data", "optimizer", "training"]
     training = schema["$defs"]["TrainingConfig"]
-    assert training["required"] == ["max_steps", "global_batch_size", "micro_batch_size"]
-    assert training["properties"]["max_steps"] == {
-        "description": "Optimiser steps.",
+    assert training["required"] == ["global_batch_size", "micro_batch_size"]
+    assert training["properties"]["global_batch_size"] == {
+        "description": "Sequences per optimiser step.",
         "minimum": 1,
-        "title": "Max Steps",
+        "title": "Global Batch Size",
         "type": "integer",
     }
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from framework.config import LossScaleConfig
 from framework.errors import UserError
 from framework.sharding.single import SingleEngine
 from framework.training.optimizer import StochasticAdamW
@@ -23,9 +24,9 @@ def stochastic(module: nn.Module) -> torch.optim.Optimizer:
     return StochasticAdamW(module.parameters(), lr=1.0, betas=(0.9, 0.95), eps=1e-8, seed=0)
 
 
-def engine_of(precision: str, seed: int = 0) -> SingleEngine:
+def engine_of(precision: str, seed: int = 0, **options) -> SingleEngine:
     pure = precision == "pure_bf16"
-    engine = SingleEngine(precision, torch.device("cpu"))
+    engine = SingleEngine(precision, torch.device("cpu"), **options)
     engine.prepare(model(seed, torch.bfloat16 if pure else torch.float32), stochastic if pure else adamw)
     return engine
 
@@ -101,6 +102,95 @@ def test_an_fp16_overflow_halves_the_scale_and_is_no_failure_until_the_scale_is_
     assert all(torch.equal(before[name], tensor) for name, tensor in engine.model.state_dict().items())
     results = train(engine, 17, scale=1e38)
     assert not results[-1].finite
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp32_master", "pure_bf16", "fp16"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_after_a_skipped_step_training_goes_on_to_the_bit_as_without_it(precision, value):
+    engine, undisturbed = engine_of(precision), engine_of(precision)
+    train(engine, 2)
+    skipped = train(engine, 1, scale=value)[0]
+    assert skipped.skipped and not skipped.finite
+    results = train(engine, 3)
+    train(undisturbed, 2)
+    assert results == train(undisturbed, 3)
+    for mine, other in zip(engine.model.parameters(), undisturbed.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+        states, others = engine.optimizer.state[mine], undisturbed.optimizer.state[other]
+        assert states.keys() == others.keys() and all(torch.equal(states[key], others[key]) for key in states)
+    assert engine._scaler.state_dict() == undisturbed._scaler.state_dict()
+
+
+def scales(engine: SingleEngine, steps: int, scale: float = 1.0) -> list[float]:
+    return [result.loss_scale for result in train(engine, steps, scale=scale)]
+
+
+def test_the_loss_scale_follows_the_gradients():
+    engine = engine_of("fp16", loss_scale=LossScaleConfig(initial=8.0, growth_interval=2, minimum=3.0))
+    assert scales(engine, 5) == [8.0, 8.0, 16.0, 16.0, 32.0]
+    falling = train(engine, 6, scale=1e38)
+    assert [result.loss_scale for result in falling] == [32.0, 16.0, 8.0, 4.0, 3.0, 3.0]
+    assert [result.finite for result in falling] == [True] * 4 + [False] * 2
+    assert all(result.skipped for result in falling)
+    assert scales(engine, 3) == [3.0, 3.0, 6.0]
+    assert scales(engine_of("fp32"), 2) == [None, None]
+
+
+def test_a_norm_that_overflows_where_no_gradient_does_lowers_the_scale_too():
+    engine = engine_of("fp16", loss_scale=LossScaleConfig(initial=4.0, minimum=1.0))
+    finite = []
+    for _ in range(3):
+        for parameter in engine.model.parameters():
+            parameter.grad = torch.full_like(parameter, 1e38)
+        engine._scaler.scale(torch.ones(()))
+        result = engine.step(loss=torch.ones(()), max_grad_norm=1.0, learning_rate=0.1)
+        finite.append((result.loss_scale, result.finite))
+    assert finite == [(4.0, True), (2.0, True), (1.0, False)]
+
+
+def test_a_constant_loss_scale_stays_and_an_overflow_at_it_is_a_failure():
+    engine = engine_of("fp16", loss_scale=1024.0)
+    assert scales(engine, 3) == [1024.0] * 3
+    overflown = train(engine, 2, scale=1e38)
+    assert [(result.finite, result.skipped, result.loss_scale) for result in overflown] == [(False, True, 1024.0)] * 2
+
+
+def test_a_saved_loss_scale_goes_on_under_the_options_of_the_run(tmp_path):
+    options = {"initial": 8.0, "growth_interval": 4}
+    engine = engine_of("fp16", loss_scale=LossScaleConfig(**options))
+    train(engine, 6)
+    engine.save(tmp_path)
+    expected = scales(engine, 4)
+    assert expected == [16.0, 16.0, 32.0, 32.0]
+    for changed, scale in (
+        (LossScaleConfig(**options), expected),
+        (LossScaleConfig(**options | {"growth_interval": 3}), [16.0, 32.0, 32.0, 32.0]),
+        (LossScaleConfig(minimum=20.0), [20.0] * 4),
+        (512.0, [512.0] * 4),
+    ):
+        other = engine_of("fp16", loss_scale=changed)
+        other.load(tmp_path)
+        assert scales(other, 4) == scale
+
+
+def test_a_group_multiplies_the_learning_rate():
+    def grouped(module):
+        head = {"params": list(module[2].parameters()), "learning_rate_scale": 4.0}
+        return torch.optim.AdamW([{"params": list(module[0].parameters())}, head], lr=1.0, betas=(0.9, 0.95))
+
+    engine, reference = SingleEngine("fp32", torch.device("cpu")), model()
+    engine.prepare(model(), grouped)
+    groups = [{"params": reference[0].parameters(), "lr": 0.01}, {"params": reference[2].parameters(), "lr": 0.04}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    train(engine, 3, max_grad_norm=None)
+    torch.manual_seed(1)
+    inputs, targets = torch.randn(16, 6), torch.randint(3, (16,))
+    for _ in range(3):
+        nn.functional.cross_entropy(reference(inputs), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for mine, other in zip(engine.model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp32_master", "pure_bf16", "fp16"])

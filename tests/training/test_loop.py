@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import framework
 from framework.data import Loader, load_dataset, load_tokenizer
-from framework.errors import RunError, UserError
+from framework.errors import UserError
 from framework.selection import supervised_positions
 from framework.sharding.single import SingleEngine
 from framework.training import evaluation, loop
 from framework.training.objective import Objective, draw_selection
 from framework.training.optimizer import optimizer_factory
-from framework.training.setup import configured_model, warm_up
+from framework.training.setup import configured_model, make_loaders, warm_up
 
 
 def records(run_dir: Path, kind: str) -> list[dict]:
@@ -268,47 +269,6 @@ def test_another_learning_rate_is_a_warning(make_config, capsys):
     assert "warning: resuming with another setting: optimizer.learning_rate: 0.01 -> 0.005" in capsys.readouterr().out
 
 
-def poison(monkeypatch, at_step: int):
-    """Make the loss of one step NaN."""
-    plain, calls = loop.train_window, []
-
-    def train_window(engine, objective, window, rate, max_grad_norm):
-        calls.append(rate)
-        if len(calls) == at_step:
-            unpoisoned = objective.loss
-            monkeypatch.setattr(objective, "loss", lambda *arguments: unpoisoned(*arguments) * math.nan)
-            try:
-                return plain(engine, objective, window, rate, max_grad_norm)
-            finally:
-                monkeypatch.setattr(objective, "loss", unpoisoned)
-        return plain(engine, objective, window, rate, max_grad_norm)
-
-    monkeypatch.setattr(loop, "train_window", train_window)
-
-
-def test_a_non_finite_loss_stops_the_run(make_config, monkeypatch):
-    poison(monkeypatch, at_step=5)
-    config = make_config(checkpoint__every_steps=2)
-    with pytest.raises(RunError, match=r"step 5.*nan.*samples of data\.train.*step-00000004 is intact"):
-        framework.train(config)
-    run_dir = Path(config.run.output_dir)
-    marker = json.loads((run_dir / "FAILED").read_text())
-    assert marker["code"] == 1 and "step 5" in marker["message"]
-    assert not (run_dir / "COMPLETED").exists()
-    monkeypatch.undo()
-    assert framework.train(config).status == "completed"
-    assert not (run_dir / "FAILED").exists()
-
-
-def test_a_non_finite_loss_can_be_skipped(make_config, monkeypatch):
-    poison(monkeypatch, at_step=3)
-    result = framework.train(make_config(training__non_finite="skip"))
-    train = records(result.run_dir, "train")
-    assert [record.get("skipped", False) for record in train] == [False, False, True, False, False, False]
-    assert train[2]["loss"] is None
-    assert all(math.isfinite(record["loss"]) for record in train[3:])
-
-
 def test_tracked_bytes_of_the_cpu(make_config):
     result = framework.train(make_config(logging__track_cpu_memory=True, training__max_steps=3))
     peaks = [record["peak_memory_bytes"] for record in records(result.run_dir, "train")]
@@ -359,3 +319,74 @@ def test_the_warm_up_leaves_no_trace(make_config):
     assert len(backwards) == 1 and math.isfinite(backwards[0].item())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters()) and not engine.optimizer.state
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1, 6), (0.5, 3), (1.3, 8), (2, 12)])
+def test_the_length_in_epochs(make_config, capsys, epochs, steps):
+    # 48 samples of 8 a step: 1.3 epochs are 48 + 14.4 sequences, rounded up.
+    config = make_config(training__max_steps=None, training__epochs=epochs)
+    result = framework.train(config)
+    assert result.step == steps
+    assert f"training.epochs: {epochs:g} epochs are" in capsys.readouterr().out
+    resolved = json.loads((result.run_dir / "config.json").read_text())["training"]
+    assert (resolved["max_steps"], resolved["epochs"]) == (steps, None)
+
+
+def test_the_length_in_epochs_of_packed_samples(make_config):
+    config = make_config(
+        training__max_steps=None, training__epochs=2, data__packing=True, training__global_batch_size=4
+    )
+    result = framework.train(config)
+    tokenizer = load_tokenizer(config.model.tokenizer)
+    data = load_dataset(config.data.train, tokenizer=tokenizer, sequence_length=32, format="completion")
+    loader, _ = make_loaders(config, data, tokenizer.pad_token_id)
+    windows = 0
+    while loader.state_dict()["epoch"] < 2:
+        loader.next_window()
+        windows += 1
+    assert result.step == windows < 2 * 48 / 4
+
+
+def test_the_same_epochs_resume_and_more_epochs_go_on(make_config):
+    result = framework.train(make_config(training__max_steps=None, training__epochs=0.5))
+    assert framework.train(make_config()).train_loss is None
+    longer = framework.train(make_config(training__epochs=1))
+    assert (longer.step, longer.run_dir) == (6, result.run_dir)
+
+
+def test_groups_of_parameters_have_their_own_rate_and_are_counted(make_config, settings, capsys):
+    adapter = {"kind": "lora", "rank": 2, "alpha": 4.0, "target_modules": ["q_proj", "v_proj"]}
+    groups = [{"pattern": "lora_B", "learning_rate_scale": 1e-6}]
+    result = framework.train(make_config(model__adapter=adapter, optimizer__groups=groups))
+    # Two blocks, rank 2: q has 8 outputs and v 4; both have 8 inputs.
+    assert 'optimizer: "lora_B": 48 parameters, learning rate 1e-08, weight decay 0' in capsys.readouterr().out
+    weights = load_file(result.checkpoint / "model.safetensors")
+    largest = {kind: max(w.abs().max() for name, w in weights.items() if kind in name) for kind in ("lora_A", "lora_B")}
+    # B starts at zero; six AdamW steps move a weight by the learning rate each, at most.
+    assert 0 < largest["lora_B"] <= 6.1e-8
+    assert largest["lora_A"] > 0.01
+
+
+def test_a_group_that_matches_nothing_is_refused_before_anything_is_written(make_config):
+    config = make_config(optimizer__groups=[{"pattern": "lora_B", "weight_decay": 0.0}])
+    with pytest.raises(UserError, match=r'optimizer\.groups: "lora_B" matches no parameter'):
+        framework.train(config)
+    assert not Path(config.run.output_dir).exists()
+
+
+def test_other_groups_are_a_warning_on_resume(make_config, capsys):
+    framework.train(make_config(training__max_steps=2))
+    framework.train(make_config(training__max_steps=3, optimizer__groups=[{"pattern": "norm", "weight_decay": 0.1}]))
+    assert "warning: resuming with another setting: optimizer.groups: [] -> [{" in capsys.readouterr().out
+
+
+def test_groups_resume_to_the_bit(make_config, settings):
+    changes = {
+        "optimizer__groups": [{"pattern": "embed", "learning_rate": 0.002}, {"pattern": "norm", "weight_decay": 0.1}],
+        "optimizer__weight_decay": 0.05,
+    }
+    whole = framework.train(make_config(**changes))
+    settings["run"]["output_dir"] += "-again"
+    framework.train(make_config(**changes | {"training__max_steps": 3}))
+    resumed = framework.train(make_config(training__max_steps=6))
+    assert losses(resumed) == losses(whole)

@@ -5,28 +5,7 @@ import torch
 from torch import nn
 
 from framework.training import optimizer as module
-from framework.training.optimizer import StochasticAdamW, parameter_groups, round_stochastically
-
-
-class Small(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 4)
-        self.linear = nn.Linear(4, 4)
-        self.norm = nn.LayerNorm(4)
-        self.head = nn.Linear(4, 7, bias=False)
-        self.head.weight = self.embed.weight
-        self.experts_bias = nn.Parameter(torch.zeros(2, 4))
-        self.frozen = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
-
-
-def test_only_trainable_matrices_decay_and_a_tied_one_is_there_once():
-    model = Small()
-    decayed, plain = parameter_groups(model, weight_decay=0.1)
-    assert [p.data_ptr() for p in decayed["params"]] == [model.embed.weight.data_ptr(), model.linear.weight.data_ptr()]
-    expected = [model.experts_bias, model.linear.bias, model.norm.weight, model.norm.bias]
-    assert {id(p) for p in plain["params"]} == {id(p) for p in expected}
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+from framework.training.optimizer import StochasticAdamW, round_stochastically
 
 
 def test_stochastic_rounding_is_unbiased_and_picks_a_neighbour():

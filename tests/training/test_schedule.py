@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from framework.training.schedule import learning_rate
+from framework.training.schedule import learning_rate, scheduled_rate
 
 COMMON = {"peak": 2.0, "max_steps": 11, "final_ratio": 0.1}
 
@@ -44,3 +44,10 @@ def test_a_warm_up_as_long_as_the_run_never_falls():
 def test_an_unknown_kind_names_the_option():
     with pytest.raises(ValueError, match=r"schedule\.kind"):
         rates("square", 0)
+
+
+def test_a_warm_up_can_be_a_share_of_the_steps(make_config):
+    config = make_config(schedule__warmup_ratio=0.25, training__max_steps=10)
+    # A quarter of ten steps, rounded up, is three.
+    expected = [0.01 / 3, 0.02 / 3, 0.01]
+    assert [scheduled_rate(config, step) for step in (1, 2, 3)] == pytest.approx(expected, rel=1e-12)

@@ -130,22 +130,35 @@ def test_killed_in_the_middle_of_a_step_it_resumes_to_the_bit(write_config: Call
         ("saving._write_manifest", 2, KILL, 2),
         ("saving._publish", 2, KILL, 2),
         ("saving._move_latest", 2, KILL, 4),
+        ("saving._move_best", 2, KILL, 4),
         # The first removes the temporary directory in which the tokenizer was hashed.
         ("shutil.rmtree", 2, "(args[0] / 'model.safetensors').unlink(); " + KILL, 4),
     ],
-    ids=["while writing a shard", "before the manifest", "before the rename", "before latest", "while pruning"],
+    ids=[
+        "while writing a shard",
+        "before the manifest",
+        "before the rename",
+        "before latest",
+        "before best",
+        "while pruning",
+    ],
 )
 def test_killed_while_saving_it_resumes_to_the_bit(
     write_config: Callable[..., Path], run_dir: Path, function: str, call: int, action: str, kept: int
 ):
-    config = write_config(checkpoint__every_steps=2, checkpoint__keep_last=1)
+    config = write_config(
+        checkpoint__every_steps=2, checkpoint__keep_last=1, checkpoint__keep_best=1, training__eval_every_steps=2
+    )
     framework.train(load_config(config, [f"run.output_dir={run_dir}-whole"]))
     killed = run(config, patch={"function": function, "call": call, "action": action})
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert find_checkpoint(run_dir).step == kept
     resumed = framework.train(load_config(config))
     assert resumed.status == "completed"
-    assert losses(run_dir) == losses(Path(f"{run_dir}-whole"))
+    whole = Path(f"{run_dir}-whole")
+    assert losses(run_dir) == losses(whole)
+    assert count_files(run_dir) == count_files(whole)
+    assert all((run_dir / "checkpoints" / name).read_text() == "step-00000006\n" for name in ("latest", "best"))
 
 
 def count_files(run_dir: Path) -> list[str]:
