@@ -144,8 +144,8 @@ def test_one_problem_is_one_line(small: Path) -> None:
     ("key", "suggestion"),
     [
         ("optimizer.learning_rat", "did you mean optimizer.learning_rate?"),
-        ("training.learning_rate", "did you mean optimizer.learning_rate?"),
-        ("learning_rate", "did you mean optimizer.learning_rate?"),
+        ("training.learning_rate", "did you mean optimizer.learning_rate or optimizer.groups[].learning_rate?"),
+        ("learning_rate", "did you mean optimizer.learning_rate or optimizer.groups[].learning_rate?"),
         ("optimiser.learning_rate", "did you mean optimizer?"),
         ("training.every_steps", "did you mean checkpoint.every_steps or logging.every_steps?"),
         ("retention.lora_alpha", "retention has policy, retain_linears, kv_format"),

@@ -35,7 +35,7 @@ def test_every_key_is_described() -> None:
     keys = known_keys(Config.model_json_schema())
     assert ("model", "adapter", "rank") in keys
     assert ("data", "train", "[]", "path") in keys
-    sections = [schema for schema in keys.values() if "$ref" in schema]
+    sections = [schema for key, schema in keys.items() if "$ref" in schema and key[-1] != ELEMENT]
     assert len(sections) == len(Config.model_fields)
     undescribed = [key for key, schema in keys.items() if "$ref" not in schema and not schema.get("description")]
     assert [key for key in undescribed if key[-1] != ELEMENT] == []
