@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 # Tests run side by side; one thread each is faster than many that wait for each other.
@@ -63,4 +63,33 @@ def tiny_tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the tiny tokenizer, as `load_tokenizer` and `AutoTokenizer` take it."""
     path = tmp_path_factory.mktemp("tiny-tokenizer")
     make_tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def make_encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character (106 in all) with BERT's special tokens around a text and between two."""
+    special = ["<pad>", "<cls>", "<sep>", "<mask>", "<unk>", "<spare>"]
+    vocabulary = [*special, *string.printable]
+    model = models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<cls> $A <sep>", pair="<cls> $A <sep> $B:1 <sep>:1", special_tokens=[("<cls>", 1), ("<sep>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        cls_token="<cls>",
+        sep_token="<sep>",
+        mask_token="<mask>",
+        unk_token="<unk>",
+    )
+
+
+@pytest.fixture(scope="session")
+def encoder_tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tokenizer of single characters as encoders have them."""
+    path = tmp_path_factory.mktemp("encoder-tokenizer")
+    make_encoder_tokenizer().save_pretrained(path)
     return path

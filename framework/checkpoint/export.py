@@ -10,16 +10,19 @@ from typing import Literal
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from framework.checkpoint.disk import free_bytes, is_disk_full, readable_bytes, sync
 from framework.checkpoint.finding import find_best, find_step
 from framework.checkpoint.weights import WEIGHTS_FILE, load_weights, map_weights
 from framework.config import Config, load_config
 from framework.data import load_tokenizer
+from framework.data.images import load_image_processor
 from framework.errors import RunError, UserError
 from framework.models import load_model
 from framework.models.adapters import add_adapter
 from framework.models.configuration import build_model, read_model_config
+from framework.models.head import describe_classes, set_padding
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,9 @@ def export_run(
     run_dir: Path, *, step: int | Literal["best"] | None = None, output: Path, merge_adapter: bool = False
 ) -> Path:
     """Write a checkpoint of a run as a Hugging Face directory, with tokenizer, chat template and generation config.
+
+    Models of images come with their image processor instead. A classifier's config.json names its classes; beside an
+    adapter it is written for that alone, to load the base model with.
 
     Full fine-tuning gives the model as safetensors. A run with an adapter gives the adapter, for
     `PeftModel.from_pretrained`, or with `merge_adapter` the whole model. Only merging reads the base model's weights;
@@ -56,15 +62,15 @@ def export_run(
         raise UserError(f"--output: {output} exists and is not an empty directory; give another one")
     chosen = find_best(run_dir, config.checkpoint.best_metric) if step == "best" else find_step(run_dir, step)
     weights = chosen.path / WEIGHTS_FILE
-    tokenizer_source = config.model.tokenizer or config.model.path
-    tokenizer = None if tokenizer_source is None else load_tokenizer(tokenizer_source)
-    model = _merged_model(config, weights) if merge_adapter else _mapped_model(config, weights)
+    tokenizer, processor = _tokenizer(config), _image_processor(config)
+    build = _merged_model if merge_adapter else _mapped_model
+    model = build(config, weights, None if tokenizer is None else tokenizer.pad_token_id)
     generation = _generation_config(model, config.model.path, tokenizer)
     temporary = output.with_name(f".{output.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write(model, tokenizer, generation, temporary)
+        _write(model, tokenizer or processor, generation, temporary)
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         temporary.rename(output)
@@ -80,15 +86,30 @@ def export_run(
     return output
 
 
-def _mapped_model(config: Config, weights: Path) -> PreTrainedModel | PeftModel:
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
+    source = config.model.tokenizer or config.model.path
+    return None if source is None or config.model.task == "image_classification" else load_tokenizer(source)
+
+
+def _image_processor(config: Config) -> BaseImageProcessor | None:
+    if config.model.task != "image_classification":
+        return None
+    path = config.model.path
+    return load_image_processor(path, read_model_config(path, None if path else config.model.from_config))
+
+
+def _mapped_model(config: Config, weights: Path, pad_token_id: int | None) -> PreTrainedModel | PeftModel:
     """The model as the run built it, on the meta device but for what the checkpoint holds."""
     settings = config.model
     # As in training, the config at `path` counts where there is one.
     base = read_model_config(settings.path, None if settings.path else settings.from_config)
+    describe_classes(base, task=settings.task, label_names=config.data.label_names)
     with torch.device("meta"):
         model: PreTrainedModel | PeftModel = build_model(
             base, task=settings.task, dtype=_weights_dtype(config), attention=settings.attention
         )
+        if settings.task == "sequence_classification":
+            set_padding(model, pad_token_id)
         if settings.adapter is not None:
             model = add_adapter(model, settings.adapter, task=settings.task)
     map_weights(weights, model)
@@ -99,7 +120,7 @@ def _mapped_model(config: Config, weights: Path) -> PreTrainedModel | PeftModel:
     return model
 
 
-def _merged_model(config: Config, weights: Path) -> PreTrainedModel:
+def _merged_model(config: Config, weights: Path, pad_token_id: int | None) -> PreTrainedModel:
     settings = config.model
     model = load_model(
         path=settings.path,
@@ -109,6 +130,8 @@ def _merged_model(config: Config, weights: Path) -> PreTrainedModel:
         attention=settings.attention,
         seed=config.run.seed,
         adapter=settings.adapter,
+        label_names=config.data.label_names,
+        pad_token_id=pad_token_id,
     )
     load_weights(weights, model)
     merged: PreTrainedModel = model.merge_and_unload()
@@ -155,16 +178,19 @@ def _generation_config(
 
 def _write(
     model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    processing: PreTrainedTokenizerBase | BaseImageProcessor | None,
     generation: GenerationConfig | None,
     directory: Path,
 ) -> None:
     if isinstance(model, PeftModel):
         # Embeddings that were trained are among `modules_to_save`; "auto" would ask the hub about the base model.
         model.save_pretrained(str(directory), save_embedding_layers=False)
+        base = model.get_base_model()
+        if base.config.problem_type is not None:
+            base.config.save_pretrained(directory)
     else:
         model.save_pretrained(directory)
     if generation is not None:
         generation.save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+    if processing is not None:
+        processing.save_pretrained(directory)

@@ -91,9 +91,18 @@ class Config(Section):
         return "labelled" if self.selection.strategy == "supervised" else 1.0
 
     @property
+    def mask_probability(self) -> float:
+        """`data.mask_probability` with BERT's 15 % in place of null."""
+        return 0.15 if self.data.mask_probability is None else self.data.mask_probability
+
+    @property
     def weights_dtype(self) -> str:
         """Name of the weights' torch dtype, which `optimizer.precision` implies."""
         return "bfloat16" if self.optimizer.precision == "pure_bf16" else "float32"
+
+    def with_label_names(self, names: list[str]) -> Config:
+        """The same run with `data.label_names` written out."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"label_names": names})})
 
     def with_max_steps(self, steps: int) -> Config:
         """The same run with `training.epochs` replaced by the steps that they are."""

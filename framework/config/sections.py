@@ -10,7 +10,7 @@ NonEmpty = Annotated[str, Field(min_length=1)]
 Paths = NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
-Format = Literal["messages", "sharegpt", "alpaca", "completion", "text"]
+Format = Literal["messages", "sharegpt", "alpaca", "completion", "text", "classification", "image_folder"]
 
 
 class Section(BaseModel):
@@ -64,14 +64,15 @@ class ModelConfig(Section):
     """A Hugging Face config as an object, with `model_type`. Alone: random initialisation. Together with `path`: the
     architecture, so that checking a run needs no weights, which come from `path` when training."""
 
-    task: Literal["causal_lm", "masked_lm", "sequence_classification"] = "causal_lm"
-    """The head on the model."""
+    task: Literal["causal_lm", "masked_lm", "sequence_classification", "image_classification"] = "causal_lm"
+    """The head on the model. The classifiers give one class to a text (or a pair of texts) or to an image."""
 
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the weights. Null: what `optimizer.precision` implies."""
 
     tokenizer: NonEmpty | None = None
-    """A local directory or a hub name. Null: `path`."""
+    """A local directory or a hub name. Null: `path`. Images need none: their processor comes from `path`, or resizes to
+    the model's `image_size` and normalises to -1 … 1 where there is no `path`."""
 
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention kernel: torch's scaled dot product attention, or plain matrix products."""
@@ -130,7 +131,7 @@ class DataConfig(Section):
 
     train: Sources
     """A file, a directory or a hub name, or a list of these, each also as an object with `path` and options. Paths are
-    relative to the current directory."""
+    relative to the current directory. Images: a directory with one sub-directory a class."""
 
     eval: Sources | None = None
     """The same for evaluation. Null: what `eval_fraction` holds out, if anything."""
@@ -141,13 +142,14 @@ class DataConfig(Section):
 
     format: Literal["auto", Format] = "auto"
     """Format of the records: `messages` (chat), `sharegpt`, `alpaca`, `completion` (prompt and completion), `text`;
-    "auto" recognises it by the keys of each file's first record."""
+    "auto" recognises it by the keys of each file's first record. Tasks other than causal_lm have one format each:
+    `text` for masked_lm, `classification` (text, perhaps text_pair, and label), `image_folder` (CLASS/image.png)."""
 
     train_on: Literal["assistant", "last_assistant"] = "assistant"
     """Which turns of a conversation carry labels: all of the assistant's, or its last one."""
 
-    sequence_length: Annotated[int, Field(ge=2)]
-    """Longest sequence, in tokens."""
+    sequence_length: Annotated[int, Field(ge=2)] | None = None
+    """Longest sequence, in tokens. Needed for all but images, whose number of tokens the model sets."""
 
     packing: bool = False
     """Put several documents into one sequence, with attention and positions kept apart."""
@@ -161,6 +163,17 @@ class DataConfig(Section):
 
     workers: CountOrZero = 2
     """Threads that make batches ahead of their use; results do not depend on it. 0: each is made when it is needed."""
+
+    label_names: Annotated[list[NonEmpty], Field(min_length=2)] | None = None
+    """Names of the classes, in the order of their numbers. Null: those of the model's config if it names any, else the
+    names found in `train`, sorted; a run's own config.json has them written out."""
+
+    mask_probability: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of a document's tokens that a masked LM has to find. Null: 0.15."""
+
+    augmentation: Literal["none", "crop_flip"] = "none"
+    """What training images go through first: nothing, or a random crop to 8-100 % of the area, with aspect ratio 3/4
+    to 4/3, and a mirroring of every second one."""
 
 
 class SelectionConfig(Section):

@@ -7,9 +7,10 @@
 | `alpaca` | `{"instruction": "…", "input": "…", "output": "…"}`, perhaps with `system` and `history` |
 | `completion` | `{"prompt": "…", "completion": "…"}`, both texts or both lists of messages |
 | `text` | `{"text": "…"}` |
+| `classification` | `{"text": "…", "label": …}`, perhaps with `"text_pair": "…"`; the label is a name or a number |
 
 Further keys of a record (identifiers, sources) are left alone. `auto` decides by the keys of a file's first record,
-so files of different formats can be mixed.
+so files of different formats can be mixed; `classification` is never recognised, the task asks for it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from framework.data.conversations import check_messages, check_texts, names
 from framework.data.dialects import check_alpaca, check_completion, check_sharegpt
+from framework.data.readers import type_name
 from framework.data.sources import Part
 from framework.errors import UserError
 
@@ -119,11 +121,26 @@ def _not_recognised(content: dict[str, Any]) -> str:
     )
 
 
+def _check_classification(content: dict[str, Any]) -> str | None:
+    problem = check_texts(content, ("text", "text_pair") if "text_pair" in content else ("text",))
+    if problem:
+        return problem
+    if "label" not in content:
+        return f"missing key `label` (found {names(content)})"
+    label = content["label"]
+    if isinstance(label, float):
+        return f"`label` must be a class, by its number or name, not {label}: regression is not supported"
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        return f"`label` must be a class, by its number or name, not {type_name(label)}"
+    return None
+
+
 VALIDATORS: dict[str, Callable[[dict[str, Any]], str | None]] = {
     "messages": check_messages,
     "sharegpt": check_sharegpt,
     "alpaca": check_alpaca,
     "completion": check_completion,
     "text": lambda content: check_texts(content, ("text",)),
+    "classification": _check_classification,
 }
 """For each format the check of one record: what is wrong with it, or `None`."""

@@ -14,6 +14,7 @@ from framework.data.mixture import mixture_order
 from framework.data.order import epoch_order, pack
 from framework.data.prefetch import ordered_map
 
+Collate = Callable[[Dataset, Sequence], Batch]
 Position = tuple[int, int]  # epoch, sequences of it that were drawn
 
 
@@ -36,14 +37,15 @@ class Loader:
         self,
         dataset: Dataset,
         *,
-        sequence_length: int,
+        sequence_length: int | None,
         packing: bool,
         global_batch_size: int,
         micro_batch_size: int,
         seed: int,
-        pad_token_id: int,
+        pad_token_id: int | None,
         workers: int = 0,
         pin_memory: bool = False,
+        collate: Collate | None = None,
     ) -> None:
         """Start at the first sequence of epoch 0.
 
@@ -57,6 +59,8 @@ class Loader:
             pad_token_id: What fills rows up.
             workers: Threads that make batches ahead; 0: each is made when it is asked for.
             pin_memory: Whether batches are page-locked, see `Batch.pinned`.
+            collate: What makes a batch of the data set and draw indices; by default language modelling's, to which
+                alone packing, `sequence_length` and `pad_token_id` matter.
 
         Raises:
             ValueError: `micro_batch_size` does not divide `global_batch_size`.
@@ -74,7 +78,8 @@ class Loader:
         self.seed = seed
         self.workers = workers
         self._lengths = dataset.lengths
-        self._collate = _collater(dataset, sequence_length, pad_token_id, packing=packing, pin_memory=pin_memory)
+        collate = collate or language_collate(sequence_length, pad_token_id, packing=packing)
+        self._collate = _collater(dataset, collate, pin_memory=pin_memory)
         self._sequences_of = (-1, [])  # an epoch and its sequences
         self._position: Position = (0, 0)
         self._batches: Generator[tuple[Batch, Position]] | None = None
@@ -175,13 +180,14 @@ class Loader:
 def evaluation_batches(
     dataset: Dataset,
     *,
-    sequence_length: int,
+    sequence_length: int | None,
     micro_batch_size: int,
-    pad_token_id: int,
+    pad_token_id: int | None,
     packing: bool = False,
     max_samples: int | None = None,
     workers: int = 0,
     pin_memory: bool = False,
+    collate: Collate | None = None,
 ) -> Iterator[Batch]:
     """Batches of the first `max_samples` samples, each once; the last batch may be smaller.
 
@@ -197,22 +203,24 @@ def evaluation_batches(
         max_samples: Samples to take; all by default.
         workers: Threads that make batches ahead; 0: each is made when it is asked for.
         pin_memory: Whether batches are page-locked, see `Batch.pinned`.
+        collate: As for `Loader`.
     """
     lengths = dataset.lengths[:max_samples]
     sequences: Sequence = pack(lengths, sequence_length) if packing else np.argsort(-lengths, kind="stable")
-    collate = _collater(dataset, sequence_length, pad_token_id, packing=packing, pin_memory=pin_memory)
+    collate = collate or language_collate(sequence_length, pad_token_id, packing=packing)
+    make = _collater(dataset, collate, pin_memory=pin_memory)
     batches = (sequences[start : start + micro_batch_size] for start in range(0, len(sequences), micro_batch_size))
-    return ordered_map(collate, batches, workers=workers, ahead=2 * workers)
+    return ordered_map(make, batches, workers=workers, ahead=2 * workers)
 
 
-def _collater(
-    dataset: Dataset, sequence_length: int, pad_token_id: int, *, packing: bool, pin_memory: bool
-) -> Callable[[Sequence], Batch]:
-    """The function that makes a batch of rows: of draw indices or, with packing, sequences of them."""
-    collate = partial(
-        collate_packed if packing else collate_padded,
-        dataset,
-        sequence_length=sequence_length,
-        pad_token_id=pad_token_id,
-    )
-    return (lambda rows: collate(rows).pinned()) if pin_memory else collate
+def language_collate(sequence_length: int, pad_token_id: int, *, packing: bool = False) -> Collate:
+    """What makes a language model's batch of a data set and rows: draw indices or, with packing, sequences of them."""
+    collate = collate_packed if packing else collate_padded
+    return partial(collate, sequence_length=sequence_length, pad_token_id=pad_token_id)
+
+
+def _collater(dataset: Dataset, collate: Collate, *, pin_memory: bool) -> Callable[[Sequence], Batch]:
+    """The function that makes a batch of rows."""
+    if pin_memory:
+        return lambda rows: collate(dataset, rows).pinned()
+    return partial(collate, dataset)

@@ -41,6 +41,7 @@ CONTENT_KEYS = (
     "prompt",
     "completion",
     "text",
+    "text_pair",
 )
 """Keys of a record that a sample is made from, in all formats."""
 

@@ -57,9 +57,12 @@ class DataReport:
             "over the sequence length": self.overlong,
         }
         dropped = ", ".join(f"{count} {reason}" for reason, count in notes.items() if count)
+        one_class_each = self.supervised_tokens == self.samples
+        labelled = "one class each" if one_class_each else f"{self.labelled_share:.1%} with a label"
+        measured = f", {self.tokens} tokens" if self.tokens else ""
+        longest = f", longest record {self.longest}" if self.longest else ""
         return (
-            f"{self.samples} samples of {self.records} records, {self.tokens} tokens, "
-            f"{self.labelled_share:.1%} with a label, longest record {self.longest}"
+            f"{self.samples} samples of {self.records} records{measured}, {labelled}{longest}"
             + (f"; dropped: {dropped}" if dropped else "")
             + (f"; truncated: {self.truncated}" if self.truncated else "")
             + (f"; on the other side of the split: {self.held_out}" if self.held_out else "")

@@ -13,10 +13,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from framework.errors import UserError
+from framework.models.head import CLASSIFICATION
 
 if TYPE_CHECKING:
     from framework.config import AdapterConfig
 
+# What PEFT's auto classes and its generation go by; images and masked tokens have no type of their own.
+_TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "sequence_classification": TaskType.SEQ_CLS}
 _LINEAR = (nn.Linear, Conv1D)
 _LAYERS_WITH_ADAPTER = (*_LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # `peft.utils.constants.EMBEDDING_LAYER_NAMES`: PEFT keeps weights tied only for layers that it knows by these names.
@@ -52,7 +55,7 @@ def add_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, task: str) ->
     keep_tied = any(_matches(name, module) for name in modules_to_save for module in tied)
     if keep_tied:
         modules_to_save = _named_for_tying(modules_to_save, tied)
-    if task == "sequence_classification":
+    if task in CLASSIFICATION:
         modules_to_save += [name for name in _head_names(model) if name not in modules_to_save]
     config = LoraConfig(
         r=adapter.rank,
@@ -60,7 +63,7 @@ def add_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, task: str) ->
         lora_dropout=adapter.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=modules_to_save or None,
-        task_type=_task_type(model, task),
+        task_type=_TASK_TYPES.get(task),
         ensure_weight_tying=keep_tied,
         # GPT-2's linear layers hold the transpose.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
@@ -74,13 +77,6 @@ def add_adapter(model: PreTrainedModel, adapter: AdapterConfig, *, task: str) ->
             return get_peft_model(model, config, autocast_adapter_dtype=model.dtype != torch.bfloat16)
     except ValueError as error:
         raise UserError(f"model.adapter: {error}") from error
-
-
-def _task_type(model: PreTrainedModel, task: str) -> TaskType | None:
-    """What PEFT's auto classes and its generation go by; images and masked tokens have no type of their own."""
-    if task == "causal_lm":
-        return TaskType.CAUSAL_LM
-    return TaskType.SEQ_CLS if task == "sequence_classification" and model.main_input_name == "input_ids" else None
 
 
 def _matches(name: str, module: str) -> bool:

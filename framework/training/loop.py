@@ -23,7 +23,7 @@ from framework.checkpoint import (
 )
 from framework.config import Config
 from framework.data import Batch, Dataset, Loader
-from framework.errors import RunError, UserError
+from framework.errors import RunError
 from framework.models import count_parameters
 from framework.sharding.protocol import Engine
 from framework.sharding.single import SingleEngine
@@ -38,13 +38,12 @@ from framework.training.plan import settings_plan
 from framework.training.progress import Reporter
 from framework.training.resuming import check_resumable, manifest_of
 from framework.training.run import TrainResult
+from framework.training.run_data import load_run_data
 from framework.training.run_directory import RunDirectory
 from framework.training.schedule import scheduled_rate
 from framework.training.setup import (
     configured_model,
     in_steps,
-    load_data,
-    make_loaders,
     report_epochs,
     seed_everything,
     use_deterministic_kernels,
@@ -60,21 +59,17 @@ def run_training(
     config: Config, *, resume: str, directory: RunDirectory, signals: StopSignals, reporter: Reporter
 ) -> TrainResult:
     """Do what `framework.train` promises, the end marker aside. See there for arguments and errors."""
-    if config.model.task != "causal_lm":
-        raise UserError(
-            f"model.task: {config.model.task!r} cannot be trained from data.format 'messages', 'completion' or 'text', "
-            "which are for 'causal_lm'; framework.enable_token_selection works on such a model in a loop of your own"
-        )
     if config.training.deterministic:
         use_deterministic_kernels()
 
-    train_data, eval_data, pad_token_id = load_data(config, reporter)
-    loader, evaluation_batches = make_loaders(config, train_data, pad_token_id)
+    data = load_run_data(config, reporter.line)
+    config, train_data, eval_data = data.config, data.train, data.eval
+    loader, evaluation_batches = data.loaders()
     if config.training.epochs is not None:
         config = in_steps(config, loader, reporter)
 
     # The order of the transforms: adapters, then selection and retention, then the engine.
-    model = configured_model(config)
+    model = configured_model(config, data.pad_token_id)
     objective = Objective(model, config)
     engine = SingleEngine(config.optimizer.precision, loss_scale=config.optimizer.loss_scale)
     engine.prepare(model, optimizer_factory(config, reporter.line))
@@ -95,7 +90,9 @@ def run_training(
     report_epochs(config, loader, reporter)
 
     signals.defer()
-    warm_up(engine, objective, next(evaluation_batches(train_data)))
+    longest = next(evaluation_batches(train_data))
+    objective.check(engine.model, longest)
+    warm_up(engine, objective, longest)
     with (
         closing(loader),
         MetricsFile(directory.metrics) as metrics,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from torch import nn
 
 from framework.config import Config, data_sources
-from framework.data import load_tokenizer, shares_of, show_samples, source_lines
-from framework.models import check_compatibility, read_architecture
+from framework.data import load_tokenizer, shares_of, show_images, show_samples
+from framework.data.images import load_image_processor, processed_shape
+from framework.data.masking import Masking
+from framework.models import Architecture, check_compatibility, read_architecture
+from framework.models.configuration import read_model_config
 from framework.sharding.precision import PRECISIONS
 from framework.training.objective import draw_selection
 from framework.training.parameter_groups import describe_groups, parameter_groups
 from framework.training.plan import fidelity_class, state_bytes
 from framework.training.progress import format_bytes
-from framework.training.setup import load_datasets, make_loaders, tokenizer_source
+from framework.training.run_data import load_run_data, tokenizer_source
+
+POOLED_TOKENS = {"first": "the first token", "last": "the last token", "mean": "the mean of all tokens"}
 
 
 def dry_run(config: Config) -> str:
@@ -26,24 +32,12 @@ def dry_run(config: Config) -> str:
     Raises:
         UserError: the run would be refused.
     """
-    model = config.model
     groups: list[str] = []
 
     def examine(built: nn.Module) -> None:
         groups.extend(describe_groups(parameter_groups(built, config.optimizer), config.optimizer.learning_rate))
 
-    architecture = read_architecture(
-        path=model.path,
-        from_config=model.from_config,
-        task=model.task,
-        attention=model.attention,
-        adapter=model.adapter,
-        examine=examine,
-    )
-    source = tokenizer_source(config)
-    tokenizer = load_tokenizer(source) if Path(source).expanduser().is_dir() else None
-    check_compatibility(architecture, tokenizer, config.data.sequence_length)
-
+    architecture, missing = _checked_architecture(config, examine)
     training, trainable = config.training, architecture.trainable_parameters
     states = state_bytes(config.optimizer.precision, architecture.parameters, trainable)
     held = sum(states.values())
@@ -52,7 +46,8 @@ def dry_run(config: Config) -> str:
         f"parameters     {architecture.parameters:,}, of which {trainable:,} are trained "
         f"({trainable / architecture.parameters:.2%})",
         f"batch          {training.global_batch_size} sequences a step = {training.micro_batch_size} (micro-batch) x "
-        f"{config.gradient_accumulation} (accumulation) x 1 (rank), of up to {config.data.sequence_length} tokens",
+        f"{config.gradient_accumulation} (accumulation) x 1 (rank), of {_length(config, architecture)}",
+        *_task_lines(config, architecture),
         f"steps          {training.max_steps or f'{training.epochs:g} epochs; data.train says how many steps'}",
         f"selection      {config.selection.strategy}, ratio {config.resolved_ratio}: {fidelity_class(config)}",
         f"retention      {config.retention.policy}"
@@ -68,7 +63,6 @@ def dry_run(config: Config) -> str:
     if mixed:
         shares = zip(shares_of([each.weight for each in mixed]), mixed, strict=True)
         lines.append(f"mixture        {', '.join(f'{share:.1%} {each.path}' for share, each in shares)}")
-    missing = [] if tokenizer else [f"tokenizer {source}"]
     sources = (*data_sources(config.data.train), *data_sources(config.data.eval))
     missing += [source.path for source in sources if not Path(source.path).expanduser().exists()]
     if missing:
@@ -85,20 +79,84 @@ def inspect_data(config: Config, count: int, console: Console | None = None) -> 
         console: where to; standard output by default.
 
     Raises:
-        UserError: see `load_datasets`.
+        UserError: see `load_run_data`.
     """
-    tokenizer = load_tokenizer(tokenizer_source(config))
-    data, _ = load_datasets(config, tokenizer)
     console = console or Console()
-    for line in (data.report.summary(), *source_lines(data)):
-        console.print(f"data.train: {line}", markup=False, highlight=False)
-    for name, format in data.report.formats.items():
+
+    def report(line: str) -> None:
+        # What is shown are samples of the training set.
+        if not line.startswith("data.eval"):
+            console.print(line, markup=False, highlight=False)
+
+    data = load_run_data(config, report)
+    loader, _ = data.loaders()
+    for name, format in data.train.report.formats.items():
         console.print(f"  {name}: {format}", markup=False, highlight=False)
-    loader, _ = make_loaders(config, data, tokenizer.pad_token_id)
     while count > 0:
         for batch in loader.next_window():
             documents = len(batch.documents[batch.documents >= 0].unique())
-            show_samples(batch, tokenizer, draw_selection(config, batch), console=console, count=min(count, documents))
+            selection, shown = draw_selection(config, batch), min(count, documents)
+            if data.tokenizer is None:
+                show_images(batch, data.train, data.config.data.label_names, selection, console=console, count=shown)
+            else:
+                show_samples(
+                    batch,
+                    data.tokenizer,
+                    selection,
+                    console=console,
+                    count=shown,
+                    label_names=data.config.data.label_names,
+                )
             count -= documents
             if count <= 0:
                 break
+
+
+def _checked_architecture(config: Config, examine: Callable[[nn.Module], None]) -> tuple[Architecture, list[str]]:
+    """The architecture, found to go with the tokenizer or image processor, and which of these is not here."""
+    model, data = config.model, config.data
+    pixels, tokenizer, missing = None, None, []
+    if model.task == "image_classification":
+        if model.path is None or Path(model.path).expanduser().is_dir():
+            described = read_model_config(model.path, None if model.path else model.from_config)
+            pixels = processed_shape(load_image_processor(model.path, described))
+        else:
+            missing.append(f"image processor of {model.path}")
+    else:
+        source = tokenizer_source(config)
+        if Path(source).expanduser().is_dir():
+            tokenizer = load_tokenizer(source)
+        else:
+            missing.append(f"tokenizer {source}")
+    architecture = read_architecture(
+        path=model.path,
+        from_config=model.from_config,
+        task=model.task,
+        attention=model.attention,
+        adapter=model.adapter,
+        label_names=data.label_names,
+        pixels=pixels,
+        examine=examine,
+    )
+    if data.sequence_length is not None:
+        check_compatibility(architecture, tokenizer, data.sequence_length)
+    if model.task == "masked_lm" and tokenizer is not None:
+        Masking.of_tokenizer(tokenizer, probability=config.mask_probability, seed=config.run.seed)
+    return architecture, missing
+
+
+def _length(config: Config, architecture: Architecture) -> str:
+    if config.model.task != "image_classification":
+        return f"up to {config.data.sequence_length} tokens"
+    return f"{architecture.image_tokens} tokens" if architecture.image_tokens else "as many tokens as the model makes"
+
+
+def _task_lines(config: Config, architecture: Architecture) -> list[str]:
+    """What is particular to the task."""
+    if config.model.task == "masked_lm":
+        return [f"task           masked_lm, {config.mask_probability:.0%} of the tokens to be found"]
+    if architecture.pooling is None:
+        return []
+    names = config.data.label_names
+    classes = f"{len(names)} classes" if names else "classes as in the model's config or data.train, not read"
+    return [f"task           {config.model.task}, {classes}, head on {POOLED_TOKENS[architecture.pooling]}"]

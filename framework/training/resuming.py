@@ -22,6 +22,7 @@ BINDING = (
     "model.quantization",
     "data.sequence_length",
     "data.packing",
+    "data.label_names",
     "optimizer.name",
     "optimizer.precision",
 )

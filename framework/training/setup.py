@@ -1,4 +1,4 @@
-"""What is set up before the first step, apart from model and engine: data, determinism, the longest batch."""
+"""What is set up before the first step: loaders, the model, determinism, the longest batch."""
 
 from __future__ import annotations
 
@@ -7,105 +7,38 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from framework.checkpoint import capture_random_state, restore_random_state
-from framework.config import Config, SourceConfig, data_sources
-from framework.data import (
-    Batch,
-    Dataset,
-    Loader,
-    TokenCache,
-    TokenizedDataset,
-    default_cache_directory,
-    epochs_line,
-    evaluation_batches,
-    hold_out,
-    load_dataset,
-    load_sources,
-    load_tokenizer,
-    source_lines,
-)
-from framework.errors import UserError
-from framework.models import check_compatibility, load_model, read_architecture
+from framework.config import Config
+from framework.data import Batch, Collate, Dataset, Loader, epochs_line, evaluation_batches
+from framework.models import load_model
 from framework.sharding.protocol import Engine
 from framework.training.objective import Objective
 from framework.training.progress import Reporter
 
 
-def load_data(config: Config, reporter: Reporter) -> tuple[Dataset, Dataset | None, int]:
-    """The training set, the evaluation set and the padding token; what became of the records is reported.
-
-    Raises:
-        UserError: see `load_datasets` and `load_tokenizer`; or the model and the tokenizer do not go together.
-    """
-    tokenizer = load_tokenizer(tokenizer_source(config))
-    model = config.model
-    architecture = read_architecture(
-        path=model.path, from_config=model.from_config, task=model.task, attention=model.attention
-    )
-    check_compatibility(architecture, tokenizer, config.data.sequence_length)
-    train_data, eval_data = load_datasets(config, tokenizer)
-    for line in (train_data.report.summary(), *source_lines(train_data)):
-        reporter.line(f"data.train: {line}")
-    if eval_data is not None:
-        reporter.line(f"data.eval: {eval_data.report.summary()}")
-    return train_data, eval_data, tokenizer.pad_token_id
-
-
-def load_datasets(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Dataset, Dataset | None]:
-    """The training set and the evaluation set that a config describes; the latter is None if there is none.
-
-    Raises:
-        UserError: see `load_dataset` and `hold_out`.
-    """
-    cache_dir = config.data.cache_dir
-    cache = None
-    if cache_dir is not None:
-        directory = default_cache_directory() if cache_dir == "auto" else Path(cache_dir).expanduser()
-        cache = TokenCache(directory, tokenizer)
-
-    def load(source: SourceConfig, option: str) -> TokenizedDataset:
-        return load_dataset(
-            source,
-            tokenizer=tokenizer,
-            sequence_length=config.data.sequence_length,
-            format=config.data.format,
-            overlong=config.data.overlong,
-            train_on=config.data.train_on,
-            option=option,
-            cache=cache,
-        )
-
-    train_data = load_sources(data_sources(config.data.train), partial(load, option="data.train"))
-    if config.data.eval_fraction is not None:
-        return hold_out(train_data, config.data.eval_fraction)
-    if config.data.eval is None:
-        return train_data, None
-    return train_data, load_sources(data_sources(config.data.eval), partial(load, option="data.eval"))
-
-
-def tokenizer_source(config: Config) -> str:
-    """Directory or hub name of the tokenizer.
-
-    Raises:
-        UserError: the config names none.
-    """
-    source = config.model.tokenizer or config.model.path
-    if source is None:
-        raise UserError("model.tokenizer: missing, and there is no model.path to take it from")
-    return source
-
-
 def make_loaders(
-    config: Config, train_data: Dataset, pad_token_id: int
+    config: Config,
+    train_data: Dataset,
+    pad_token_id: int | None,
+    *,
+    collate: Collate | None = None,
+    evaluation_collate: Collate | None = None,
 ) -> tuple[Loader, Callable[..., Iterator[Batch]]]:
-    """The training loader, and `evaluation_batches` with the config's options, a data set still to be given."""
+    """The training loader, and `evaluation_batches` with the config's options, a data set still to be given.
+
+    Args:
+        config: Of the run.
+        train_data: The training set.
+        pad_token_id: What fills rows up; None for images.
+        collate: Makes training batches; a causal language model's by default.
+        evaluation_collate: Makes evaluation batches; a causal language model's by default.
+    """
     options = {
         "sequence_length": config.data.sequence_length,
         "packing": config.data.packing,
@@ -114,8 +47,14 @@ def make_loaders(
         "workers": config.data.workers,
         "pin_memory": torch.cuda.is_available(),
     }
-    loader = Loader(train_data, global_batch_size=config.training.global_batch_size, seed=config.run.seed, **options)
-    return loader, partial(evaluation_batches, **options)
+    loader = Loader(
+        train_data,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.run.seed,
+        collate=collate,
+        **options,
+    )
+    return loader, partial(evaluation_batches, collate=evaluation_collate, **options)
 
 
 def report_epochs(config: Config, loader: Loader, reporter: Reporter) -> None:
@@ -137,8 +76,16 @@ def in_steps(config: Config, loader: Loader, reporter: Reporter) -> Config:
     return config.with_max_steps(steps)
 
 
-def configured_model(config: Config) -> PreTrainedModel | PeftModel:
-    """The model that a config describes, with its adapter, on the CPU. Raises as `framework.models.load_model` does."""
+def configured_model(config: Config, pad_token_id: int | None = None) -> PreTrainedModel | PeftModel:
+    """The model that a config describes, with its adapter, on the CPU.
+
+    Args:
+        config: Of the run, a classifier's with `data.label_names`.
+        pad_token_id: The tokenizer's, without which a text classifier takes no more than one text at a time.
+
+    Raises:
+        UserError: See `framework.models.load_model`.
+    """
     return load_model(
         path=config.model.path,
         from_config=config.model.from_config,
@@ -147,6 +94,8 @@ def configured_model(config: Config) -> PreTrainedModel | PeftModel:
         attention=config.model.attention,
         seed=config.run.seed,
         adapter=config.model.adapter,
+        label_names=config.data.label_names,
+        pad_token_id=pad_token_id,
     )
 
 

@@ -82,6 +82,76 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
             'data.train_on: "last_assistant" has no effect on the format text: leave it out',
         ),
         (
+            ["model.task=masked_lm", "data.format=completion"],
+            'data.format: the format "completion" is not for model.task "masked_lm", whose format is "text"',
+        ),
+        (
+            ["data.format=image_folder"],
+            'data.format: the format "image_folder" needs model.task "image_classification", which is "causal_lm"',
+        ),
+        (
+            ["model.task=masked_lm", 'data.train=["a.jsonl", {"path": "b.jsonl", "format": "messages"}]'],
+            'data.train: the format "messages" is not for model.task "masked_lm", whose format is "text"',
+        ),
+        (
+            [
+                "model.task=image_classification",
+                "data.sequence_length=null",
+                'data.train=[{"path": "images", "split": "train"}]',
+            ],
+            "data.train: subset, split and revision have no effect on directories of images: leave them out",
+        ),
+        (
+            ["model.task=masked_lm", "data.train_on=last_assistant"],
+            'data.train_on: needs model.task "causal_lm", which is "masked_lm"',
+        ),
+        (
+            ["model.task=sequence_classification", "data.cache_dir=some/where"],
+            'data.cache_dir: has no effect with model.task "sequence_classification", whose tokens are in memory: '
+            "leave it out",
+        ),
+        (
+            ["data.sequence_length=null"],
+            "data.sequence_length: missing, expected an integer of at least 2",
+        ),
+        (
+            ["model.task=masked_lm", "data.packing=true"],
+            'data.packing: needs model.task "causal_lm", which is "masked_lm": one sample a row here',
+        ),
+        (
+            ["model.task=image_classification", "data.sequence_length=null", "model.tokenizer=some/tokenizer"],
+            "model.tokenizer: has no effect on images: leave it out",
+        ),
+        (
+            ["model.task=image_classification", "data.sequence_length=null", "data.overlong=truncate"],
+            "data.overlong: has no effect on images: leave it out",
+        ),
+        (
+            ['data.label_names=["no", "yes"]'],
+            'data.label_names: has no effect with model.task "causal_lm": it is for sequence_classification and '
+            "image_classification",
+        ),
+        (
+            ["model.task=sequence_classification", 'data.label_names=["no", "yes", "no"]'],
+            "data.label_names: repeats no",
+        ),
+        (["data.mask_probability=0.2"], 'data.mask_probability: needs model.task "masked_lm", which is "causal_lm"'),
+        (
+            ["data.augmentation=crop_flip"],
+            'data.augmentation: needs model.task "image_classification", which is "causal_lm"',
+        ),
+        (
+            [
+                "model.task=sequence_classification",
+                "selection.strategy=uniform",
+                "selection.ratio=0.5",
+                "retention.policy=selective",
+                "selection.normalization=selected",
+            ],
+            'selection.normalization: "selected" has no effect with model.task "sequence_classification": the pooled '
+            "token, which alone carries a label, is always selected",
+        ),
+        (
             ["sharding.offload_optimizer=true"],
             'sharding.offload_optimizer: sharding.engine "single" cannot offload: set it to false',
         ),
@@ -173,6 +243,18 @@ def test_train_on_needs_one_source_of_conversations(small: Path) -> None:
         assert config.data.train_on == "last_assistant"
     evaluated = ['data.train=[{"path": "a", "format": "text"}]', 'data.eval=[{"path": "b", "format": "alpaca"}]']
     load_config(small, ["data.train_on=last_assistant", *evaluated])
+
+
+def test_images_have_no_sequence_length(small: Path, problems: Problems) -> None:
+    (problem,) = problems(small, "model.task=image_classification")
+    assert problem.endswith("has no effect on images, whose number of tokens the model sets: leave it out")
+    config = load_config(small, ["model.task=image_classification", "data.sequence_length=null"])
+    assert config.data.sequence_length is None
+
+
+def test_a_masked_lm_hides_fifteen_percent_unless_told(small: Path) -> None:
+    assert load_config(small, ["model.task=masked_lm"]).mask_probability == 0.15
+    assert load_config(small, ["model.task=masked_lm", "data.mask_probability=0.4"]).mask_probability == 0.4
 
 
 @pytest.mark.parametrize(
