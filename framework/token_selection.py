@@ -20,8 +20,17 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from framework.foreign_trainers import FUSED_HEAD, refuse_foreign_arguments, refuse_foreign_forward
+from framework.models.head import pooling_of
 from framework.retention import SelectiveRetention, head_rows
-from framework.selection import IGNORED, Selection, check_options, documents_of, select, supervised_positions
+from framework.selection import (
+    IGNORED,
+    Selection,
+    check_options,
+    documents_of,
+    pooled_positions,
+    select,
+    supervised_positions,
+)
 from framework.training.loss import LossKind, loss_kind, rows_loss, selected_supervised_rows, unwrapped
 
 _ATTRIBUTE = "_token_selection"
@@ -121,18 +130,32 @@ class TokenSelection:
         return (loss, *output) if is_tuple else type(output)(**{"loss": loss, **output})
 
     def _pooled(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
-        """The model's own loss of its pooled token, which is always selected."""
+        """The model's own loss of its pooled token, which is always selected.
+
+        With one class a sample, in float32 or better and divided by `num_items_in_batch` if that is given.
+        """
+        labels, count = inputs["labels"], inputs.pop("num_items_in_batch", None)
 
         def draw(hidden: Tensor) -> Selection:
-            pooled = _pooled_positions(model, inputs, hidden)
-            selection = self._selection(pooled, inputs, hidden)
-            mask = selection.mask(hidden.shape[1]) | pooled
-            probability = torch.ones(mask.shape, device=mask.device)
-            probability.scatter_(1, selection.positions, selection.probability.to(mask.device))
-            return Selection.of_mask(mask, probability.masked_fill(pooled, 1.0))
+            shape = (hidden.shape[0], hidden.shape[1])
+            pooling, padding = pooling_of(model), getattr(model.config.get_text_config(), "pad_token_id", None)
+            pooled = pooled_positions(pooling, shape, inputs.get("input_ids"), padding).to(hidden.device)
+            read = torch.ones_like(pooled) if pooling == "mean" else pooled
+            return self._selection(read, inputs, hidden).to(hidden.device).including(pooled)
 
+        one_class = labels.dim() == 1 and not labels.is_floating_point() and model.config.num_labels > 1
+        if one_class:
+            del inputs["labels"]
+        elif count is not None:
+            raise ValueError("num_items_in_batch: a mean over several micro-batches needs one class a sample as labels")
         with self._running(draw):
-            return self.plain_forward(**inputs)
+            output = self.plain_forward(**inputs)
+        if not one_class:
+            return output
+        is_tuple = isinstance(output, tuple)
+        loss = rows_loss(output[0] if is_tuple else output.logits, labels)
+        loss = loss / ((labels != IGNORED).sum().clamp(min=1) if count is None else count)
+        return (loss, *output) if is_tuple else type(output)(**{"loss": loss, **output})
 
     def _fused_head(self, inputs: dict[str, Any]) -> Any:
         """A head that forms no logits and gives losses per token (TRL's): it sees the selected labels only."""
@@ -182,23 +205,6 @@ class TokenSelection:
             self.retention.end()
 
 
-def _pooled_positions(model: PreTrainedModel, inputs: dict[str, Any], hidden: Tensor) -> Tensor:
-    """Bool `[batch, tokens]`: the token that a classifier pools.
-
-    Decoders pool the last token that is not padding (transformers' `GenericForSequenceClassification`), encoders the
-    first.
-    """
-    batch, tokens = hidden.shape[:2]
-    last = torch.zeros(batch, dtype=torch.int64, device=hidden.device)
-    ids, padding = inputs.get("input_ids"), getattr(model.config, "pad_token_id", None)
-    if hasattr(model, "score"):
-        last += tokens - 1
-        if ids is not None and padding is not None:
-            order = torch.arange(tokens, device=hidden.device)
-            last = (order * (ids != padding)).argmax(-1)
-    return functional.one_hot(last, tokens).bool()
-
-
 def enable_token_selection(
     model: nn.Module,
     strategy: str = "supervised",
@@ -215,7 +221,8 @@ def enable_token_selection(
     supervised tokens divided by the batch's supervised tokens (or by `num_items_in_batch`), `logits` are those of the
     selected supervised tokens, `[1, rows, vocabulary]`, and `loss.backward()` sends gradient through selected tokens
     only. In eval mode and under `no_grad` the model behaves as before. Classifiers with one label a sequence keep
-    their own loss, and their pooled token is always selected. Position in the order of transforms: after adapters,
+    their own loss, and the token that they pool is always selected; where they pool by a mean, `supervised` selects
+    all that enter it, which is all. Position in the order of transforms: after adapters,
     before sharding.
 
     Args:

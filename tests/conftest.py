@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 # Tests run side by side; one thread each is faster than many that wait for each other.
@@ -42,6 +43,15 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep token caches out of the home directory, those of commands too."""
+    path = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(path))
+        yield path
+
+
 @pytest.fixture
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer of single characters with a chat template that marks assistant turns; free to be changed."""
@@ -53,4 +63,33 @@ def tiny_tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the tiny tokenizer, as `load_tokenizer` and `AutoTokenizer` take it."""
     path = tmp_path_factory.mktemp("tiny-tokenizer")
     make_tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def make_encoder_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character (106 in all) with BERT's special tokens around a text and between two."""
+    special = ["<pad>", "<cls>", "<sep>", "<mask>", "<unk>", "<spare>"]
+    vocabulary = [*special, *string.printable]
+    model = models.WordLevel({token: index for index, token in enumerate(vocabulary)}, unk_token="<unk>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<cls> $A <sep>", pair="<cls> $A <sep> $B:1 <sep>:1", special_tokens=[("<cls>", 1), ("<sep>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        cls_token="<cls>",
+        sep_token="<sep>",
+        mask_token="<mask>",
+        unk_token="<unk>",
+    )
+
+
+@pytest.fixture(scope="session")
+def encoder_tokenizer_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a tokenizer of single characters as encoders have them."""
+    path = tmp_path_factory.mktemp("encoder-tokenizer")
+    make_encoder_tokenizer().save_pretrained(path)
     return path

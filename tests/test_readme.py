@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from framework.config import ConfigError, load_config
+from framework.config import ConfigError, SourceConfig, data_sources, load_config
+from framework.config.sections import Format
+from framework.data.formats import VALIDATORS, recognise
+from framework.data.labels import LABELLERS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -31,6 +36,27 @@ def test_first_job_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(ConfigError) as caught:
         load_config("first.json", ["training.micro_batch_size=5"])
     assert f"error: {caught.value}\n" == shown
+
+
+def test_formats_are_those_that_are_read(tmp_path: Path) -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `(\{.*?\})` \|", README, flags=re.MULTILINE)
+    assert set(LABELLERS) <= {name for name, _ in rows} <= set(get_args(Format))
+    for name, record in rows:
+        assert VALIDATORS[name](json.loads(record)) is None
+        assert recognise(json.loads(record)) == name or name not in LABELLERS
+
+
+def test_sources_as_objects_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (job,) = blocks("json")
+    settings = json.loads(job)
+    settings["data"] |= json.loads(
+        "{" + ",".join(next(b for b in blocks("text") if b.startswith('"train"')).splitlines()) + "}"
+    )
+    Path("job.json").write_text(json.dumps(settings))
+    data = load_config("job.json").data
+    assert [source.split for source in data_sources(data.train)] == [None, "train[:5%]"]
+    assert data_sources(data.eval) == (SourceConfig(path="data/mixed", split="test", format="alpaca"),)
 
 
 def test_python_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

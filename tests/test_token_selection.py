@@ -219,7 +219,7 @@ def test_exact_and_chunked_evaluation_losses_equal_the_plain_model(family):
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, want[name], rtol=1e-5, atol=1e-7)
     for chunk in (1, 3, 1000):
-        total, tokens = evaluation_loss(model.eval(), inputs, chunk_tokens=chunk)
+        total, tokens, _ = evaluation_loss(model.eval(), inputs, chunk_tokens=chunk)
         assert tokens == count
         torch.testing.assert_close(total.double() / count, plain.loss.double(), rtol=1e-5, atol=0)
 
@@ -229,7 +229,7 @@ def test_evaluation_with_selection_enabled_and_adapter():
     inputs = families.sample_inputs(model.get_base_model())
     want = model(**inputs).loss
     framework.enable_token_selection(model)
-    total, tokens = evaluation_loss(model.eval(), inputs)
+    total, tokens, _ = evaluation_loss(model.eval(), inputs)
     torch.testing.assert_close(total.double() / tokens, want.double(), rtol=1e-5, atol=0)
 
 
@@ -244,6 +244,48 @@ def test_sequence_classifier_selects_its_pooled_token():
     touched = gradients(model)["model.embed_tokens.weight"].norm(dim=1).nonzero()[:, 0].tolist()
     last = [int(inputs["input_ids"][0, 23]), int(inputs["input_ids"][1, 18])]
     assert sorted(set(last)) == touched
+
+
+def class_loss(model, inputs):
+    logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+    return functional.cross_entropy(logits, inputs["labels"])
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "vit"])
+def test_a_classifiers_loss_is_over_the_items_of_all_micro_batches(family):
+    """Stock BERT takes num_items_in_batch and does not look at it."""
+    task = "image_classification" if family == "vit" else "sequence_classification"
+    model = families.build(family, task=task, num_labels=3)
+    inputs = families.sample_inputs(model)
+    want = class_loss(model, inputs)
+    framework.enable_token_selection(model)
+    torch.testing.assert_close(model(**inputs).loss, want)
+    torch.testing.assert_close(model(**inputs, num_items_in_batch=5).loss, want * 2 / 5)
+    torch.testing.assert_close(model(**inputs, num_items_in_batch=torch.tensor(5)).loss, want * 2 / 5)
+    torch.testing.assert_close(model(**inputs, return_dict=False)[0], want)
+
+
+def test_problems_of_other_kinds_keep_the_models_own_loss():
+    model = families.build("bert", task="sequence_classification", num_labels=3, problem_type="regression")
+    inputs = families.sample_inputs(model) | {"labels": torch.randn(2, 3, dtype=torch.float64)}
+    want = model(**inputs).loss
+    framework.enable_token_selection(model)
+    torch.testing.assert_close(model(**inputs).loss, want)
+    with pytest.raises(ValueError, match="num_items_in_batch: a mean over several micro-batches needs one class"):
+        model(**inputs, num_items_in_batch=5)
+
+
+@pytest.mark.parametrize(("strategy", "ratio", "share"), [("supervised", "labelled", 1.0), ("uniform", 0.25, 0.3)])
+def test_a_head_that_averages_makes_every_token_supervised(strategy, ratio, share):
+    model = families.build("modernbert", task="sequence_classification", classifier_pooling="mean")
+    inputs = families.sample_inputs(model, padding=0)
+    class_loss(model, inputs).backward()
+    exact = gradients(model)["model.embeddings.tok_embeddings.weight"].norm(dim=1).nonzero()[:, 0].tolist()
+    framework.enable_token_selection(model, strategy=strategy, ratio=ratio)
+    model(**inputs).loss.backward()
+    touched = gradients(model)["model.embeddings.tok_embeddings.weight"].norm(dim=1).nonzero()[:, 0].tolist()
+    assert set(touched) <= set(exact)
+    assert len(touched) == len(exact) if share == 1 else 0 < len(touched) <= 2 * (share * 24)
 
 
 def test_refusals(model, inputs):

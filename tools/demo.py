@@ -39,8 +39,7 @@ def compare() -> bool:
     from framework.models import configured_model
     from framework.training.metrics import evaluated_at
     from framework.training.objective import draw_selection
-    from framework.training.progress import Reporter
-    from framework.training.setup import load_data, make_loaders
+    from framework.training.run_data import load_run_data
 
     config = load_config(CONFIG)
     directory = Path(config.run.output_dir)
@@ -50,14 +49,14 @@ def compare() -> bool:
         print(f"the run was stopped after step {checkpoint.step}; make demo goes on from there")
         return True
 
-    train, evaluation, pad_token_id = load_data(config, Reporter(Console(quiet=True)))
-    model = configured_model(config)
-    bigram = bigram_loss(train, evaluation, model.config.vocab_size)
+    data = load_run_data(config, lambda line: None)
+    model = configured_model(config, data.tokenizer)
+    bigram = bigram_loss(data.train, data.eval, model.config.vocab_size)
     print(f"\nevaluation loss {loss:.3f} nats a token; smoothed bigram model of the same tokens {bigram:.3f}")
 
     load_weights(checkpoint.path / WEIGHTS_FILE, model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loader, _ = make_loaders(config, train, pad_token_id)
+    loader, _ = data.loaders()
     batch = loader.next_window()[0]
     selection = draw_selection(config, batch)
     share = selection.selected_tokens / batch.tokens

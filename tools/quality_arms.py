@@ -163,7 +163,7 @@ def evaluate(model: nn.Module, data: TokenizedDataset, sizes: Sizes) -> float:
         data, sequence_length=sizes.sequence, micro_batch_size=32, pad_token_id=sizes.pad_token_id
     )
     for batch in batches:
-        loss, tokens = evaluation_loss(model, batch.inputs)
+        loss, tokens, _ = evaluation_loss(model, batch.inputs)
         total += float(loss)
         count += tokens
     model.train()

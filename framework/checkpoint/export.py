@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from framework.checkpoint.disk import free_bytes, is_disk_full, readable_bytes, sync
 from framework.checkpoint.finding import find_best, find_step
@@ -17,9 +19,14 @@ from framework.checkpoint.weights import WEIGHTS_FILE, load_weights, map_weights
 from framework.config import Config, load_config
 from framework.errors import RunError, UserError
 from framework.hub import HubOptions, local_directory, source_name
-from framework.models import configured_empty_model, configured_model, configured_tokenizer
+from framework.models import (
+    configured_empty_model,
+    configured_image_processor,
+    configured_model,
+    configured_tokenizer,
+)
 from framework.models.adapters import changes_base_weights, starts_from_base_weights
-from framework.models.configured import hub_options
+from framework.models.configured import base_config, hub_options
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +35,9 @@ def export_run(
     run_dir: Path, *, step: int | Literal["best"] | None = None, output: Path, merge_adapter: bool = False
 ) -> Path:
     """Write a checkpoint of a run as a Hugging Face directory, with tokenizer, chat template and generation config.
+
+    Models of images come with their image processor instead. A classifier's config.json names its classes; beside an
+    adapter it is written for that alone, to load the base model with.
 
     Full fine-tuning gives the model as safetensors. A run with an adapter gives the adapter, for
     `PeftModel.from_pretrained`, or with `merge_adapter` the whole model. Only merging, and the few methods that start
@@ -59,23 +69,26 @@ def export_run(
     chosen = find_best(run_dir, config.checkpoint.best_metric) if step == "best" else find_step(run_dir, step)
     weights = chosen.path / WEIGHTS_FILE
     settings = config.model
-    tokenizer = configured_tokenizer(config) if settings.tokenizer or settings.path else None
+    images = settings.task == "image_classification"
+    tokenizer = configured_tokenizer(config) if not images and (settings.tokenizer or settings.path) else None
+    processing = configured_image_processor(config) if images else tokenizer
     model: PreTrainedModel | PeftModel
     if merge_adapter:
-        model = _merged_model(config, weights)
+        model = _merged_model(config, weights, tokenizer)
     elif settings.adapter is not None and starts_from_base_weights(settings.adapter):
-        model = _loaded_model(config, weights)
+        model = _loaded_model(config, weights, tokenizer)
     else:
         model = _mapped_model(config, weights, tokenizer)
     if isinstance(model, PeftModel):
         _name_base(model, settings.path, settings.revision)
+    start = _start_of(config, tokenizer) if isinstance(model, PeftModel) else None
     generation = _generation_config(model, settings.path, hub_options(settings), tokenizer)
-    start = _start_of(config) if isinstance(model, PeftModel) else None
+    companions = (_classifier_config(model, config), generation, processing)
     temporary = output.with_name(f".{output.name}.tmp")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write(model, tokenizer, generation, temporary, start)
+        _write(model, start, companions, temporary)
         for path in [*temporary.rglob("*"), temporary]:
             sync(path)
         temporary.rename(output)
@@ -102,20 +115,22 @@ def _mapped_model(
     return model
 
 
-def _loaded_model(config: Config, weights: Path) -> PreTrainedModel | PeftModel:
+def _loaded_model(
+    config: Config, weights: Path, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedModel | PeftModel:
     """The model of the checkpoint, with all of its weights."""
-    model = configured_model(config)
+    model = configured_model(config, tokenizer)
     load_weights(weights, model)
     return model
 
 
-def _merged_model(config: Config, weights: Path) -> PreTrainedModel:
+def _merged_model(config: Config, weights: Path, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
     """The base model with the adapter merged into its weights.
 
     Raises:
         UserError: The method cannot be merged, or not with these options or layers.
     """
-    model = _loaded_model(config, weights)
+    model = _loaded_model(config, weights, tokenizer)
     try:
         merged: PreTrainedModel = model.merge_and_unload()
     except (NotImplementedError, ValueError, RuntimeError, AttributeError) as error:
@@ -127,10 +142,21 @@ def _merged_model(config: Config, weights: Path) -> PreTrainedModel:
     return merged
 
 
-def _start_of(config: Config) -> PeftModel | None:
+def _start_of(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> PeftModel | None:
     """The adapter before its first step, if what it started with was taken out of the base model's weights."""
     adapter = config.model.adapter
-    return configured_model(config) if adapter is not None and changes_base_weights(adapter) else None
+    return configured_model(config, tokenizer) if adapter is not None and changes_base_weights(adapter) else None
+
+
+def _classifier_config(model: PreTrainedModel | PeftModel, config: Config) -> PreTrainedConfig | None:
+    """What a classifier's base model is loaded with, beside an adapter; None if there is no need of it."""
+    if not isinstance(model, PeftModel):
+        return None
+    described: PreTrainedConfig = copy.deepcopy(model.get_base_model().config)
+    if config.model.added_tokens:
+        # The base model has the rows of its files when it is loaded, and grows afterwards.
+        described.get_text_config().vocab_size = base_config(config).get_text_config().vocab_size
+    return None if described.problem_type is None else described
 
 
 def _name_base(model: PeftModel, path: str | None, revision: str | None) -> None:
@@ -170,12 +196,9 @@ def _generation_config(
 
 
 def _write(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    generation: GenerationConfig | None,
-    directory: Path,
-    start: PeftModel | None,
+    model: PreTrainedModel | PeftModel, start: PeftModel | None, companions: Iterable[Any], directory: Path
 ) -> None:
+    """Write the model, or its adapter, and whatever else there is with a `save_pretrained`."""
     if start is not None:
         _write_as_lora(model, start, directory)
     elif isinstance(model, PeftModel):
@@ -183,10 +206,9 @@ def _write(
         model.save_pretrained(str(directory), save_embedding_layers=False)
     else:
         model.save_pretrained(directory)
-    if generation is not None:
-        generation.save_pretrained(directory)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+    for companion in companions:
+        if companion is not None:
+            companion.save_pretrained(directory)
 
 
 def _write_as_lora(model: PeftModel, start: PeftModel, directory: Path) -> None:

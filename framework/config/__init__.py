@@ -18,7 +18,9 @@ from framework.config.sections import (
     ScheduleConfig,
     SelectionConfig,
     ShardingConfig,
+    SourceConfig,
     TrainingConfig,
+    data_sources,
 )
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "ScheduleConfig",
     "SelectionConfig",
     "ShardingConfig",
+    "SourceConfig",
     "TrainingConfig",
+    "data_sources",
     "load_config",
 ]

@@ -6,7 +6,7 @@ import difflib
 import json
 from typing import Any
 
-from framework.config.source import KeyPath
+from framework.config.source import KeyPath, dotted
 
 Schema = dict[str, Any]
 
@@ -26,23 +26,34 @@ _BOUNDS = {
 }
 
 
+ELEMENT = "[]"
+"""Stands for the index of any element of a list in the path of a known key."""
+
+
 def known_keys(schema: Schema) -> dict[KeyPath, Schema]:
-    """All keys of a config and of its sections: path -> JSON schema.
+    """All keys of a config and of its sections, and the elements of its lists: path -> JSON schema.
 
     Args:
         schema: the JSON schema of the whole config, with `$defs`.
     """
 
     def walk(node: Schema, key_path: KeyPath) -> None:
-        for key, value in node.get("properties", {}).items():
-            found[*key_path, key] = value
-            for option in value.get("anyOf", [value]):
-                if "$ref" in option:
-                    walk(schema["$defs"][option["$ref"].rpartition("/")[2]], (*key_path, key))
+        for option in node.get("anyOf", [node]):
+            if "$ref" in option:
+                option = schema["$defs"][option["$ref"].rpartition("/")[2]]
+            inner = option.get("properties", {}) | ({ELEMENT: option["items"]} if "items" in option else {})
+            for part, value in inner.items():
+                found[*key_path, part] = value
+                walk(value, (*key_path, part))
 
     found: dict[KeyPath, Schema] = {}
     walk(schema, ())
     return found
+
+
+def known_path(key_path: KeyPath) -> KeyPath:
+    """The path under which `known_keys` has a key: with `ELEMENT` for the indices of lists."""
+    return tuple(ELEMENT if isinstance(part, int) else part for part in key_path)
 
 
 def describe(schema: Schema) -> str:
@@ -73,18 +84,24 @@ def unknown_key(key_path: KeyPath, known: dict[KeyPath, Schema]) -> str:
 
     A key of that name in another section is meant before one of similar name here.
     """
-    *section, key = key_path
-    siblings = [path for path in known if path[:-1] == tuple(section)]
-    elsewhere = [path for path in known if path[-1] == key]
-    close_here = difflib.get_close_matches(key, [path[-1] for path in siblings], n=1)
-    close_anywhere = difflib.get_close_matches(key, {path[-1]: None for path in known}, n=1, cutoff=0.75)
+    *section, key = known_path(key_path)
+    names = {path: str(path[-1]) for path in known if path[-1] != ELEMENT}
+    siblings = [path for path in names if path[:-1] == tuple(section)]
+    elsewhere = [path for path, name in names.items() if name == key]
+    close_here = difflib.get_close_matches(str(key), [names[path] for path in siblings], n=1)
+    close_anywhere = difflib.get_close_matches(str(key), dict.fromkeys(names.values()), n=1, cutoff=0.75)
     if elsewhere:
         meant = elsewhere
     elif close_here:
         meant = [(*section, close_here[0])]
     else:
-        meant = [path for path in known if path[-1] in close_anywhere]
+        meant = [path for path, name in names.items() if name in close_anywhere]
     if meant:
-        return f"unknown key, did you mean {' or '.join('.'.join(path) for path in meant)}?"
-    place = f"{'.'.join(section)} has" if section else "the sections are"
-    return f"unknown key, {place} {', '.join(path[-1] for path in siblings)}"
+        return f"unknown key, did you mean {' or '.join(_name(path) for path in meant)}?"
+    place = f"{_name(tuple(section))} has" if section else "the sections are"
+    return f"unknown key, {place} {', '.join(names[path] for path in siblings)}"
+
+
+def _name(known: KeyPath) -> str:
+    """A known key as messages name it: `data.train[].path`."""
+    return dotted(known).replace(f".{ELEMENT}", ELEMENT)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from framework.config.describe import Schema, describe, known_keys, unknown_key
+from framework.config.describe import Schema, describe, known_keys, known_path, unknown_key
 from framework.config.rules import broken_rules
 from framework.config.schema import Config
 from framework.config.sections import Section
@@ -20,6 +20,7 @@ from framework.config.source import (
     Source,
     SourceError,
     apply_override,
+    dotted,
     non_finite,
     read_source,
     show,
@@ -80,7 +81,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 def _line(source: Source, key_path: KeyPath, message: str) -> str:
     line = source.line(key_path)
     place = "--set: " if line == OVERRIDE_LINE else f"line {line}: " if line else ""
-    return f"{place}{'.'.join(key_path) or 'config'}: {message}"
+    return f"{place}{dotted(key_path) or 'config'}: {message}"
 
 
 def _validate(source: Source) -> tuple[Config | None, dict[KeyPath, str]]:
@@ -95,19 +96,24 @@ def _validate(source: Source) -> tuple[Config | None, dict[KeyPath, str]]:
         return Config.model_validate_json(json.dumps(source.tree)), problems
     except ValidationError as error:
         known = known_keys(Config.model_json_schema())
+        findings: dict[KeyPath, str] = {}
         unknown_in = set()
         for finding in error.errors(include_url=False, include_input=False, include_context=False):
+            key_path = _named(finding["loc"], known)
             if finding["type"] == "extra_forbidden":
-                key_path = tuple(str(part) for part in finding["loc"])
-                unknown_in.add(key_path[:-1])
-                problems.setdefault(key_path, unknown_key(key_path, known))
+                unknown_in.add(key_path)
+                key_path = (*key_path, str(finding["loc"][-1]))
+                findings[key_path] = unknown_key(key_path, known)
             elif not finding["loc"]:
                 # A broken rule, which is run again below, or text that JSON allows but Unicode does not.
                 if finding["type"] != "value_error":
                     problems[()] = finding["msg"]
             else:
-                key_path = _longest_known(finding["loc"], known)
-                problems.setdefault(key_path, _expectation(source, key_path, known[key_path]))
+                findings[key_path] = _expectation(source, key_path, known[known_path(key_path)])
+        for key_path, message in findings.items():
+            # What is wrong inside a list or an object says it all: that it is no string either is noise.
+            if not any(inner != key_path and inner[: len(key_path)] == key_path for inner in findings):
+                problems.setdefault(key_path, message)
 
     def value_of(*key_path: str) -> Any:
         if any(bad[: len(key_path)] == key_path or key_path[: len(bad)] == bad for bad in problems if bad):
@@ -135,21 +141,27 @@ def _section_of(annotation: Any) -> type[Section] | None:
     return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
 
 
-def _longest_known(location: tuple[int | str, ...], known: dict[KeyPath, Schema]) -> KeyPath:
-    """The key that a finding is about: pydantic's location without members of unions and elements of lists."""
-    parts = tuple(str(part) for part in location)
-    return next(parts[:depth] for depth in range(len(parts), 0, -1) if parts[:depth] in known)
+def _named(location: tuple[int | str, ...], known: dict[KeyPath, Schema]) -> KeyPath:
+    """The known key that a finding is about: pydantic's location without the names of members of unions."""
+    key_path: KeyPath = ()
+    for part in location:
+        if known_path((*key_path, part)) in known:
+            key_path = (*key_path, part)
+    return key_path
 
 
 def _expectation(source: Source, key_path: KeyPath, schema: Schema) -> str:
-    section = _get(source.tree, key_path[:-1])
-    if isinstance(section, dict) and key_path[-1] in section:
-        return f"expected {describe(schema)}, got {show(section[key_path[-1]])}"
+    section, key = _get(source.tree, key_path[:-1]), key_path[-1]
+    if isinstance(section, list) or (isinstance(section, dict) and key in section):
+        return f"expected {describe(schema)}, got {show(_get(section, (key,)))}"
     return f"missing, expected {describe(schema)}"
 
 
 def _get(tree: Any, key_path: KeyPath) -> Any:
     """The value of a key, or None where there is none."""
     for key in key_path:
-        tree = tree.get(key) if isinstance(tree, dict) else None
+        if isinstance(tree, list) and isinstance(key, int):
+            tree = tree[key]
+        else:
+            tree = tree.get(key) if isinstance(tree, dict) else None
     return tree

@@ -28,6 +28,9 @@ from framework.config.sections import (
 RESULT_NEUTRAL_SECTIONS = frozenset({"checkpoint", "logging", "hardware"})
 """Sections that say how a run is watched, saved or described, and leave its losses as they are."""
 
+RESULT_NEUTRAL_KEYS = {"run": ("output_dir",), "model": ("offline",), "data": ("cache_dir", "workers")}
+"""Such keys of other sections."""
+
 
 class Config(Section):
     """A run of selectrain."""
@@ -95,9 +98,18 @@ class Config(Section):
         return "labelled" if self.selection.strategy == "supervised" else 1.0
 
     @property
+    def mask_probability(self) -> float:
+        """`data.mask_probability` with BERT's 15 % in place of null."""
+        return 0.15 if self.data.mask_probability is None else self.data.mask_probability
+
+    @property
     def weights_dtype(self) -> str:
         """Name of the weights' torch dtype, which `optimizer.precision` implies."""
         return "bfloat16" if self.optimizer.precision == "pure_bf16" else "float32"
+
+    def with_label_names(self, names: list[str]) -> Config:
+        """The same run with `data.label_names` written out."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"label_names": names})})
 
     def with_max_steps(self, steps: int) -> Config:
         """The same run with `training.epochs` replaced by the steps that they are."""
@@ -111,10 +123,12 @@ class Config(Section):
     def sha256(self) -> str:
         """Hash of the settings that determine the losses of a run, in hexadecimal.
 
-        Left out are `run.output_dir`, `model.offline` and the sections in `RESULT_NEUTRAL_SECTIONS`.
+        Left out are `RESULT_NEUTRAL_KEYS` and the sections in `RESULT_NEUTRAL_SECTIONS`.
         """
-        settings = {name: section for name, section in self.to_json().items() if name not in RESULT_NEUTRAL_SECTIONS}
-        for section, neutral in (("run", "output_dir"), ("model", "offline")):
-            settings[section] = {key: value for key, value in settings[section].items() if key != neutral}
+        settings = {
+            name: {key: value for key, value in section.items() if key not in RESULT_NEUTRAL_KEYS.get(name, ())}
+            for name, section in self.to_json().items()
+            if name not in RESULT_NEUTRAL_SECTIONS
+        }
         canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return hashlib.sha256(canonical.encode()).hexdigest()

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-KeyPath = tuple[str, ...]
+KeyPath = tuple[str | int, ...]
+"""Keys from the top to a value; an element of a list is named by its index, an int."""
 
 OVERRIDE_LINE = math.inf
 """Stands for the line of keys that were set on the command line: after all lines of the file."""
@@ -30,7 +31,7 @@ class Source:
 
     Attributes:
         tree: the nested values.
-        lines: path of a key -> its line in the file, or `OVERRIDE_LINE`.
+        lines: path of a key or list element -> its line in the file, or `OVERRIDE_LINE`.
         problems: path of a key -> what is wrong with the way it is written.
     """
 
@@ -71,7 +72,7 @@ def read_source(path: Path) -> Source:
         raise SourceError(f"a config is a JSON object, not {show(tree)}")
     source = Source(tree)
     for key_path, line in _keys(text):
-        if key_path in source.lines:
+        if key_path in source.lines and isinstance(key_path[-1], str):
             source.problems[key_path] = f"given twice, before in line {source.lines[key_path]}"
         source.lines[key_path] = line
     return source
@@ -97,13 +98,19 @@ def apply_override(source: Source, override: str) -> str | None:
             source.lines[key_path[:depth]] = OVERRIDE_LINE
         node = node[key]
         if not isinstance(node, dict):
-            return f"{'.'.join(key_path)}: {'.'.join(key_path[:depth])} is {show(node)}, which has no keys"
+            return f"{dotted(key_path)}: {dotted(key_path[:depth])} is {show(node)}, which has no keys"
     node[key_path[-1]] = value
     for known in [*source.lines, key_path]:
         if known[: len(key_path)] == key_path:
             source.lines[known] = OVERRIDE_LINE
             source.problems.pop(known, None)
     return None
+
+
+def dotted(key_path: KeyPath) -> str:
+    """A key as messages name it: `data.train[0].path`."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key_path)
+    return text.removeprefix(".")
 
 
 def show(value: Any) -> str:
@@ -122,29 +129,35 @@ def non_finite(value: Any, key_path: KeyPath = ()) -> Iterator[tuple[KeyPath, fl
             yield from non_finite(item, (*key_path, key))
     elif isinstance(value, list):
         for index, item in enumerate(value):
-            yield from non_finite(item, (*key_path, str(index)))
+            yield from non_finite(item, (*key_path, index))
 
 
 def _keys(text: str) -> Iterator[tuple[KeyPath, int]]:
-    """Yield the path and line of every object key of a valid JSON text; list elements are named by their index."""
+    """Yield the path and line of every object key and list element of a valid JSON text."""
     # The key or index of the value being read, for each bracket that is open; an index is an int.
     open_values: list[str | int] = []
-    position, line = 0, 1
+    position, line, element_due = 0, 1, False
     while position < len(text):
         character = text[position]
         position += 1
+        if element_due and character not in " \t\r\n":
+            element_due = False
+            if character != "]":
+                yield tuple(open_values), line
         if character == '"':
             string, position = _DECODER.raw_decode(text, position - 1)
             if _COLON.match(text, position):
                 open_values[-1] = string
-                yield tuple(str(value) for value in open_values), line
+                yield tuple(open_values), line
         elif character == "{":
             open_values.append("")
         elif character == "[":
             open_values.append(0)
+            element_due = True
         elif character in "}]":
             open_values.pop()
         elif character == "," and isinstance(index := open_values[-1], int):
             open_values[-1] = index + 1
+            element_due = True
         elif character == "\n":
             line += 1

@@ -1,24 +1,17 @@
-"""A data set in memory: all tokens in one array, samples as ranges of it."""
+"""Data sets: tokenised samples of one source, of a part of it, or of several."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
-from framework.data.formats import ProblemList, Record, list_files, read_records
-from framework.data.labels import LABELLERS
-from framework.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-CHUNK = 1024
-"""Records that are tokenised together: enough to keep the tokenizer's threads busy, little to hold."""
+from framework.data.report import DataReport
 
 IGNORED = -100
 """The label of a token that is not to be learnt (Hugging Face's convention)."""
@@ -33,56 +26,88 @@ class Sample(NamedTuple):
     """int32 `[sequence]`, unshifted: a token's own id where it is to be learnt, else -100; the first is always -100."""
 
 
-@dataclass
-class DataReport:
-    """What became of the records of a data set."""
+def sample_digest(input_ids: np.ndarray, supervised: np.ndarray) -> int:
+    """A hash of the tokens and labels of a sample, of 64 bits."""
+    digest = hashlib.blake2b(np.ascontiguousarray(input_ids).tobytes(), digest_size=8)
+    digest.update(np.ascontiguousarray(supervised).tobytes())
+    return int.from_bytes(digest.digest(), "little")
 
-    formats: dict[str, str] = field(default_factory=dict)
-    """Format of each file."""
-    records: int = 0
-    """Records read."""
-    samples: int = 0
-    """Records that made it into the data set."""
-    empty: int = 0
-    """Dropped: no token at all."""
-    unsupervised: int = 0
-    """Dropped: no token with a label, also where truncation took the labelled ones."""
-    overlong: int = 0
-    """Dropped: longer than the sequence length, with `overlong: "drop"`."""
-    truncated: int = 0
-    """Kept, but cut to the sequence length, with `overlong: "truncate"`."""
-    longest: int = 0
-    """Tokens of the longest record, before anything was dropped or cut."""
-    tokens: int = 0
-    """Tokens in the data set."""
-    supervised_tokens: int = 0
-    """Tokens in the data set that carry a label."""
+
+class Dataset(Sequence[Sample]):
+    """Samples that a loader draws from: of one source, a part of one, or several together."""
+
+    report: DataReport
+    """What became of the records."""
+    name: str
+    """What messages call the data set, such as its path."""
 
     @property
-    def labelled_share(self) -> float:
-        """Supervised tokens / all tokens."""
-        return self.supervised_tokens / self.tokens if self.tokens else 0.0
+    @abstractmethod
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, int64 `[samples]`."""
 
-    def summary(self) -> str:
-        """The report on one line, for a log."""
-        notes = {
-            "empty": self.empty,
-            "without a label": self.unsupervised,
-            "over the sequence length": self.overlong,
-        }
-        dropped = ", ".join(f"{count} {reason}" for reason, count in notes.items() if count)
-        return (
-            f"{self.samples} samples of {self.records} records, {self.tokens} tokens, "
-            f"{self.labelled_share:.1%} with a label, longest record {self.longest}"
-            + (f"; dropped: {dropped}" if dropped else "")
-            + (f"; truncated: {self.truncated}" if self.truncated else "")
-        )
+    @property
+    @abstractmethod
+    def digests(self) -> np.ndarray:
+        """A hash of the tokens and labels of each sample, uint64 `[samples]`."""
+
+    @property
+    def contents(self) -> np.ndarray:
+        """A hash of what each sample was made from, uint64 `[samples]`: equal for equal records."""
+        return self.digests
+
+    @property
+    def supervised_lengths(self) -> np.ndarray:
+        """Tokens with a label of each sample, int64 `[samples]`."""
+        return np.array([(sample.labels != IGNORED).sum() for sample in self], np.int64)
+
+    @property
+    def parts(self) -> Sequence[Dataset]:
+        """The data sets of its sources, whose samples follow each other."""
+        return [self]
+
+    @property
+    def shares(self) -> np.ndarray | None:
+        """Shares in which the parts are drawn, float64 `[parts]`; None if every sample is drawn once an epoch."""
+        return None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the samples in their order and of the shares, whatever the files are called."""
+        digest = hashlib.sha256(self.digests.tobytes())
+        if self.shares is not None:
+            digest.update(np.array([len(part) for part in self.parts]).tobytes() + self.shares.tobytes())
+        return digest.hexdigest()
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """Name of the source that the sample at `index` is of, and its number there, counted from 0."""
+        return self.name, index
+
+    def named(self, indices: Iterable[int], *, limit: int = 16) -> str:
+        """Samples as a message names them: "2, 5 of a.jsonl; 0 of b.jsonl", up to `limit` of them."""
+        listed: dict[str, list[str]] = {}
+        every = sorted(set(map(int, indices)))
+        for index in every[:limit]:
+            name, number = self.locate(index)
+            listed.setdefault(name, []).append(str(number))
+        text = "; ".join(f"{', '.join(numbers)} of {name}" for name, numbers in listed.items())
+        return text + ("; …" if len(every) > limit else "")
 
 
-class TokenizedDataset(Sequence[Sample]):
-    """Tokenised samples, compact: five bytes a token, whatever the number of samples."""
+class TokenizedDataset(Dataset):
+    """Tokenised samples, compact: five bytes a token in memory or, mapped from a token cache, on disk."""
 
-    def __init__(self, input_ids: np.ndarray, supervised: np.ndarray, lengths: np.ndarray, report: DataReport) -> None:
+    def __init__(
+        self,
+        input_ids: np.ndarray,
+        supervised: np.ndarray,
+        lengths: np.ndarray,
+        report: DataReport,
+        *,
+        name: str = "the data set",
+        digests: np.ndarray | None = None,
+        contents: np.ndarray | None = None,
+    ) -> None:
         """Take the tokens of all samples, one after the other.
 
         Args:
@@ -90,16 +115,41 @@ class TokenizedDataset(Sequence[Sample]):
             supervised: bool `[tokens]`, tokens with a label; the first of each sample is never one.
             lengths: Tokens of each sample, `[samples]`.
             report: What was read, dropped and truncated.
+            name: What messages call the data set.
+            digests: `sample_digest` of each sample, uint64 `[samples]`; computed when they are needed by default.
+            contents: A hash of the text that each sample was made from, uint64 `[samples]`; the digests by default.
         """
         self.input_ids = input_ids
         self.supervised = supervised
         self.offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         self.report = report
+        self.name = name
+        self._digests = digests
+        self._contents = contents
 
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of each sample, int64 `[samples]`."""
         return np.diff(self.offsets)
+
+    @property
+    def digests(self) -> np.ndarray:
+        """`sample_digest` of each sample, uint64 `[samples]`."""
+        if self._digests is None:
+            reaches = map(slice, self.offsets[:-1], self.offsets[1:])
+            digests = (sample_digest(self.input_ids[reach], self.supervised[reach]) for reach in reaches)
+            self._digests = np.fromiter(digests, np.uint64, len(self))
+        return self._digests
+
+    @property
+    def supervised_lengths(self) -> np.ndarray:
+        """Tokens with a label of each sample, int64 `[samples]`."""
+        return np.add.reduceat(self.supervised, self.offsets[:-1], dtype=np.int64)
+
+    @property
+    def contents(self) -> np.ndarray:
+        """A hash of what each sample was made from, uint64 `[samples]`: equal for equal records."""
+        return self.digests if self._contents is None else self._contents
 
     def __len__(self) -> int:
         """Samples."""
@@ -114,92 +164,97 @@ class TokenizedDataset(Sequence[Sample]):
         return Sample(input_ids, np.where(self.supervised[reach], input_ids, np.int32(IGNORED)))
 
 
-def load_dataset(
-    paths: str | Path | Sequence[str | Path],
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    sequence_length: int,
-    format: str = "auto",
-    overlong: str = "drop",
-    option: str = "data.train",
-) -> TokenizedDataset:
-    """Read, validate, tokenise and label JSON lines files (see `framework.data.formats` for the formats).
+class JoinedDataset(Dataset):
+    """Data sets of several sources, one after the other; with shares a mixture of them."""
 
-    Args:
-        paths: A file, a directory of `*.jsonl` files, or a list of them; the order of samples follows it.
-        tokenizer: From `load_tokenizer`.
-        sequence_length: The most tokens that a sample may have.
-        format: `messages`, `completion`, `text`, or `auto`: decided for each file by its first record.
-        overlong: What happens to longer samples: `drop`, or `truncate` (the end is cut off).
-        option: The config key that `paths` comes from, for error messages.
+    def __init__(self, parts: Sequence[Dataset], *, shares: np.ndarray | None = None) -> None:
+        """Join `parts`; `shares`, float64 `[parts]`, say how often each is drawn from, see `Dataset.shares`."""
+        self._parts = parts
+        self._shares = shares
+        self._firsts = np.cumsum([0, *map(len, parts)])
+        self.report = DataReport.total([part.report for part in parts])
+        self.name = ", ".join(part.name for part in parts)
 
-    Raises:
-        UserError: A file is missing, a record is broken (file, line, and what is wrong; up to ten together), there is
-            no record, none fits into the sequence length, or no token anywhere carries a label.
-    """
-    files = list_files(paths, option=option)
-    problems = ProblemList(option)
-    report = DataReport()
-    ids_parts: list[np.ndarray] = []
-    supervised_parts: list[np.ndarray] = []
-    for file in files:
-        records = read_records(file, format=format, problems=problems)
-        for chunk_format, chunk in _chunks(records):
-            report.formats[str(file)] = chunk_format
-            report.records += len(chunk)
-            if problems.problems:
-                continue  # only to find further broken lines
-            for ids, supervised in LABELLERS[chunk_format](chunk, tokenizer):
-                if _admit(ids, supervised, sequence_length, overlong, report):
-                    ids_parts.append(ids[:sequence_length])
-                    supervised_parts.append(supervised[:sequence_length])
-    problems.raise_if_any()
-    if not ids_parts:
-        raise UserError(f"{option}: {_why_empty(report, sequence_length)} ({', '.join(map(str, files))})")
-    lengths = np.array([len(ids) for ids in ids_parts], np.int64)
-    return TokenizedDataset(np.concatenate(ids_parts), np.concatenate(supervised_parts), lengths, report)
+    @property
+    def parts(self) -> Sequence[Dataset]:
+        """The data sets that were joined."""
+        return self._parts
 
+    @property
+    def shares(self) -> np.ndarray | None:
+        """Shares in which the parts are drawn, float64 `[parts]`; None if every sample is drawn once an epoch."""
+        return self._shares
 
-def _chunks(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, list[Record]]]:
-    """Group the records of one file, which has one format."""
-    records = iter(records)
-    while chunk := list(islice(records, CHUNK)):
-        yield chunk[0][0], [record for _, record in chunk]
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, int64 `[samples]`."""
+        return np.concatenate([part.lengths for part in self._parts])
 
+    @property
+    def digests(self) -> np.ndarray:
+        """A hash of the tokens and labels of each sample, uint64 `[samples]`."""
+        return np.concatenate([part.digests for part in self._parts])
 
-def _admit(ids: np.ndarray, supervised: np.ndarray, sequence_length: int, overlong: str, report: DataReport) -> bool:
-    """Whether a sample (cut to `sequence_length`) belongs in the data set; counts it. Unlabels its first token."""
-    report.longest = max(report.longest, len(ids))
-    if not len(ids):
-        report.empty += 1
-        return False
-    too_long = len(ids) > sequence_length
-    if too_long and overlong == "drop":
-        report.overlong += 1
-        return False
-    supervised[0] = False  # nothing before it to learn it from
-    labelled = int(supervised[:sequence_length].sum())
-    if not labelled:
-        report.unsupervised += 1
-        return False
-    report.truncated += too_long
-    report.samples += 1
-    report.tokens += min(len(ids), sequence_length)
-    report.supervised_tokens += labelled
-    return True
+    def __len__(self) -> int:
+        """Samples of all parts."""
+        return int(self._firsts[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`, counted from 0 over all parts."""
+        part, own = self._part_of(index)
+        return part[own]
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """Name of the source that the sample at `index` is of, and its number there, counted from 0."""
+        part, own = self._part_of(index)
+        return part.locate(own)
+
+    def _part_of(self, index: int) -> tuple[Dataset, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = int(np.searchsorted(self._firsts, index, side="right")) - 1
+        return self._parts[number], index - int(self._firsts[number])
 
 
-def _why_empty(report: DataReport, sequence_length: int) -> str:
-    if not report.records:
-        return "the data set is empty: there is no record"
-    if report.overlong and not report.unsupervised:
-        return (
-            f"no sample is left: {report.overlong} of {report.records} records are longer than data.sequence_length = "
-            f"{sequence_length} (the longest has {report.longest} tokens); raise it, or set data.overlong to 'truncate'"
+class Subset(Dataset):
+    """Some samples of a data set, in its order."""
+
+    def __init__(self, whole: Dataset, indices: np.ndarray) -> None:
+        """Take the samples of `whole` at `indices`, int64 `[samples]`, ascending.
+
+        What the report says of dropped and truncated records is of the whole.
+        """
+        self._whole = whole
+        self._indices = indices
+        self.name = whole.name
+        self.report = replace(
+            whole.report,
+            samples=len(indices),
+            held_out=len(whole) - len(indices),
+            tokens=int(whole.lengths[indices].sum()),
+            supervised_tokens=int(whole.supervised_lengths[indices].sum()),
         )
-    return (
-        "no label anywhere: no token of any sample is one to learn "
-        f"({report.unsupervised} of {report.records} records have no label, {report.overlong} are longer than "
-        f"data.sequence_length = {sequence_length}, {report.empty} are empty); `messages` needs assistant turns, and "
-        "with data.overlong = 'truncate' long prompts can push all answers out"
-    )
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, int64 `[samples]`."""
+        return self._whole.lengths[self._indices]
+
+    @property
+    def digests(self) -> np.ndarray:
+        """A hash of the tokens and labels of each sample, uint64 `[samples]`."""
+        return self._whole.digests[self._indices]
+
+    def __len__(self) -> int:
+        """Samples."""
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at `index`, counted from 0 in the subset."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._whole[self._indices[index]]
+
+    def locate(self, index: int) -> tuple[str, int]:
+        """Name of the source that the sample at `index` is of, and its number there, held out ones counted too."""
+        return self._whole.locate(int(self._indices[index]))

@@ -1,30 +1,49 @@
 """From records to tokens with a mask of those that carry a label.
 
-Every function here takes the records of one chunk and returns for each `(ids, supervised)`: token ids, int32
+Every labeller here takes the records of one chunk and returns for each `(ids, supervised)`: token ids, int32
 `[sequence]`, and bool `[sequence]`, true where the token is one that the model must learn to say. The mask is made by
 position, never by comparing ids, so a padding token that equals the end of sequence hides nothing.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from jinja2.exceptions import TemplateError
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from framework.data.conversations import Conversation, conversation
+from framework.data.dialects import alpaca_prompt, from_alpaca, from_chat_completion, from_sharegpt, is_chat
 from framework.data.formats import Record
+from framework.data.turns import Span, render, turn_ends
 from framework.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 Labelled = tuple[np.ndarray, np.ndarray]
-Span = tuple[int, int]
 
-GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
+CHAT_FORMATS = ("messages", "sharegpt", "alpaca", "completion")
+"""Formats that may be conversations, for which `data.train_on` says which turns carry labels."""
+
+
+def label_records(
+    format: str, records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, train_on: str = "assistant"
+) -> list[Labelled]:
+    """Tokenise and label a chunk of records of one format.
+
+    Args:
+        format: One of `LABELLERS`.
+        records: Valid ones.
+        tokenizer: From `load_tokenizer`.
+        train_on: `assistant`: every turn of the assistant carries labels; `last_assistant`: the last one.
+
+    Raises:
+        UserError: The tokenizer lacks what the format needs, or its chat template cannot render a conversation so that
+            the assistant's turns can be found.
+    """
+    labeller = LABELLERS[format]
+    return labeller(records, tokenizer, train_on=train_on) if format in CHAT_FORMATS else labeller(records, tokenizer)
 
 
 def label_text(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Labelled]:
@@ -33,24 +52,97 @@ def label_text(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) ->
     return [(np.asarray(ids, np.int32), np.ones(len(ids), bool)) for ids in encoded]
 
 
-def label_completion(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Labelled]:
+def label_completion(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, train_on: str = "assistant"
+) -> list[Labelled]:
     """`completion`: labels on the completion and the end-of-sequence token after it.
 
     Prompt and completion are tokenised separately, so the prompt's tokens are exactly those that it has when the
     model is asked to go on from it: no token spans the boundary. Tokens that the tokenizer puts before a text (the
     beginning of sequence) are kept, those that it puts behind the prompt are not.
 
+    Where both are lists of messages they are one conversation, with labels on what the assistant says in the
+    completion.
+
     Raises:
-        UserError: The tokenizer has no end-of-sequence token.
+        UserError: The tokenizer has no end-of-sequence token; or as `label_messages`.
     """
+    chats = [
+        conversation(each.place, from_chat_completion(each.content), train_on=train_on)
+        for each in records
+        if is_chat(each.content)
+    ]
+    texts = [(each.content["prompt"], each.content["completion"]) for each in records if not is_chat(each.content)]
+    of_chats, of_texts = iter(_label_conversations(chats, tokenizer)), iter(_label_pairs(texts, tokenizer))
+    return [next(of_chats if is_chat(record.content) else of_texts) for record in records]
+
+
+def label_messages(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, train_on: str = "assistant"
+) -> list[Labelled]:
+    """`messages`: the chat template's tokens, with labels on assistant turns, their end-of-turn token included.
+
+    A message with `"train": false` or `"weight": 0` carries none. See `framework.data.turns` for how turns are found. A
+    token belongs to a turn when any character of it does.
+
+    Raises:
+        UserError: There is no chat template, it cannot render a conversation, or turns cannot be found.
+    """
+    chats = [conversation(record.place, record.content, train_on=train_on) for record in records]
+    return _label_conversations(chats, tokenizer)
+
+
+def label_sharegpt(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, train_on: str = "assistant"
+) -> list[Labelled]:
+    """`sharegpt`: as `messages`, with the roles that its speakers are. Raises as `label_messages` does."""
+    chats = [conversation(record.place, from_sharegpt(record.content), train_on=train_on) for record in records]
+    return _label_conversations(chats, tokenizer)
+
+
+def label_alpaca(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, train_on: str = "assistant"
+) -> list[Labelled]:
+    """`alpaca`: as `messages` with instruction and input as the user's turn where the tokenizer has a chat template.
+
+    Without one, as `completion` with Stanford Alpaca's own prompt.
+
+    Raises:
+        UserError: There is no chat template, but a record has `system` or `history`; or as `label_messages`.
+    """
+    if tokenizer.chat_template:
+        chats = [conversation(record.place, from_alpaca(record.content), train_on=train_on) for record in records]
+        return _label_conversations(chats, tokenizer)
+    for record in records:
+        if extra := [key for key in ("system", "history") if record.content.get(key)]:
+            raise UserError(
+                f"{record.place}: `{extra[0]}` needs a chat template, which this tokenizer has not: put a "
+                "chat_template.jinja beside its files, or leave the key out"
+            )
+    return _label_pairs([(alpaca_prompt(record.content), record.content["output"]) for record in records], tokenizer)
+
+
+LABELLERS: dict[str, Callable[..., list[Labelled]]] = {
+    "messages": label_messages,
+    "sharegpt": label_sharegpt,
+    "alpaca": label_alpaca,
+    "completion": label_completion,
+    "text": label_text,
+}
+"""For each format the function that tokenises and labels a chunk of records; in `CHAT_FORMATS` they take `train_on`."""
+
+
+def _label_pairs(pairs: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[Labelled]:
+    """Label the second text of each pair and the end-of-sequence token after it."""
+    if not pairs:
+        return []
     end = tokenizer.eos_token_id
     if end is None:
         raise UserError(
             "data.format: `completion` needs an end-of-sequence token, which this tokenizer has not: set `eos_token`"
         )
-    prompts = _encode([record.content["prompt"] for record in records], tokenizer)["input_ids"]
-    completions = [record.content["completion"] for record in records]
-    completions = _encode(completions, tokenizer, add_special_tokens=False)["input_ids"]
+    prompts = _encode([prompt for prompt, _ in pairs], tokenizer)["input_ids"]
+    completions = _encode([completion for _, completion in pairs], tokenizer, add_special_tokens=False)["input_ids"]
     added_behind = _tokens_added_behind(tokenizer)
     labelled = []
     for prompt, completion in zip(prompts, completions, strict=True):
@@ -63,34 +155,16 @@ def label_completion(records: Sequence[Record], tokenizer: PreTrainedTokenizerBa
     return labelled
 
 
-def label_messages(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase) -> list[Labelled]:
-    """`messages`: the chat template's tokens, with labels on assistant turns, their end-of-turn token included.
-
-    Templates with `{% generation %}` markers say themselves which text is the assistant's. With others it is found
-    by rendering growing prefixes of the conversation: a turn reaches from the end of the prompt before it (assistant
-    header included) to the end of the rendering with it; blanks after the turn's last special token (the line break
-    after an `<|im_end|>`) are not the assistant's. A token belongs to a turn when any character of it does.
-
-    Raises:
-        UserError: There is no chat template, it cannot render a conversation, it does not mark a text of the assistant
-            although it has markers, or it has none and its renderings are not prefixes of each other.
-    """
+def _label_conversations(chats: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase) -> list[Labelled]:
+    """Label the tokens of the turns that are learnt."""
+    if not chats:
+        return []
     if not tokenizer.is_fast:
         raise UserError(
-            "data.format: `messages` needs a tokenizer that knows the characters of its tokens (tokenizer.json)"
+            "data.format: conversations need a tokenizer that knows the characters of its tokens (tokenizer.json)"
         )
-    try:
-        template = tokenizer.get_chat_template()
-    except ValueError as error:
-        raise UserError(
-            "data.format: `messages` needs a chat template, which this tokenizer has not: put a chat_template.jinja "
-            "beside its files, or use the format `completion`"
-        ) from error
-    if GENERATION_MARKER.search(template):
-        rendered = [_marked_spans(record, template, tokenizer) for record in records]
-    else:
-        ends = tuple(token.content for token in tokenizer.added_tokens_decoder.values())
-        rendered = [_prefix_spans(record, template, tokenizer, ends) for record in records]
+    ends = turn_ends(tokenizer)
+    rendered = [render(chat, tokenizer, ends) for chat in chats]
     encoded = _encode([text for text, _ in rendered], tokenizer, add_special_tokens=False)
     labelled = []
     for index, (text, spans) in enumerate(rendered):
@@ -101,10 +175,6 @@ def label_messages(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase
             supervised[first:last] = True
         labelled.append((ids, supervised))
     return labelled
-
-
-LABELLERS = {"messages": label_messages, "completion": label_completion, "text": label_text}
-"""For each format the function that tokenises and labels a chunk of records."""
 
 
 def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool = True) -> BatchEncoding:
@@ -118,68 +188,6 @@ def _tokens_added_behind(tokenizer: PreTrainedTokenizerBase) -> int:
     whole = tokenizer("a")["input_ids"]
     before = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
     return len(whole) - len(plain) - before
-
-
-def _render(
-    record: Record, messages: list[dict[str, Any]], template: str, tokenizer: PreTrainedTokenizerBase, **options: bool
-) -> tuple[str, list[Span]]:
-    """Text of a conversation and, with `return_assistant_tokens_mask`, the character spans of its marked parts."""
-    # Templates print a null (of `"name": null`, say) as `None`; transformers from 5.23 on drops such keys itself.
-    messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    try:
-        texts, spans = render_jinja_template(
-            conversations=[messages], chat_template=template, **options, **tokenizer.special_tokens_map
-        )
-    except TemplateError as error:
-        raise UserError(f"{record.place}: the chat template cannot render these messages: {error}") from error
-    return texts[0], [tuple(span) for span in spans[0]] if spans else []
-
-
-def _marked_spans(record: Record, template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
-    messages = record.content["messages"]
-    text, spans = _render(record, messages, template, tokenizer, return_assistant_tokens_mask=True)
-    spans = [(start, end) for start, end in spans if end > start]
-    if not spans and any(message["role"] == "assistant" and message["content"] for message in messages):
-        raise UserError(
-            f"{record.place}: the chat template has `{{% generation %}}` markers, but marks nothing in a conversation "
-            "with an assistant turn: mend the template, or take the markers out to have the turns found by rendering"
-        )
-    return text, spans
-
-
-def _prefix_spans(
-    record: Record, template: str, tokenizer: PreTrainedTokenizerBase, ends: tuple[str, ...]
-) -> tuple[str, list[Span]]:
-    """`ends` are the tokenizer's added tokens: those that can end a turn."""
-    messages = record.content["messages"]
-    text, _ = _render(record, messages, template, tokenizer)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if index == 0:
-            raise UserError(
-                f"{record.place}: the conversation begins with the assistant; without `{{% generation %}}` markers in "
-                "the chat template its header cannot be told from its answer: begin with a user or system message"
-            )
-        prompt, _ = _render(record, messages[:index], template, tokenizer, add_generation_prompt=True)
-        through, _ = _render(record, messages[: index + 1], template, tokenizer)
-        # Some templates (Phi 3) close every rendering with an end of sequence; it is no part of a turn in the middle.
-        if not text.startswith(through) and tokenizer.eos_token:
-            through = through.removesuffix(tokenizer.eos_token)
-        if not (through.startswith(prompt) and text.startswith(through)):
-            raise UserError(
-                f"{record.place}: the chat template is not prefix-preserving: it renders messages 0 to {index} "
-                "differently when more follow or when the answer is still to come, so assistant turns cannot be found. "
-                "Put `{% generation %}` … `{% endgeneration %}` around the assistant's text in the template, or give "
-                "the data as `completion` records"
-            )
-        turn = through[len(prompt) :]
-        # Blanks behind a turn's last special token are not the assistant's: the model has stopped by then.
-        if turn.rstrip().endswith(ends):
-            turn = turn.rstrip()
-        spans.append((len(prompt), len(prompt) + len(turn)))
-    return text, [(start, end) for start, end in spans if end > start]
 
 
 def _tokens_of(span: Span, text: str, encoded: BatchEncoding, index: int, length: int) -> Span:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from framework.data.batch import Batch, collate_packed, collate_padded
-from framework.data.dataset import TokenizedDataset
+from framework.data.dataset import Dataset
+from framework.data.mixture import mixture_order
 from framework.data.order import epoch_order, pack
+from framework.data.prefetch import ordered_map
+
+Collate = Callable[[Dataset, Sequence], Batch]
+Position = tuple[int, int]  # epoch, sequences of it that were drawn
 
 
 class Loader:
@@ -18,18 +25,27 @@ class Loader:
     seed and the state, two numbers: the epoch, and the sequences of it that were drawn already. The split into
     micro-batches changes neither the samples of a window nor their draw indices. When an epoch ends inside a window,
     the window goes on with the next one; no sample is left out.
+
+    An epoch draws every sample once. That of a mixture, a data set with shares, draws as many samples as there are,
+    each source's share of them, see `framework.data.mixture`.
+
+    Batches are made ahead of their use by threads, at least a whole window ahead; the state is of the windows that
+    were taken, not of those made ahead.
     """
 
     def __init__(
         self,
-        dataset: TokenizedDataset,
+        dataset: Dataset,
         *,
-        sequence_length: int,
+        sequence_length: int | None,
         packing: bool,
         global_batch_size: int,
         micro_batch_size: int,
         seed: int,
-        pad_token_id: int,
+        pad_token_id: int | None,
+        workers: int = 0,
+        pin_memory: bool = False,
+        collate: Collate | None = None,
     ) -> None:
         """Start at the first sequence of epoch 0.
 
@@ -41,6 +57,10 @@ class Loader:
             micro_batch_size: Sequences of a batch.
             seed: Of the order.
             pad_token_id: What fills rows up.
+            workers: Threads that make batches ahead; 0: each is made when it is asked for.
+            pin_memory: Whether batches are page-locked, see `Batch.pinned`.
+            collate: What makes a batch of the data set and draw indices; by default language modelling's, to which
+                alone packing, `sequence_length` and `pad_token_id` matter.
 
         Raises:
             ValueError: `micro_batch_size` does not divide `global_batch_size`.
@@ -56,54 +76,83 @@ class Loader:
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.seed = seed
-        self.pad_token_id = pad_token_id
+        self.workers = workers
         self._lengths = dataset.lengths
-        self._begin_epoch(0)
-        self._index = 0
+        collate = collate or language_collate(sequence_length, pad_token_id, packing=packing)
+        self._collate = _collater(dataset, collate, pin_memory=pin_memory)
+        self._sequences_of = (-1, [])  # an epoch and its sequences
+        self._position: Position = (0, 0)
+        self._batches: Generator[tuple[Batch, Position]] | None = None
 
-    def sequences(self, epoch: int) -> np.ndarray | list[np.ndarray]:
+    def sequences(self, epoch: int) -> Sequence[Any]:
         """The sequences of an epoch in the order of drawing: draw indices or, with packing, arrays of them."""
-        order = epoch_order(len(self.dataset), seed=self.seed, epoch=epoch)
-        draws = epoch * len(self.dataset) + order
-        if self.packing:
-            return [draws[places] for places in pack(self._lengths[order], self.sequence_length)]
-        return draws
+        known, sequences = self._sequences_of
+        if known != epoch:
+            sequences = self._draws(epoch)
+            if self.packing:
+                lengths = self._lengths[sequences % len(self.dataset)]
+                sequences = pack(lengths, self.sequence_length, sequences)
+            self._sequences_of = (epoch, sequences)
+        return sequences
 
-    def _begin_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._sequences = self.sequences(epoch)
+    @property
+    def samples_per_sequence(self) -> float:
+        """Samples that a sequence holds, on average over the current epoch."""
+        return len(self.dataset) / len(self.sequences(self._position[0]))
+
+    def _draws(self, epoch: int) -> np.ndarray:
+        if self.dataset.shares is None:
+            samples = len(self.dataset)
+            return epoch * samples + epoch_order(samples, seed=self.seed, epoch=epoch)
+        sizes = [len(part) for part in self.dataset.parts]
+        return mixture_order(sizes, self.dataset.shares, seed=self.seed, epoch=epoch)
 
     def next_window(self) -> list[Batch]:
         """The micro-batches of one optimiser step.
 
         Padded rows are sorted by length within the window, longest first: what a window holds stays the same, and
         less of it is padding.
-        """
-        window: list = []
-        while len(window) < self.global_batch_size:
-            drawn = self._sequences[self._index : self._index + self.global_batch_size - len(window)]
-            window.extend(drawn)
-            self._index += len(drawn)
-            if self._index == len(self._sequences):
-                self._begin_epoch(self._epoch + 1)
-                self._index = 0
-        if not self.packing:
-            window.sort(key=lambda draw: -self._lengths[draw % len(self.dataset)])
-        return list(self._collate(window))
 
-    def _collate(self, window: Sequence) -> Iterator[Batch]:
-        collate = collate_packed if self.packing else collate_padded
-        for start in range(0, len(window), self.micro_batch_size):
-            yield collate(
-                self.dataset,
-                window[start : start + self.micro_batch_size],
-                sequence_length=self.sequence_length,
-                pad_token_id=self.pad_token_id,
-            )
+        Raises:
+            RunError: A sample cannot be read; the message names it.
+        """
+        count = self.global_batch_size // self.micro_batch_size
+        if self._batches is None:
+            ahead = max(count, 2 * self.workers)
+            rows = self._micro_batches(*self._position)
+            self._batches = ordered_map(self._make, rows, workers=self.workers, ahead=ahead)
+        try:
+            window = [next(self._batches) for _ in range(count)]
+        except BaseException:
+            self.close()  # so that another call tries the same window again
+            raise
+        self._position = window[-1][1]
+        return [batch for batch, _ in window]
+
+    def _micro_batches(self, epoch: int, index: int) -> Iterator[tuple[Sequence, Position]]:
+        """The rows of each micro-batch from a position on, and the position behind its window."""
+        while True:
+            window: list = []
+            while len(window) < self.global_batch_size:
+                sequences = self.sequences(epoch)
+                drawn = sequences[index : index + self.global_batch_size - len(window)]
+                window.extend(drawn)
+                index += len(drawn)
+                if index == len(sequences):
+                    epoch, index = epoch + 1, 0
+            if not self.packing:
+                window.sort(key=lambda draw: -self._lengths[draw % len(self.dataset)])
+            for start in range(0, len(window), self.micro_batch_size):
+                yield window[start : start + self.micro_batch_size], (epoch, index)
+
+    def _make(self, item: tuple[Sequence, Position]) -> tuple[Batch, Position]:
+        rows, behind = item
+        return self._collate(rows), behind
 
     def state_dict(self) -> dict[str, int]:
-        """`epoch`, and `index`: the sequences of it that were drawn already."""
-        return {"epoch": self._epoch, "index": self._index}
+        """`epoch`, and `index`: the sequences of it that were taken already."""
+        epoch, index = self._position
+        return {"epoch": epoch, "index": index}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where `state_dict` was taken; costs the ordering of one epoch, whatever the index.
@@ -111,23 +160,34 @@ class Loader:
         Raises:
             ValueError: The epoch has fewer sequences than `index`: the data set is another one.
         """
-        self._begin_epoch(state["epoch"])
-        if not 0 <= state["index"] < len(self._sequences):
+        epoch, index = state["epoch"], state["index"]
+        sequences = self.sequences(epoch)
+        if not 0 <= index < len(sequences):
             raise ValueError(
-                f"data.train: the saved position is sequence {state['index']} of epoch {state['epoch']}, but an epoch "
-                f"has {len(self._sequences)} sequences now: the data or data.* has changed since the checkpoint"
+                f"data.train: the saved position is sequence {index} of epoch {epoch}, but an epoch "
+                f"has {len(sequences)} sequences now: the data or data.* has changed since the checkpoint"
             )
-        self._index = state["index"]
+        self.close()
+        self._position = (epoch, index)
+
+    def close(self) -> None:
+        """Drop what was made ahead and end the threads; the next window starts them again."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
 
 def evaluation_batches(
-    dataset: TokenizedDataset,
+    dataset: Dataset,
     *,
-    sequence_length: int,
+    sequence_length: int | None,
     micro_batch_size: int,
-    pad_token_id: int,
+    pad_token_id: int | None,
     packing: bool = False,
     max_samples: int | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
+    collate: Collate | None = None,
 ) -> Iterator[Batch]:
     """Batches of the first `max_samples` samples, each once; the last batch may be smaller.
 
@@ -141,10 +201,26 @@ def evaluation_batches(
         pad_token_id: What fills rows up.
         packing: Whether samples share rows.
         max_samples: Samples to take; all by default.
+        workers: Threads that make batches ahead; 0: each is made when it is asked for.
+        pin_memory: Whether batches are page-locked, see `Batch.pinned`.
+        collate: As for `Loader`.
     """
     lengths = dataset.lengths[:max_samples]
     sequences: Sequence = pack(lengths, sequence_length) if packing else np.argsort(-lengths, kind="stable")
+    collate = collate or language_collate(sequence_length, pad_token_id, packing=packing)
+    make = _collater(dataset, collate, pin_memory=pin_memory)
+    batches = (sequences[start : start + micro_batch_size] for start in range(0, len(sequences), micro_batch_size))
+    return ordered_map(make, batches, workers=workers, ahead=2 * workers)
+
+
+def language_collate(sequence_length: int, pad_token_id: int, *, packing: bool = False) -> Collate:
+    """What makes a language model's batch of a data set and rows: draw indices or, with packing, sequences of them."""
     collate = collate_packed if packing else collate_padded
-    for start in range(0, len(sequences), micro_batch_size):
-        rows = sequences[start : start + micro_batch_size]
-        yield collate(dataset, rows, sequence_length=sequence_length, pad_token_id=pad_token_id)
+    return partial(collate, sequence_length=sequence_length, pad_token_id=pad_token_id)
+
+
+def _collater(dataset: Dataset, collate: Collate, *, pin_memory: bool) -> Callable[[Sequence], Batch]:
+    """The function that makes a batch of rows."""
+    if pin_memory:
+        return lambda rows: collate(dataset, rows).pinned()
+    return partial(collate, dataset)

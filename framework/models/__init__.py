@@ -3,10 +3,11 @@
 from framework.models.architecture import Architecture, check_compatibility, count_parameters, read_architecture
 from framework.models.configured import (
     configured_architecture,
+    configured_classes,
     configured_empty_model,
+    configured_image_processor,
     configured_model,
     configured_tokenizer,
-    has_local_tokenizer,
     tokenizer_source,
 )
 from framework.models.loading import load_model
@@ -17,11 +18,12 @@ __all__ = [
     "Architecture",
     "check_compatibility",
     "configured_architecture",
+    "configured_classes",
     "configured_empty_model",
+    "configured_image_processor",
     "configured_model",
     "configured_tokenizer",
     "count_parameters",
-    "has_local_tokenizer",
     "load_model",
     "read_architecture",
     "tokenizer_source",

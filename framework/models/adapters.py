@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from framework.config.adapters import ADAPTER_METHODS, TRAINS_TOKEN_ROWS, AdapterMethod
 from framework.errors import UserError
+from framework.models.head import CLASSIFICATION
 from framework.models.targets import (
     ALL_LINEAR,
     head_names,
@@ -33,6 +34,8 @@ from framework.models.tokens import token_rows
 if TYPE_CHECKING:
     from framework.config import AdapterConfig
 
+# What PEFT's auto classes and its generation go by; images and masked tokens have no type of their own.
+_TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "sequence_classification": TaskType.SEQ_CLS}
 # What PEFT raises for options of a wrong type or size, or for layers that a method does not know.
 _PEFT_ERRORS = (ValueError, TypeError, AttributeError, NotImplementedError, ImportError, RuntimeError, IndexError)
 # Methods that compute indices, which the meta device cannot.
@@ -74,7 +77,7 @@ def add_adapter(
         **_method_settings(model, adapter, method, added_tokens),
         **_saved_modules(model, adapter, kind, targets, task=task),
         "target_modules": targets,
-        "task_type": _task_type(model, task),
+        "task_type": _TASK_TYPES.get(task),
     }
     if "fan_in_fan_out" in _names(kind):
         # GPT-2's linear layers hold the transpose.
@@ -186,7 +189,7 @@ def _saved_modules(
             )
         modules_to_save = named_for_tying(modules_to_save, tied)
         settings["ensure_weight_tying"] = True
-    if task == "sequence_classification":
+    if task in CLASSIFICATION:
         modules_to_save += [name for name in head_names(model) if name not in modules_to_save]
     if modules_to_save:
         if "modules_to_save" not in _names(kind):
@@ -207,10 +210,3 @@ def _unknown_options(adapter: AdapterConfig, kind: type[PeftConfig]) -> list[str
 
 def _names(kind: type[PeftConfig]) -> set[str]:
     return {field.name for field in fields(kind) if field.init}
-
-
-def _task_type(model: PreTrainedModel, task: str) -> TaskType | None:
-    """What PEFT's auto classes and its generation go by; images and masked tokens have no type of their own."""
-    if task == "causal_lm":
-        return TaskType.CAUSAL_LM
-    return TaskType.SEQ_CLS if task == "sequence_classification" and model.main_input_name == "input_ids" else None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from framework.errors import UserError
 from framework.hub import PUBLIC_MAIN, HubOptions
 from framework.models.adapters import add_adapter
 from framework.models.configuration import build_model, read_model_config
+from framework.models.head import CLASSIFICATION, describe_classes, pooling_of, takes
 from framework.models.tokens import AddedTokens, add_tokens
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ class Architecture:
         max_positions: Longest sequence in tokens; None if the family has no limit.
         attention_heads: Query heads; None if the family does not say.
         key_value_heads: Key and value heads; None if the family does not say.
+        pooling: Which tokens a classifier's head reads, see `pooling_of`; None for language models.
+        token_types: Whether the model takes `token_type_ids`.
+        image_tokens: Tokens that the blocks see of an image; None for other inputs, or where it was not asked for.
     """
 
     family: str
@@ -46,6 +51,9 @@ class Architecture:
     max_positions: int | None
     attention_heads: int | None
     key_value_heads: int | None
+    pooling: Literal["first", "last", "mean"] | None = None
+    token_types: bool = False
+    image_tokens: int | None = None
 
 
 def read_architecture(
@@ -55,6 +63,8 @@ def read_architecture(
     task: str = "causal_lm",
     attention: str = "eager",
     adapter: AdapterConfig | None = None,
+    label_names: Sequence[str] | None = None,
+    pixels: tuple[int, ...] | None = None,
     examine: Callable[[nn.Module], None] | None = None,
     hub: HubOptions = PUBLIC_MAIN,
     added_tokens: AddedTokens | None = None,
@@ -68,6 +78,8 @@ def read_architecture(
         attention: `sdpa` or `eager`; without influence on the sizes, but refused where the family lacks it, which no
             family does for `eager`.
         adapter: Counted and checked like in a run.
+        label_names: A classifier's classes; None takes what the config says of them.
+        pixels: `(channels, height, width)` of the images that it will get, to count their tokens.
         examine: Called with the model, adapter included, before it is forgotten.
         hub: Revision, network and code, for `path`.
         added_tokens: Rows that a run adds to the embedding, or None.
@@ -75,7 +87,7 @@ def read_architecture(
     Raises:
         UserError: What `load_model` would refuse, weights apart.
     """
-    config = read_model_config(path, from_config, hub)
+    config = describe_classes(read_model_config(path, from_config, hub), task=task, label_names=label_names)
     model, token_ids = build_empty(
         config,
         task=task,
@@ -84,7 +96,9 @@ def read_architecture(
         trust_remote_code=hub.trust_remote_code,
         added_tokens=added_tokens,
     )
-    described = describe(model)
+    described = describe(model, task=task)
+    if pixels is not None:
+        described = replace(described, image_tokens=_image_tokens(model, pixels))
     whole = model if adapter is None else add_adapter(model, adapter, task=task, added_tokens=token_ids)
     if examine is not None:
         examine(whole)
@@ -110,8 +124,8 @@ def build_empty(
         return model, None if added_tokens is None else add_tokens(model, added_tokens)
 
 
-def describe(model: PreTrainedModel) -> Architecture:
-    """The sizes of a built model without an adapter; its tensors may be on the meta device."""
+def describe(model: PreTrainedModel, *, task: str) -> Architecture:
+    """The sizes of a built model with the head of `task` and without an adapter; it may be on the meta device."""
     text = model.config.get_text_config()
     parameters, trainable = count_parameters(model)
     embedding = _token_embedding(model)
@@ -126,7 +140,42 @@ def describe(model: PreTrainedModel) -> Architecture:
         max_positions=_max_positions(model),
         attention_heads=heads,
         key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        pooling=pooling_of(model) if task in CLASSIFICATION else None,
+        token_types=takes(model, "token_type_ids"),
     )
+
+
+class _FirstBlockReachedError(Exception):
+    """Ends a forward pass; holds the shape of what the first block got."""
+
+
+def _image_tokens(model: PreTrainedModel, pixels: tuple[int, ...]) -> int:
+    """Tokens that a model on the meta device makes of an image; 1 if it has no blocks.
+
+    Raises:
+        UserError: The model takes images of another size.
+    """
+
+    def stop(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _FirstBlockReachedError((args[0] if args else kwargs["hidden_states"]).shape)
+
+    first = next((module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)), None)
+    if first is None:
+        return 1
+    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(torch.zeros(1, *pixels, dtype=model.dtype, device=model.device))
+    except _FirstBlockReachedError as reached:
+        (shape,) = reached.args
+        return math.prod(shape[1:-1])
+    except ValueError as error:
+        raise UserError(
+            f"model.path: the image processor makes images of {pixels[2]} x {pixels[1]} pixels and {pixels[0]} "
+            f"channels, which the model does not take: {error}"
+        ) from error
+    finally:
+        handle.remove()
+    raise AssertionError("the model's forward did not reach its first block")
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

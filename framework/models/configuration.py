@@ -39,12 +39,10 @@ from framework.hub import (
 )
 
 _HEADS = {
-    "causal_lm": [(MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM)],
-    "masked_lm": [(MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM)],
-    "sequence_classification": [
-        (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification),
-        (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification),
-    ],
+    "causal_lm": (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
+    "masked_lm": (MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM),
+    "sequence_classification": (MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification),
+    "image_classification": (MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, AutoModelForImageClassification),
 }
 # High enough that only a slip of the finger matches: families have many keys of similar names.
 _MISSPELT = 0.88
@@ -107,7 +105,7 @@ def build_model(
 
     Args:
         config: The Hugging Face config; not changed.
-        task: `causal_lm`, `masked_lm` or `sequence_classification` (of text or images, as the family has it).
+        task: As in the config's `model.task`.
         dtype: Of the weights.
         attention: `sdpa` or `eager`.
         trust_remote_code: Build a model whose class comes with its config.
@@ -132,10 +130,14 @@ def auto_class(config: PreTrainedConfig, task: str) -> Any:
         UserError: The family has no such head; the message names those it has.
     """
     own_code = getattr(config, "auto_map", None) or {}
-    for mapping, auto in _HEADS[task]:
-        if type(config) in mapping or auto.__name__ in own_code:
-            return auto
-    available = [name for name, heads in _HEADS.items() if any(type(config) in mapping for mapping, _ in heads)]
+    mapping, auto = _HEADS[task]
+    if type(config) in mapping or auto.__name__ in own_code:
+        return auto
+    available = [
+        name
+        for name, (families, its_auto) in _HEADS.items()
+        if type(config) in families or its_auto.__name__ in own_code
+    ]
     offer = f"set model.task to {' or '.join(available)}" if available else "it cannot be trained here"
     raise UserError(f"model.task: {config.model_type} has no head for {task}; {offer}")
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from framework.errors import UserError
 from framework.hub import PUBLIC_MAIN, HubOptions, source_name
@@ -24,6 +24,7 @@ from framework.models.configuration import (
     read_model_config,
     unreachable,
 )
+from framework.models.head import CLASSIFICATION, describe_classes, set_padding
 from framework.models.tokens import AddedTokens, add_tokens
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def load_model(
     attention: str,
     seed: int,
     adapter: AdapterConfig | None = None,
+    label_names: Sequence[str] | None = None,
+    pad_token_id: int | None = None,
     hub: HubOptions = PUBLIC_MAIN,
     added_tokens: AddedTokens | None = None,
 ) -> PreTrainedModel | PeftModel:
@@ -56,11 +59,13 @@ def load_model(
         path: A local directory or a hub name with weights; None for random weights.
         from_config: A Hugging Face config as JSON values, with `model_type`. With `path` it only describes the
             architecture for planning: the model is built from the config at `path`, which must agree with it.
-        task: `causal_lm`, `masked_lm` or `sequence_classification`, of text or, where the family is one, of images.
+        task: As in the config's `model.task`.
         dtype: Of the weights. Adapters: see `add_adapter`.
         attention: `sdpa` or `eager`.
         seed: Not negative.
         adapter: Freeze the model and add an adapter, or None.
+        label_names: A classifier's classes, written into its config; None leaves those of the config.
+        pad_token_id: The tokenizer's, which a text classifier is told; see `set_padding`.
         hub: Revision, network and code, for `path`.
         added_tokens: Rows to add to the embedding, or None.
 
@@ -72,15 +77,20 @@ def load_model(
     """
     with _seeded(seed):
         if path is None:
-            config = read_model_config(None, from_config)
+            config = describe_classes(read_model_config(None, from_config), task=task, label_names=label_names)
             model = build_model(config, task=task, dtype=dtype, attention=attention)
         else:
-            model = _load_pretrained(path, task=task, dtype=dtype, attention=attention, hub=hub)
+            config = describe_classes(read_model_config(path, None, hub), task=task, label_names=label_names)
+            model = _load_pretrained(path, config, task=task, dtype=dtype, attention=attention, hub=hub)
     if path is not None and from_config is not None:
-        described = read_architecture(path=None, from_config=from_config, task=task, attention=attention)
-        _check_description(describe(model), described, path)
+        described = read_architecture(
+            path=None, from_config=from_config, task=task, attention=attention, label_names=label_names
+        )
+        _check_description(describe(model, task=task), described, path)
     with _seeded(seed):
         token_ids = None if added_tokens is None else add_tokens(model, added_tokens)
+    if task == "sequence_classification":
+        set_padding(model, pad_token_id)
     if adapter is None:
         return model
     # Another stream than the weights', so that the adapter is not made of the same draws.
@@ -88,13 +98,15 @@ def load_model(
         return add_adapter(model, adapter, task=task, added_tokens=token_ids)
 
 
-def _load_pretrained(path: str, *, task: str, dtype: torch.dtype, attention: str, hub: HubOptions) -> PreTrainedModel:
-    config = read_model_config(path, None, hub)
+def _load_pretrained(
+    path: str, config: PreTrainedConfig, *, task: str, dtype: torch.dtype, attention: str, hub: HubOptions
+) -> PreTrainedModel:
     auto = auto_class(config, task)
     with attention_errors(config, attention), hub.access():
         try:
             model, report = auto.from_pretrained(
                 source_name(path),
+                config=config,
                 dtype=dtype,
                 attn_implementation=attention,
                 output_loading_info=True,
@@ -114,7 +126,7 @@ def _load_pretrained(path: str, *, task: str, dtype: torch.dtype, attention: str
 
 def _check_missing(model: PreTrainedModel, missing: set[str], *, task: str, path: str) -> None:
     """A new head is what classification starts from; any other weight that is not in the files is a mistake."""
-    if task == "sequence_classification":
+    if task in CLASSIFICATION:
         body = f"{model.base_model_prefix}."
         heads = sorted(name for name in missing if not name.startswith(body) or ".pooler." in name)
         if heads:

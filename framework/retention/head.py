@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from framework.retention.blocks import backbone_of
+from framework.retention.blocks import backbone_of, blocks_of
 
 
 @contextlib.contextmanager
@@ -113,3 +113,32 @@ def run_head(model: PreTrainedModel, backbone_output: Any, rows: Tensor) -> Tens
                 del module.forward
             else:
                 module.forward = forward
+
+
+def rows_read_by_head(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """Which tokens of the last block's output a classifier's logits depend on, bool `[batch, tokens]`.
+
+    Found by a backward pass from random weights on the logits to the last block's output. The model's mode, gradients
+    and random state stay as they are.
+
+    Args:
+        model: The Hugging Face model with its head (not a PEFT wrapper).
+        inputs: What it takes, without labels.
+    """
+    rows: list[Tensor] = []
+
+    def cut(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        rows.append((output[0] if isinstance(output, tuple) else output).detach().requires_grad_())
+        return (rows[0], *output[1:]) if isinstance(output, tuple) else rows[0]
+
+    training = model.training
+    handle = [*blocks_of(model).values()][-1].register_forward_hook(cut)
+    model.eval()
+    try:
+        logits = model(**inputs).logits
+        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
+        (gradient,) = torch.autograd.grad((logits * weights).sum(), rows[0])
+    finally:
+        model.train(training)
+        handle.remove()
+    return gradient.abs().sum(-1) > 0

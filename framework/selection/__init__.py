@@ -6,6 +6,15 @@ token belongs to, and answers with a `Selection`.
 
 from framework.selection.selection import Selection
 from framework.selection.strategies import STRATEGIES, check_options, select
-from framework.selection.supervision import IGNORED, documents_of, supervised_positions
+from framework.selection.supervision import IGNORED, documents_of, pooled_positions, supervised_positions
 
-__all__ = ["IGNORED", "STRATEGIES", "Selection", "check_options", "documents_of", "select", "supervised_positions"]
+__all__ = [
+    "IGNORED",
+    "STRATEGIES",
+    "Selection",
+    "check_options",
+    "documents_of",
+    "pooled_positions",
+    "select",
+    "supervised_positions",
+]

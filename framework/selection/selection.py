@@ -67,6 +67,12 @@ class Selection:
         kept = probability.gather(1, positions).masked_fill(~valid, 1.0)
         return cls(positions, valid, kept.to(torch.float32), ragged=not bool(valid.all()))
 
+    def including(self, mask: Tensor) -> Selection:
+        """This selection and the true positions of `mask`, bool `[batch, sequence]`, which are then certain."""
+        probability = torch.ones(mask.shape, device=mask.device)
+        probability.scatter_(1, self.positions, self.probability)
+        return Selection.of_mask(self.mask(mask.shape[1]) | mask, probability.masked_fill(mask, 1.0))
+
     def check_fits(self, batch: int, sequence: int) -> None:
         """Refuse another batch's selection. Positions are compared where that needs no device synchronisation.
 

@@ -24,6 +24,33 @@ def supervised_positions(labels: Tensor, causal: bool) -> Tensor:
     return torch.nn.functional.pad(labelled[:, 1:], (0, 1), value=False)
 
 
+def pooled_positions(
+    pooling: str, shape: tuple[int, int], input_ids: Tensor | None = None, pad_token_id: int | None = None
+) -> Tensor:
+    """The token of each sequence that a classifier pools, and that is selected whatever the strategy.
+
+    The last token is found as transformers' `GenericForSequenceClassification` does, by its id: a text's own last token
+    is passed over if it equals the padding token, in training as in evaluation.
+
+    Args:
+        pooling: `last`, or `first` and `mean`, for which it is the first.
+        shape: Sequences, and tokens of each.
+        input_ids: int64 `[batch, sequence]`; None where a model has no tokens.
+        pad_token_id: The model's; without it the last token is the last position's.
+
+    Returns:
+        bool `[batch, sequence]` on the device of `input_ids`.
+    """
+    batch, sequence = shape
+    device = None if input_ids is None else input_ids.device
+    place = torch.zeros(batch, dtype=torch.int64, device=device)
+    if pooling == "last":
+        place += sequence - 1
+        if input_ids is not None and pad_token_id is not None:
+            place = (torch.arange(sequence, device=device) * (input_ids != pad_token_id)).argmax(-1)
+    return torch.nn.functional.one_hot(place, sequence).bool()
+
+
 def documents_of(
     tokens: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, first_index: int
 ) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 from framework.data import Batch
 from framework.sharding.protocol import Engine
@@ -28,18 +29,22 @@ def evaluate(
         The means over all ranks' batches; None if it was given up.
     """
     total, count = torch.zeros((), dtype=torch.float64, device=engine.device), 0
+    correct: Tensor | None = None
     engine.model.eval()
     try:
         for batch in batches:
             if interrupted():
                 return None
             with engine.autocast():
-                loss, tokens = evaluation_loss(engine.model, move(batch.inputs, engine.device))
-            total += loss
-            count += tokens
+                result = evaluation_loss(engine.model, move(batch.inputs, engine.device))
+            total += result.loss
+            count += result.labels
+            if result.correct is not None:
+                correct = result.correct if correct is None else correct + result.correct
     finally:
         engine.model.train()
     if interrupted():
         return None
     count = int(engine.sum_over_ranks(count))
-    return EvalRecord(step, engine.sum_over_ranks(float(total)) / count, count)
+    accuracy = None if correct is None else engine.sum_over_ranks(float(correct)) / count
+    return EvalRecord(step, engine.sum_over_ranks(float(total)) / count, count, accuracy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,8 +22,8 @@ from framework.checkpoint import (
     update_pointers,
 )
 from framework.config import Config
-from framework.data import Batch, Loader, TokenizedDataset
-from framework.errors import RunError, UserError
+from framework.data import Batch, Dataset, Loader
+from framework.errors import RunError
 from framework.models import configured_model, count_parameters
 from framework.sharding.protocol import Engine
 from framework.sharding.single import SingleEngine
@@ -38,12 +38,12 @@ from framework.training.plan import settings_plan
 from framework.training.progress import Reporter
 from framework.training.resuming import check_resumable, manifest_of
 from framework.training.run import TrainResult
+from framework.training.run_data import load_run_data
 from framework.training.run_directory import RunDirectory
 from framework.training.schedule import scheduled_rate
 from framework.training.setup import (
     in_steps,
-    load_data,
-    make_loaders,
+    report_epochs,
     seed_everything,
     use_deterministic_kernels,
     warm_up,
@@ -58,21 +58,17 @@ def run_training(
     config: Config, *, resume: str, directory: RunDirectory, signals: StopSignals, reporter: Reporter
 ) -> TrainResult:
     """Do what `framework.train` promises, the end marker aside. See there for arguments and errors."""
-    if config.model.task != "causal_lm":
-        raise UserError(
-            f"model.task: {config.model.task!r} cannot be trained from data.format 'messages', 'completion' or 'text', "
-            "which are for 'causal_lm'; framework.enable_token_selection works on such a model in a loop of your own"
-        )
     if config.training.deterministic:
         use_deterministic_kernels()
 
-    train_data, eval_data, pad_token_id = load_data(config, reporter)
-    loader, evaluation_batches = make_loaders(config, train_data, pad_token_id)
+    data = load_run_data(config, reporter.line)
+    config, train_data, eval_data = data.config, data.train, data.eval
+    loader, evaluation_batches = data.loaders()
     if config.training.epochs is not None:
         config = in_steps(config, loader, reporter)
 
     # The order of the transforms: adapters, then selection and retention, then the engine.
-    model = configured_model(config)
+    model = configured_model(config, data.tokenizer)
     objective = Objective(model, config)
     engine = SingleEngine(config.optimizer.precision, loss_scale=config.optimizer.loss_scale)
     engine.prepare(model, optimizer_factory(config, reporter.line))
@@ -90,9 +86,17 @@ def run_training(
     directory.begin(config.to_json(), settings_plan(config))
     truncate_metrics(directory.metrics, step)
 
+    report_epochs(config, loader, reporter)
+
     signals.defer()
-    warm_up(engine, objective, next(evaluation_batches(train_data)))
-    with MetricsFile(directory.metrics) as metrics, cpu_tracker(config, engine) or nullcontext() as tracker:
+    longest = next(evaluation_batches(train_data))
+    objective.check(engine.model, longest)
+    warm_up(engine, objective, longest)
+    with (
+        closing(loader),
+        MetricsFile(directory.metrics) as metrics,
+        cpu_tracker(config, engine) or nullcontext() as tracker,
+    ):
         evaluation = partial(evaluation_batches, eval_data) if eval_data is not None else None
         run = Run(
             config, directory, signals, reporter, engine, objective, loader, train_data, evaluation, metrics, tracker
@@ -105,7 +109,7 @@ def run_training(
 def resume_from(
     checkpoint: Checkpoint,
     config: Config,
-    train_data: TokenizedDataset,
+    train_data: Dataset,
     engine: Engine,
     loader: Loader,
     reporter: Reporter,
@@ -149,7 +153,7 @@ class Run:
         engine: Engine,
         objective: Objective,
         loader: Loader,
-        train_data: TokenizedDataset,
+        train_data: Dataset,
         evaluation_batches: EvaluationBatches | None,
         metrics: MetricsFile,
         tracker: CpuMemoryTracker | None,
@@ -227,7 +231,7 @@ class Run:
         result, selected = train_window(self.engine, self.objective, window, rate, settings.max_grad_norm)
         self.skipped.count(result)
         if not result.finite:
-            self.answer_non_finite(describe_non_finite(step, result, window, len(self.train_data)))
+            self.answer_non_finite(describe_non_finite(step, result, window, self.train_data))
         seconds = time.perf_counter() - started
         tokens = self._sum(batch.tokens for batch in window)
         peak = device_peak_memory(self.engine.device)

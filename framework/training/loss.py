@@ -1,12 +1,13 @@
-"""The loss per token: summed over supervised rows, divided by a count that the caller knows.
+"""The loss per label: summed over supervised rows, or over samples with a class, divided by a count of the caller's.
 
 Logits are formed for supervised rows only, in training and in evaluation.
 """
 
 from __future__ import annotations
 
+import inspect
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -35,7 +36,6 @@ _KINDS = {
         auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     ),
 }
-
 
 # Classes that come with a model's own code are in no table; transformers notes the auto class that loaded them.
 _KINDS_OF_AUTO_CLASSES = {
@@ -122,39 +122,62 @@ def selected_supervised_rows(
 
 
 def exact_loss(model: nn.Module, inputs: dict[str, Any], count: Tensor | float) -> Tensor:
-    """Σ cross-entropy over the supervised tokens of a batch / `count`, with a graph, by ordinary training.
+    """Σ cross-entropy over the labels of a batch / `count`, with a graph, by ordinary training.
 
     Args:
-        model: a causal or masked LM or token classifier, possibly wrapped by PEFT, in train mode.
-        inputs: what the model takes, `labels [batch, sequence]` included.
-        count: supervised tokens of the whole accumulation window.
+        model: a causal or masked LM or classifier, possibly wrapped by PEFT, in train mode.
+        inputs: what the model takes, `labels` included: `[batch, sequence]`, or a classifier's class numbers `[batch]`.
+        count: supervised tokens, or samples, of the whole accumulation window.
     """
     inner = unwrapped(model)
     arguments = {name: value for name, value in inputs.items() if name != "labels"}
-    index, targets, _ = selected_supervised_rows(inputs["labels"], loss_kind(inner), None)
+    kind = loss_kind(inner)
+    if kind is LossKind.POOLED:
+        return rows_loss(_class_logits(model, arguments), inputs["labels"]) / count
+    index, targets, _ = selected_supervised_rows(inputs["labels"], kind, None)
     with head_rows(inner, index):
         logits = model(**arguments, use_cache=False).logits[0]
     return rows_loss(logits, targets) / count
 
 
+def _class_logits(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """Logits `[batch, classes]`; decoders are kept from filling a cache of keys and values."""
+    accepted = inspect.signature(type(unwrapped(model)).forward).parameters
+    cache = {"use_cache": False} if "use_cache" in accepted else {}
+    logits: Tensor = model(**arguments, **cache).logits
+    return logits
+
+
+class Evaluated(NamedTuple):
+    """Sums over the labels of a batch."""
+
+    loss: Tensor
+    """Cross-entropy, float32 `[]` on the device."""
+    labels: int
+    """Supervised tokens, or samples with a class."""
+    correct: Tensor | None = None
+    """Samples whose class has the largest logit, int64 `[]` on the device; None for language models."""
+
+
 @torch.no_grad()
-def evaluation_loss(model: nn.Module, inputs: dict[str, Any], chunk_tokens: int = 1024) -> tuple[Tensor, int]:
-    """Σ cross-entropy over the supervised tokens of a batch, by the plain model, head and loss in chunks.
+def evaluation_loss(model: nn.Module, inputs: dict[str, Any], chunk_tokens: int = 1024) -> Evaluated:
+    """Σ cross-entropy over the labels of a batch, by the plain model; tokens' head and loss in chunks.
 
     Args:
-        model: a causal or masked LM or token classifier, possibly wrapped by PEFT, in eval mode.
-        inputs: what the model takes, `labels [batch, sequence]` included.
+        model: a causal or masked LM or classifier, possibly wrapped by PEFT, in eval mode.
+        inputs: what the model takes, `labels` included: `[batch, sequence]`, or a classifier's class numbers `[batch]`.
         chunk_tokens: rows whose logits exist at one time.
-
-    Returns:
-        The sum, float32 `[]` on the device, and the number of supervised tokens.
     """
     inner = unwrapped(model)
     arguments = {name: value for name, value in inputs.items() if name != "labels"}
-    index, targets, _ = selected_supervised_rows(inputs["labels"], loss_kind(inner), None)
+    kind, labels = loss_kind(inner), inputs["labels"]
+    if kind is LossKind.POOLED:
+        logits = _class_logits(model, arguments)
+        return Evaluated(rows_loss(logits, labels), len(labels), (logits.argmax(-1) == labels).sum())
+    index, targets, _ = selected_supervised_rows(labels, kind, None)
     output = run_backbone(inner, {**arguments, "use_cache": False})
     hidden = output[0].flatten(0, 1)[index]
     total = torch.zeros((), device=hidden.device)
     for rows, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
         total += rows_loss(run_head(inner, output, rows), wanted)
-    return total, len(index)
+    return Evaluated(total, len(index))

@@ -59,19 +59,30 @@ class TrainRecord:
 
 @dataclass(frozen=True)
 class EvalRecord:
-    """One evaluation: `loss` is the mean over `tokens` supervised tokens, nats, after optimiser step `step`."""
+    """One evaluation.
+
+    Attributes:
+        step: optimiser steps done.
+        loss: mean over the labels, nats.
+        tokens: the labels: supervised tokens, or samples with a class.
+        accuracy: share of the samples whose class was found; None but for classifiers, and then not written.
+    """
 
     step: int
     loss: float
     tokens: int
+    accuracy: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The line's object."""
-        return {"kind": "eval"} | asdict(self)
+        record = {"kind": "eval"} | asdict(self)
+        if self.accuracy is None:
+            del record["accuracy"]
+        return record
 
     def figures(self) -> dict[str, float | None]:
         """What was found, by name, for a checkpoint's manifest: JSON values, as in the line."""
-        return json_values({name: value for name, value in asdict(self).items() if name != "step"})
+        return json_values({name: value for name, value in self.to_json().items() if name not in ("kind", "step")})
 
 
 class MetricsFile:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from framework.data import Batch
+from framework.data import Batch, Dataset
 from framework.sharding.protocol import StepResult
-
-LISTED_SAMPLES = 16
 
 
 @dataclass
@@ -34,18 +32,17 @@ class SkippedSteps:
             self.in_a_row = 0
 
 
-def describe_non_finite(step: int, result: StepResult, window: list[Batch], samples: int) -> str:
-    """What was seen of a step, with its samples as the data set counts them, which is what a person can look up.
+def describe_non_finite(step: int, result: StepResult, window: list[Batch], data: Dataset) -> str:
+    """What was seen of a step, with its samples as their sources count them, which is what a person can look up.
 
     Args:
         step: its number.
         result: of the step.
         window: its micro-batches.
-        samples: size of the data set.
+        data: the training set.
     """
     draws = torch.cat([batch.documents.flatten() for batch in window]).unique().tolist()
-    drawn = [str(draw % samples) for draw in draws if draw >= 0]
-    listed = ", ".join(drawn[:LISTED_SAMPLES]) + (", …" if len(drawn) > LISTED_SAMPLES else "")
+    listed = data.named(draw % len(data) for draw in draws if draw >= 0)
     scale = ""
     if result.loss_scale is not None and math.isfinite(result.loss):
         scale = f" at a loss scale of {result.loss_scale:g}, which falls no lower (optimizer.loss_scale)"

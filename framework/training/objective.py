@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from framework.config import Config
 from framework.data import Batch
-from framework.retention import apply_checkpointing
-from framework.selection import Selection, select, supervised_positions
+from framework.errors import UserError
+from framework.retention import apply_checkpointing, rows_read_by_head
+from framework.selection import Selection, select
 from framework.token_selection import enable_token_selection, fixed_selection
 from framework.training.loss import exact_loss, unwrapped
 
@@ -46,8 +47,30 @@ class Objective:
         """What a micro-batch adds to the number that the window's loss is divided by."""
         if selection is None or self._config.selection.normalization == "supervised":
             return batch.supervised_tokens
-        supervised = supervised_positions(batch.inputs["labels"], causal=True)
-        return int((supervised & selection.mask(supervised.shape[1])).sum())
+        return int((batch.supervised & selection.mask(batch.supervised.shape[1])).sum())
+
+    def check(self, model: nn.Module, batch: Batch) -> None:
+        """Check that a classifier's head reads what the batches say, before gradient is left out elsewhere.
+
+        Args:
+            model: the engine's.
+            batch: any; its first sample is run.
+
+        Raises:
+            UserError: the head reads tokens that `batch.supervised` does not name: they would be taken for constants.
+        """
+        if batch.pooled is None or self._config.retention.policy != "selective":
+            return
+        first = {name: tensor[:1] for name, tensor in batch.inputs.items() if name != "labels"}
+        read = rows_read_by_head(unwrapped(model), move(first, next(model.parameters()).device))
+        named = batch.supervised[:1].to(read.device)
+        if bool((read & ~named).any()) or not bool((read & named).any()):
+            places = read[0].nonzero()[:, 0].tolist()
+            raise UserError(
+                f"model.task: the classifier of {unwrapped(model).config.model_type} reads other tokens than the one "
+                f"taken for its pooled token (it reads {len(places)}, the first at {places[:1]}), so their gradient "
+                'would be lost: set selection.strategy to "none" and retention.policy to "all" or "checkpoint"'
+            )
 
     def loss(self, model: nn.Module, batch: Batch, selection: Selection | None, count: int) -> Tensor:
         """The micro-batch's share of the window's loss, a scalar with a graph.
@@ -76,14 +99,15 @@ def draw_selection(config: Config, batch: Batch) -> Selection | None:
     if config.retention.policy != "selective":
         return None
     strategy, ratio = effective_selection(config)
-    return select(
+    selection = select(
         strategy=strategy,
         ratio=ratio,
-        supervised=supervised_positions(batch.inputs["labels"], causal=True),
+        supervised=batch.supervised,
         documents=batch.documents,
         seed=config.run.seed,
         tokentune=config.selection.tokentune,
     )
+    return selection if batch.pooled is None else selection.including(batch.pooled)
 
 
 def effective_selection(config: Config) -> tuple[str, float | str]:

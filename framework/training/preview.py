@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from torch import nn
 
-from framework.config import Config
-from framework.data import load_dataset, show_samples
+from framework.config import Config, data_sources
+from framework.data import shares_of, show_images, show_samples
+from framework.data.images import processed_shape
+from framework.data.masking import Masking
+from framework.hub import local_directory
 from framework.models import (
     Architecture,
     check_compatibility,
     configured_architecture,
+    configured_image_processor,
     configured_tokenizer,
-    has_local_tokenizer,
     tokenizer_source,
 )
 from framework.sharding.precision import PRECISIONS
@@ -22,7 +26,9 @@ from framework.training.objective import draw_selection
 from framework.training.parameter_groups import describe_groups, parameter_groups
 from framework.training.plan import fidelity_class, state_bytes
 from framework.training.progress import format_bytes
-from framework.training.setup import make_loaders
+from framework.training.run_data import load_run_data
+
+POOLED_TOKENS = {"first": "the first token", "last": "the last token", "mean": "the mean of all tokens"}
 
 
 def dry_run(config: Config) -> str:
@@ -38,11 +44,7 @@ def dry_run(config: Config) -> str:
     def examine(built: nn.Module) -> None:
         groups.extend(describe_groups(parameter_groups(built, config.optimizer), config.optimizer.learning_rate))
 
-    source = tokenizer_source(config)
-    tokenizer = configured_tokenizer(config) if has_local_tokenizer(config) else None
-    architecture = configured_architecture(config, tokenizer, examine=examine)
-    check_compatibility(architecture, tokenizer, config.data.sequence_length)
-
+    architecture, missing = _checked_architecture(config, examine)
     training, trainable = config.training, architecture.trainable_parameters
     states = state_bytes(config.optimizer.precision, architecture.parameters, trainable)
     held = sum(states.values())
@@ -52,7 +54,8 @@ def dry_run(config: Config) -> str:
         f"({trainable / architecture.parameters:.2%})",
         *_model_lines(config, architecture),
         f"batch          {training.global_batch_size} sequences a step = {training.micro_batch_size} (micro-batch) x "
-        f"{config.gradient_accumulation} (accumulation) x 1 (rank), of up to {config.data.sequence_length} tokens",
+        f"{config.gradient_accumulation} (accumulation) x 1 (rank), of {_length(config, architecture)}",
+        *_task_lines(config, architecture),
         f"steps          {training.max_steps or f'{training.epochs:g} epochs; data.train says how many steps'}",
         f"selection      {config.selection.strategy}, ratio {config.resolved_ratio}: {fidelity_class(config)}",
         f"retention      {config.retention.policy}"
@@ -64,10 +67,12 @@ def dry_run(config: Config) -> str:
         f"memory         {format_bytes(held)} without activations: "
         + ", ".join(f"{name} {format_bytes(size)}" for name, size in states.items()),
     ]
-    missing = [] if tokenizer else [f"tokenizer {source}"]
-    for paths in (config.data.train, config.data.eval):
-        listed = [paths] if isinstance(paths, str) else paths or []
-        missing += [path for path in listed if not Path(path).expanduser().exists()]
+    mixed = [each for each in data_sources(config.data.train) if each.weight is not None]
+    if mixed:
+        shares = zip(shares_of([each.weight for each in mixed]), mixed, strict=True)
+        lines.append(f"mixture        {', '.join(f'{share:.1%} {each.path}' for share, each in shares)}")
+    sources = (*data_sources(config.data.train), *data_sources(config.data.eval))
+    missing += [source.path for source in sources if not Path(source.path).expanduser().exists()]
     if missing:
         lines.append(f"not here       {', '.join(missing)}: needed to train, so not checked")
     return "\n".join(lines)
@@ -93,23 +98,72 @@ def inspect_data(config: Config, count: int, console: Console | None = None) -> 
         console: where to; standard output by default.
 
     Raises:
-        UserError: see `load_dataset`.
+        UserError: see `load_run_data`.
     """
-    tokenizer = configured_tokenizer(config)
-    data = load_dataset(
-        config.data.train,
-        tokenizer=tokenizer,
-        sequence_length=config.data.sequence_length,
-        format=config.data.format,
-        overlong=config.data.overlong,
-    )
     console = console or Console()
-    console.print(f"data.train: {data.report.summary()}", markup=False, highlight=False)
-    loader, _ = make_loaders(config, data, tokenizer.pad_token_id)
+
+    def report(line: str) -> None:
+        # What is shown are samples of the training set.
+        if not line.startswith("data.eval"):
+            console.print(line, markup=False, highlight=False)
+
+    data = load_run_data(config, report)
+    loader, _ = data.loaders()
+    for name, format in data.train.report.formats.items():
+        console.print(f"  {name}: {format}", markup=False, highlight=False)
     while count > 0:
         for batch in loader.next_window():
             documents = len(batch.documents[batch.documents >= 0].unique())
-            show_samples(batch, tokenizer, draw_selection(config, batch), console=console, count=min(count, documents))
+            selection, shown = draw_selection(config, batch), min(count, documents)
+            if data.tokenizer is None:
+                show_images(batch, data.train, data.config.data.label_names, selection, console=console, count=shown)
+            else:
+                show_samples(
+                    batch,
+                    data.tokenizer,
+                    selection,
+                    console=console,
+                    count=shown,
+                    label_names=data.config.data.label_names,
+                )
             count -= documents
             if count <= 0:
                 break
+
+
+def _checked_architecture(config: Config, examine: Callable[[nn.Module], None]) -> tuple[Architecture, list[str]]:
+    """The architecture, found to go with the tokenizer or image processor, and which of these is not here."""
+    model, data = config.model, config.data
+    pixels, tokenizer, missing = None, None, []
+    if model.task == "image_classification":
+        if model.path is None or local_directory(model.path) is not None:
+            pixels = processed_shape(configured_image_processor(config))
+        else:
+            missing.append(f"image processor of {model.path}")
+    elif local_directory(tokenizer_source(config)) is not None:
+        tokenizer = configured_tokenizer(config)
+    else:
+        missing.append(f"tokenizer {tokenizer_source(config)}")
+    architecture = configured_architecture(config, tokenizer, pixels=pixels, examine=examine)
+    if data.sequence_length is not None:
+        check_compatibility(architecture, tokenizer, data.sequence_length)
+    if model.task == "masked_lm" and tokenizer is not None:
+        Masking.of_tokenizer(tokenizer, probability=config.mask_probability, seed=config.run.seed)
+    return architecture, missing
+
+
+def _length(config: Config, architecture: Architecture) -> str:
+    if config.model.task != "image_classification":
+        return f"up to {config.data.sequence_length} tokens"
+    return f"{architecture.image_tokens} tokens" if architecture.image_tokens else "as many tokens as the model makes"
+
+
+def _task_lines(config: Config, architecture: Architecture) -> list[str]:
+    """What is particular to the task."""
+    if config.model.task == "masked_lm":
+        return [f"task           masked_lm, {config.mask_probability:.0%} of the tokens to be found"]
+    if architecture.pooling is None:
+        return []
+    names = config.data.label_names
+    classes = f"{len(names)} classes" if names else "classes as in the model's config or data.train, not read"
+    return [f"task           {config.model.task}, {classes}, head on {POOLED_TOKENS[architecture.pooling]}"]

@@ -45,7 +45,10 @@ class Reporter:
     def record(self, record: TrainRecord | EvalRecord, max_steps: int) -> None:
         """Show one optimiser step or one evaluation."""
         if isinstance(record, EvalRecord):
-            self.line(f"step {record.step}  evaluation loss {record.loss:.4f} over {record.tokens:,} tokens")
+            over = f"over {record.tokens:,} tokens"
+            if record.accuracy is not None:
+                over = f"accuracy {record.accuracy:.2%}  over {record.tokens:,} samples"
+            self.line(f"step {record.step}  evaluation loss {record.loss:.4f}  {over}")
             return
         text = f"loss {record.loss:.4f}  grad {record.grad_norm:.3g}  {record.tokens_per_second:,.0f} tokens/s"
         if record.peak_memory_bytes is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
@@ -10,7 +9,7 @@ from pydantic import ValidationError
 
 from framework.checkpoint import compare_configs
 from framework.config import Config
-from framework.data import TokenizedDataset
+from framework.data import Dataset
 from framework.errors import UserError
 
 # A checkpoint's tensors, or its position in the data, have no meaning under another value of these.
@@ -26,16 +25,26 @@ BINDING = (
     "model.quantization",
     "data.sequence_length",
     "data.packing",
+    "data.label_names",
     "optimizer.name",
     "optimizer.precision",
 )
 # Where a run writes and how it is watched; changing these between two starts is ordinary.
-UNREMARKABLE = ("run.output_dir", "checkpoint", "logging", "hardware", "training.max_steps", "model.offline")
+UNREMARKABLE = (
+    "run.output_dir",
+    "model.offline",
+    "data.cache_dir",
+    "data.workers",
+    "checkpoint",
+    "logging",
+    "hardware",
+    "training.max_steps",
+)
 # How the samples came about; what counts is the samples themselves.
-DATA_SOURCES = ("data.train", "data.format", "data.overlong", "model.tokenizer")
+DATA_SOURCES = ("data.train", "data.format", "data.overlong", "data.train_on", "data.eval_fraction", "model.tokenizer")
 
 
-def manifest_of(config: Config, plan: dict[str, Any], data: TokenizedDataset, **progress: Any) -> dict[str, Any]:
+def manifest_of(config: Config, plan: dict[str, Any], data: Dataset, **progress: Any) -> dict[str, Any]:
     """The manifest of a checkpoint: enough to judge, without loading a tensor, what it is and who may continue it.
 
     Args:
@@ -46,22 +55,14 @@ def manifest_of(config: Config, plan: dict[str, Any], data: TokenizedDataset, **
     """
     return progress | {
         "selection_seed": config.run.seed,
-        "data_fingerprint": fingerprint(data),
+        "data_fingerprint": data.fingerprint,
         "config": config.to_json(),
         "config_sha256": config.sha256(),
         "plan": plan["chosen"],
     }
 
 
-def fingerprint(data: TokenizedDataset) -> str:
-    """A hash of the tokens, labels and bounds of a data set, whatever its files are called."""
-    digest = hashlib.sha256()
-    for array in (data.offsets, data.input_ids, data.supervised):
-        digest.update(array.tobytes())
-    return digest.hexdigest()
-
-
-def check_resumable(manifest: dict[str, Any], config: Config, data: TokenizedDataset) -> list[str]:
+def check_resumable(manifest: dict[str, Any], config: Config, data: Dataset) -> list[str]:
     """Compare a checkpoint with the run that wants to continue it.
 
     Args:
@@ -78,7 +79,7 @@ def check_resumable(manifest: dict[str, Any], config: Config, data: TokenizedDat
     saved = with_defaults(manifest["config"])
     changes = {line.partition(":")[0]: line for line in compare_configs(saved, config.to_json())}
     binding = [line for key, line in changes.items() if _within(key, BINDING)]
-    if manifest["data_fingerprint"] != fingerprint(data):
+    if manifest["data_fingerprint"] != data.fingerprint:
         sources = [line for key, line in changes.items() if _within(key, DATA_SOURCES)]
         binding.extend(sources or ["data.train: the files hold other samples than when the checkpoint was saved"])
     if binding:

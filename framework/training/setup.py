@@ -1,4 +1,4 @@
-"""What is set up before the first step, apart from model and engine: data, determinism, the longest batch."""
+"""What is set up before the first step: loaders, the model, determinism, the longest batch."""
 
 from __future__ import annotations
 
@@ -13,50 +13,52 @@ import torch
 
 from framework.checkpoint import capture_random_state, restore_random_state
 from framework.config import Config
-from framework.data import Batch, Loader, TokenizedDataset, evaluation_batches, load_dataset
-from framework.models import check_compatibility, configured_architecture, configured_tokenizer
+from framework.data import Batch, Collate, Dataset, Loader, epochs_line, evaluation_batches
 from framework.sharding.protocol import Engine
 from framework.training.objective import Objective
 from framework.training.progress import Reporter
 
 
-def load_data(config: Config, reporter: Reporter) -> tuple[TokenizedDataset, TokenizedDataset | None, int]:
-    """The training set, the evaluation set and the padding token; what became of the records is reported.
-
-    Raises:
-        UserError: see `load_dataset` and `load_tokenizer`; or the model and the tokenizer do not go together.
-    """
-    tokenizer = configured_tokenizer(config)
-    architecture = configured_architecture(config, tokenizer, with_adapter=False)
-    check_compatibility(architecture, tokenizer, config.data.sequence_length)
-    load = partial(
-        load_dataset,
-        tokenizer=tokenizer,
-        sequence_length=config.data.sequence_length,
-        format=config.data.format,
-        overlong=config.data.overlong,
-    )
-    train_data = load(config.data.train, option="data.train")
-    reporter.line(f"data.train: {train_data.report.summary()}")
-    eval_data = None
-    if config.data.eval is not None:
-        eval_data = load(config.data.eval, option="data.eval")
-        reporter.line(f"data.eval: {eval_data.report.summary()}")
-    return train_data, eval_data, tokenizer.pad_token_id
-
-
 def make_loaders(
-    config: Config, train_data: TokenizedDataset, pad_token_id: int
+    config: Config,
+    train_data: Dataset,
+    pad_token_id: int | None,
+    *,
+    collate: Collate | None = None,
+    evaluation_collate: Collate | None = None,
 ) -> tuple[Loader, Callable[..., Iterator[Batch]]]:
-    """The training loader, and `evaluation_batches` with the config's options, a data set still to be given."""
-    shape = {
+    """The training loader, and `evaluation_batches` with the config's options, a data set still to be given.
+
+    Args:
+        config: Of the run.
+        train_data: The training set.
+        pad_token_id: What fills rows up; None for images.
+        collate: Makes training batches; a causal language model's by default.
+        evaluation_collate: Makes evaluation batches; a causal language model's by default.
+    """
+    options = {
         "sequence_length": config.data.sequence_length,
         "packing": config.data.packing,
         "micro_batch_size": config.training.micro_batch_size,
         "pad_token_id": pad_token_id,
+        "workers": config.data.workers,
+        "pin_memory": torch.cuda.is_available(),
     }
-    loader = Loader(train_data, global_batch_size=config.training.global_batch_size, seed=config.run.seed, **shape)
-    return loader, partial(evaluation_batches, **shape)
+    loader = Loader(
+        train_data,
+        global_batch_size=config.training.global_batch_size,
+        seed=config.run.seed,
+        collate=collate,
+        **options,
+    )
+    return loader, partial(evaluation_batches, collate=evaluation_collate, **options)
+
+
+def report_epochs(config: Config, loader: Loader, reporter: Reporter) -> None:
+    """Say how often the run draws the samples of each source; with packing an estimate from the current epoch."""
+    steps, batch = config.training.max_steps, config.training.global_batch_size
+    line = epochs_line(loader.dataset, steps * batch * loader.samples_per_sequence)
+    reporter.line(f"data.train: {steps} steps of {batch} sequences are {line}")
 
 
 def in_steps(config: Config, loader: Loader, reporter: Reporter) -> Config:

@@ -219,7 +219,7 @@ def test_full_disk_leaves_no_half_export(tmp_path: Path, monkeypatch: pytest.Mon
     make_run(tmp_path / "run", from_config=LLAMA)
     before = sorted(tmp_path.iterdir())
 
-    def full(model: Any, tokenizer: Any, generation: Any, directory: Path, start: Any) -> None:
+    def full(model: Any, start: Any, companions: Any, directory: Path) -> None:
         (directory / "half").write_bytes(b"x")
         raise RuntimeError("I/O error: No space left on device (os error 28)") from OSError(errno.ENOSPC, "full")
 

@@ -7,12 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import framework
-from framework.config import ConfigError, load_config
+from framework.config import ConfigError, SourceConfig, data_sources, load_config
+from framework.config.sections import Format
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -41,13 +42,22 @@ def test_defaults_train_exactly(small: Path) -> None:
 
 def test_configs_in_the_repository_load() -> None:
     paths = sorted((REPOSITORY / "configs").glob("*.json"))
-    assert {path.name for path in paths} >= {"tiny.json", "llama13b.json", "llama8b-lora.json"}
+    assert {path.name for path in paths} >= {
+        "bert-masked.json",
+        "classify.json",
+        "llama13b.json",
+        "llama8b-lora.json",
+        "tiny.json",
+        "vit.json",
+    }
     for path in paths:
         config = load_config(path)
-        assert (config.selection.strategy, config.resolved_ratio) == ("supervised", "labelled")
+        # Classifiers have no more than a pooled token to select, so theirs add a share of the context.
+        ratio = 0.25 if path.stem in ("classify", "vit") else "labelled"
+        assert (config.selection.strategy, config.resolved_ratio) == ("supervised", ratio)
         assert config.retention.policy == "selective"
         assert config.run.output_dir == f"runs/{path.stem}"
-        assert config.weights_dtype == ("float32" if path.stem == "tiny" else "bfloat16")
+        assert config.weights_dtype == ("bfloat16" if path.stem in ("llama13b", "llama8b-lora") else "float32")
 
 
 def test_written_config_loads_as_the_same_config(small: Path, write: Write) -> None:
@@ -67,6 +77,8 @@ def test_hash_covers_what_determines_the_losses(small: Path) -> None:
         "checkpoint.keep_last=5",
         'hardware.gpu_memory="80GiB"',
         "optimizer.weight_decay=0",
+        "data.workers=0",
+        "data.cache_dir=elsewhere",
     ):
         assert load_config(small, [neutral]).sha256() == plain
     for changed in ("run.seed=1", "optimizer.weight_decay=0.1", "training.micro_batch_size=4", "data.packing=true"):
@@ -104,9 +116,8 @@ def test_all_problems_are_reported_together_in_the_order_of_the_file(write: Writ
         'line 7: training.global_batch_size: expected an integer of at least 1, got the string "8"',
         "line 8: training.micro_batch_size: expected an integer of at least 1, got true",
         "line 9: training.deterministic: expected true or false, got 1",
-        "line 11: data.train: expected a non-empty string, or a non-empty list, each item a non-empty string, "
-        'got the list ["a", 1]',
-        "line 11: data.sequence_length: expected an integer of at least 2, got 64.0",
+        "line 11: data.train[1]: expected a non-empty string, or an object, got 1",
+        "line 11: data.sequence_length: expected an integer of at least 2, or null, got 64.0",
         "line 12: optimizer.learning_rate: expected a number above 0, got 0",
         "line 12: optimizer.betas: expected a list of 2, each a number of at least 0 and below 1, got the list [0.9]",
         'line 12: optimizer.precision: expected "fp32", "fp32_master", "pure_bf16" or "fp16", got the string "bf16"',
@@ -133,11 +144,11 @@ def test_one_problem_is_one_line(small: Path) -> None:
     ("key", "suggestion"),
     [
         ("optimizer.learning_rat", "did you mean optimizer.learning_rate?"),
-        ("training.learning_rate", "did you mean optimizer.learning_rate?"),
-        ("learning_rate", "did you mean optimizer.learning_rate?"),
+        ("training.learning_rate", "did you mean optimizer.learning_rate or optimizer.groups[].learning_rate?"),
+        ("learning_rate", "did you mean optimizer.learning_rate or optimizer.groups[].learning_rate?"),
         ("optimiser.learning_rate", "did you mean optimizer?"),
         ("training.every_steps", "did you mean checkpoint.every_steps or logging.every_steps?"),
-        ("data.lora_alpha", "data has train, eval, format, sequence_length, packing, overlong"),
+        ("retention.lora_alpha", "retention has policy, retain_linears, kv_format"),
         ("model.sequence_lenght", "did you mean data.sequence_length?"),
         (
             "cake.size",
@@ -149,6 +160,61 @@ def test_one_problem_is_one_line(small: Path) -> None:
 def test_nearest_key_is_named(small: Path, key: str, suggestion: str, problems: Problems) -> None:
     unknown = "optimiser" if key.startswith("optimiser") else "cake" if key.startswith("cake") else key
     assert problems(small, f"{key}=1") == [f"--set: {unknown}: unknown key, {suggestion}"]
+
+
+def test_sources_in_any_of_their_forms_are_the_same_tuple(small: Path) -> None:
+    plain = (SourceConfig(path="a.jsonl"),)
+    for value in ("a.jsonl", '["a.jsonl"]', '[{"path": "a.jsonl"}]'):
+        assert data_sources(load_config(small, [f"data.train={value}"]).data.train) == plain
+    assert data_sources(None) == ()
+    mixed = ["a.jsonl", {"path": "org/name", "subset": "main", "split": "train[:5%]"}]
+    config = load_config(small, [f"data.eval={json.dumps(mixed)}"])
+    expected = (*plain, SourceConfig(path="org/name", subset="main", split="train[:5%]"))
+    assert data_sources(config.data.eval) == expected
+    assert data_sources(mixed) == expected, "rules read JSON values"
+
+
+def test_problems_inside_a_list_of_sources_are_named_with_their_place(write: Write, problems: Problems) -> None:
+    path = write(
+        """{
+  "run": {"output_dir": "out"},
+  "model": {"path": "m"},
+  "data": {
+    "train": [
+      "a.jsonl",
+      {"pth": "b.jsonl", "weight": 0},
+      {"path": "c.jsonl",
+       "format": "mesages"},
+      3,
+      {"path": "d.jsonl", "packing": true}
+    ],
+    "eval": [{"path": ""}, {"name": "x"}],
+    "pth": 1,
+    "sequence_length": 64
+  },
+  "optimizer": {"learning_rate": 1},
+  "training": {"max_steps": 1, "global_batch_size": 1, "micro_batch_size": 1}
+}"""
+    )
+    formats = '"auto", ' + ", ".join(f'"{name}"' for name in get_args(Format)[:-1]) + f' or "{get_args(Format)[-1]}"'
+    assert problems(path) == [
+        "line 7: data.train[1].path: missing, expected a non-empty string",
+        "line 7: data.train[1].weight: expected a number above 0, or null, got 0",
+        "line 7: data.train[1].pth: unknown key, did you mean data.train[].path?",
+        f'line 9: data.train[2].format: expected {formats}, or null, got the string "mesages"',
+        "line 10: data.train[3]: expected a non-empty string, or an object, got 3",
+        "line 11: data.train[4].packing: unknown key, did you mean data.packing?",
+        'line 13: data.eval[0].path: expected a non-empty string, got the string ""',
+        "line 13: data.eval[1].path: missing, expected a non-empty string",
+        "line 13: data.eval[1].name: unknown key, did you mean optimizer.name?",
+        "line 14: data.pth: unknown key, did you mean model.path or data.train[].path or data.eval[].path?",
+    ]
+
+
+def test_list_of_sources_is_not_empty(small: Path, problems: Problems) -> None:
+    sources = "a non-empty string, or a non-empty list, each item a non-empty string, or an object"
+    assert problems(small, "data.train=[]") == [f"--set: data.train: expected {sources}, got the list []"]
+    assert problems(small, "data.eval=7") == [f"--set: data.eval: expected {sources}, or null, got 7"]
 
 
 def test_integer_serves_as_number_but_not_otherwise(small: Path, problems: Problems) -> None:

@@ -29,6 +29,18 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
             "training.micro_batch_size: 3 does not divide training.global_batch_size, which is 8",
         ),
         (
+            ['data.train=[{"path": "a", "weight": 2}, "b", {"path": "c"}]'],
+            "data.train: some sources have a weight, but not b, c: give all of them one, or none",
+        ),
+        (
+            ['data.eval=[{"path": "a", "weight": 2}]'],
+            "data.eval: a weight has no effect in evaluation, which takes every sample once: leave it out",
+        ),
+        (
+            ["data.eval=a", "data.eval_fraction=0.1"],
+            "data.eval_fraction: contradicts data.eval: give the evaluation data, or hold some of data.train out",
+        ),
+        (
             ["model.path=null"],
             "model.path: missing: give model.path (weights), model.from_config (random weights), or both",
         ),
@@ -60,6 +72,84 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
         (
             ["retention.kv_format=int8", "retention.policy=checkpoint"],
             'retention.kv_format: "int8" needs retention.policy "selective", which is "checkpoint"',
+        ),
+        (
+            ["data.train_on=last_assistant", "data.format=text"],
+            'data.train_on: "last_assistant" has no effect on the format text: leave it out',
+        ),
+        (
+            ["data.train_on=last_assistant", 'data.train=[{"path": "a", "format": "text"}]', "data.format=text"],
+            'data.train_on: "last_assistant" has no effect on the format text: leave it out',
+        ),
+        (
+            ["model.task=masked_lm", "data.format=completion"],
+            'data.format: the format "completion" is not for model.task "masked_lm", whose format is "text"',
+        ),
+        (
+            ["data.format=image_folder"],
+            'data.format: the format "image_folder" needs model.task "image_classification", which is "causal_lm"',
+        ),
+        (
+            ["model.task=masked_lm", 'data.train=["a.jsonl", {"path": "b.jsonl", "format": "messages"}]'],
+            'data.train: the format "messages" is not for model.task "masked_lm", whose format is "text"',
+        ),
+        (
+            [
+                "model.task=image_classification",
+                "data.sequence_length=null",
+                'data.train=[{"path": "images", "split": "train"}]',
+            ],
+            "data.train: subset, split and revision have no effect on directories of images: leave them out",
+        ),
+        (
+            ["model.task=masked_lm", "data.train_on=last_assistant"],
+            'data.train_on: needs model.task "causal_lm", which is "masked_lm"',
+        ),
+        (
+            ["model.task=sequence_classification", "data.cache_dir=some/where"],
+            'data.cache_dir: has no effect with model.task "sequence_classification", whose tokens are in memory: '
+            "leave it out",
+        ),
+        (
+            ["data.sequence_length=null"],
+            "data.sequence_length: missing, expected an integer of at least 2",
+        ),
+        (
+            ["model.task=masked_lm", "data.packing=true"],
+            'data.packing: needs model.task "causal_lm", which is "masked_lm": one sample a row here',
+        ),
+        (
+            ["model.task=image_classification", "data.sequence_length=null", "model.tokenizer=some/tokenizer"],
+            "model.tokenizer: has no effect on images: leave it out",
+        ),
+        (
+            ["model.task=image_classification", "data.sequence_length=null", "data.overlong=truncate"],
+            "data.overlong: has no effect on images: leave it out",
+        ),
+        (
+            ['data.label_names=["no", "yes"]'],
+            'data.label_names: has no effect with model.task "causal_lm": it is for sequence_classification and '
+            "image_classification",
+        ),
+        (
+            ["model.task=sequence_classification", 'data.label_names=["no", "yes", "no"]'],
+            "data.label_names: repeats no",
+        ),
+        (["data.mask_probability=0.2"], 'data.mask_probability: needs model.task "masked_lm", which is "causal_lm"'),
+        (
+            ["data.augmentation=crop_flip"],
+            'data.augmentation: needs model.task "image_classification", which is "causal_lm"',
+        ),
+        (
+            [
+                "model.task=sequence_classification",
+                "selection.strategy=uniform",
+                "selection.ratio=0.5",
+                "retention.policy=selective",
+                "selection.normalization=selected",
+            ],
+            'selection.normalization: "selected" has no effect with model.task "sequence_classification": the pooled '
+            "token, which alone carries a label, is always selected",
         ),
         (
             ["sharding.offload_optimizer=true"],
@@ -145,6 +235,26 @@ def test_ratio_one_is_exact_under_any_policy(small: Path) -> None:
     supervised = ["selection.strategy=supervised", "retention.policy=selective"]
     assert load_config(small, supervised).resolved_ratio == "labelled"
     assert load_config(small, [*supervised, "selection.ratio=0.5"]).resolved_ratio == 0.5
+
+
+def test_train_on_needs_one_source_of_conversations(small: Path) -> None:
+    for source in ('"a"', '[{"path": "a", "format": "messages"}]', '[{"path": "a", "format": "text"}, "b"]'):
+        config = load_config(small, ["data.train_on=last_assistant", f"data.train={source}"])
+        assert config.data.train_on == "last_assistant"
+    evaluated = ['data.train=[{"path": "a", "format": "text"}]', 'data.eval=[{"path": "b", "format": "alpaca"}]']
+    load_config(small, ["data.train_on=last_assistant", *evaluated])
+
+
+def test_images_have_no_sequence_length(small: Path, problems: Problems) -> None:
+    (problem,) = problems(small, "model.task=image_classification")
+    assert problem.endswith("has no effect on images, whose number of tokens the model sets: leave it out")
+    config = load_config(small, ["model.task=image_classification", "data.sequence_length=null"])
+    assert config.data.sequence_length is None
+
+
+def test_a_masked_lm_hides_fifteen_percent_unless_told(small: Path) -> None:
+    assert load_config(small, ["model.task=masked_lm"]).mask_probability == 0.15
+    assert load_config(small, ["model.task=masked_lm", "data.mask_probability=0.4"]).mask_probability == 0.4
 
 
 @pytest.mark.parametrize(

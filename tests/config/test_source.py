@@ -28,7 +28,7 @@ def test_numbers_are_finite(
     text = json.dumps(settings).replace(
         '{"path": "some/model"}', f'{{"from_config": {{"model_type": "a", "b": [{value}]}}}}'
     )
-    assert problems(write(text)) == [f"line 1: model.from_config.b.0: {shown} is not a finite number"]
+    assert problems(write(text)) == [f"line 1: model.from_config.b[0]: {shown} is not a finite number"]
 
 
 def test_overrides(small: Path) -> None:

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from framework.data.formats import Record
@@ -12,7 +10,7 @@ from framework.errors import UserError
 
 
 def record(**content) -> Record:
-    return Record(Path("data.jsonl"), 7, content)
+    return Record("data.jsonl:7", content)
 
 
 def chat(*turns: tuple[str, str]) -> Record:
@@ -34,36 +32,6 @@ def only(labelled: list) -> tuple:
 
 
 CONVERSATION = chat(("system", "s"), ("user", "a\n"), ("assistant", "b c"), ("user", "d"), ("assistant", ""))
-
-# Minimal templates with the structure of published ones.
-CHATML = (
-    "{% for m in messages %}{{ '<user>' + m.role[0] + '\n' + m.content + '<end>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<user>a\n' }}{% endif %}"
-)
-LLAMA_3 = (
-    "{% for m in messages %}{% set text = '<user>' + m.role[0] + '<assistant>\n\n' + m.content | trim + '<end>' %}"
-    "{% if loop.first %}{% set text = bos_token + text %}{% endif %}{{ text }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<user>a<assistant>\n\n' }}{% endif %}"
-)
-MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<user>' + m.content + '<assistant>' }}"
-    "{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
-)
-PHI_3 = (
-    "{% for m in messages %}{{ '<' + m.role + '>\n' + m.content + '|' + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}{{ '<user>' + ('model' if m.role == 'assistant' else m.role) + '\n'"
-    " + m.content | trim + '<end>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<user>model\n' }}{% endif %}"
-)
-# Reasoning of earlier turns disappears when a further question follows.
-QWEN_3 = (
-    "{% for m in messages %}{{ '<user>' + m.role[0] + '\n' }}{% if m.role == 'assistant' and loop.last %}"
-    "{{ '(think)' }}{% endif %}{{ m.content + '<end>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<user>a\n' }}{% endif %}"
-)
 
 
 def test_text_has_a_label_on_every_token(tiny_tokenizer) -> None:
@@ -111,90 +79,9 @@ def test_completion_without_an_end_token_is_refused(tiny_tokenizer) -> None:
         label_completion([record(prompt="a", completion="b")], tiny_tokenizer)
 
 
-def test_generation_markers_say_what_is_learnt(tiny_tokenizer) -> None:
-    ids, supervised = only(label_messages([CONVERSATION], tiny_tokenizer))
-    # <bos> <user> s <end> <user> a \n <end> <assistant> b _ c <end> <user> d <end> <assistant> <end>
-    assert ids.tolist() == [1, 3, 34, 2, 3, 16, 102, 2, 4, 17, 100, 18, 2, 3, 19, 2, 4, 2]
-    assert supervised.nonzero()[0].tolist() == [9, 10, 11, 12, 17]
-
-
-def test_markers_and_growing_prefixes_agree(tiny_tokenizer) -> None:
-    marked = only(label_messages([CONVERSATION], tiny_tokenizer))
-    template = tiny_tokenizer.chat_template
-    tiny_tokenizer.chat_template = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    grown = only(label_messages([CONVERSATION], tiny_tokenizer))
-    assert grown[0].tolist() == marked[0].tolist()
-    assert grown[1].tolist() == marked[1].tolist()
-
-
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (CHATML, "<user>u\na<end>\n<user>a\n[b][ ][c][<end>]\n<user>u\nd<end>\n<user>a\n[\n][e][<end>]\n"),
-        (
-            LLAMA_3,
-            "<bos><user>u<assistant>\n\na<end><user>a<assistant>\n\n[b][ ][c][<end>]"
-            "<user>u<assistant>\n\nd<end><user>a<assistant>\n\n[e][<end>]",
-        ),
-        (MISTRAL, "<bos><user>a<assistant>[ ][b][ ][c][<end>]<user>d<assistant>[ ][\n][e][<end>]"),
-        (PHI_3, "<user>\na|\n<assistant>\n[b][ ][c][|]\n<user>\nd|\n<assistant>\n[\n][e][|][\n][<end>]"),
-        (
-            GEMMA,
-            "<bos><user>user\na<end>\n<user>model\n[b][ ][c][<end>]\n<user>user\nd<end>\n<user>model\n[e][<end>]\n",
-        ),
-    ],
-    ids=["chatml", "llama 3", "mistral", "phi 3", "gemma"],
-)
-def test_templates_without_markers(tiny_tokenizer, template: str, expected: str) -> None:
-    tiny_tokenizer.add_tokens([AddedToken("|", special=True)])  # Phi 3's end of turn is not its end of sequence
-    tiny_tokenizer.chat_template = template
-    conversation = chat(("user", "a"), ("assistant", "b c"), ("user", "d"), ("assistant", "\ne"))
-    labelled = only(label_messages([conversation], tiny_tokenizer))
-    assert shown(tiny_tokenizer, labelled) == expected
-    rendered = tiny_tokenizer.apply_chat_template(conversation.content["messages"], return_dict=True)["input_ids"]
-    assert labelled[0].tolist() == rendered
-
-
-def test_a_template_that_is_not_prefix_preserving_is_refused(tiny_tokenizer) -> None:
-    tiny_tokenizer.chat_template = QWEN_3
-    two_turns = chat(("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
-    with pytest.raises(UserError, match=r"data\.jsonl:7: the chat template is not prefix-preserving"):
-        label_messages([two_turns], tiny_tokenizer)
-    one_turn = only(label_messages([chat(("user", "a"), ("assistant", "b"))], tiny_tokenizer))
-    assert shown(tiny_tokenizer, one_turn) == "<user>u\na<end>\n<user>a\n[(][t][h][i][n][k][)][b][<end>]\n"
-
-
-def test_markers_that_mark_nothing_are_refused(tiny_tokenizer) -> None:
-    tiny_tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'bot' %}{% generation %}{{ m.content }}{% endgeneration %}"
-        "{% else %}{{ m.content }}{% endif %}{% endfor %}"
-    )
-    with pytest.raises(UserError, match=r"data\.jsonl:7: .*marks nothing"):
-        label_messages([chat(("user", "a"), ("assistant", "b"))], tiny_tokenizer)
-    unanswered = only(label_messages([chat(("user", "a"))], tiny_tokenizer))
-    assert not unanswered[1].any()
-
-
-def test_a_message_that_the_template_refuses_is_named(tiny_tokenizer) -> None:
-    tiny_tokenizer.chat_template = GEMMA
-    with pytest.raises(UserError, match=r"data\.jsonl:7: .*System role not supported"):
-        label_messages([CONVERSATION], tiny_tokenizer)
-
-
-def test_an_assistant_that_begins_needs_markers(tiny_tokenizer) -> None:
-    begins = chat(("assistant", "a"), ("user", "b"))
-    assert (
-        shown(tiny_tokenizer, only(label_messages([begins], tiny_tokenizer)))
-        == "<bos><assistant>[a][<end>]<user>b<end>"
-    )
-    tiny_tokenizer.chat_template = CHATML
-    with pytest.raises(UserError, match="begins with the assistant"):
-        label_messages([begins], tiny_tokenizer)
-
-
 def test_no_chat_template_is_refused(tiny_tokenizer) -> None:
     tiny_tokenizer.chat_template = None
-    with pytest.raises(UserError, match="needs a chat template"):
+    with pytest.raises(UserError, match=r"data\.jsonl:7: .*needs a chat template"):
         label_messages([CONVERSATION], tiny_tokenizer)
 
 

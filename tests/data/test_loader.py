@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from framework.data import Batch, DataReport, Loader, TokenizedDataset, evaluation_batches
+from framework.data import Batch, DataReport, JoinedDataset, Loader, TokenizedDataset, evaluation_batches
+from framework.data.mixture import mixture_order
 from framework.data.order import epoch_order, pack
+from framework.errors import RunError
 
 SEQUENCE = 12
 PAD = 0
@@ -24,15 +26,33 @@ def make_dataset(lengths: list[int]) -> TokenizedDataset:
 LENGTHS = [3, 12, 5, 2, 7, 4, 9, 3, 6, 2, 11]
 
 
-def make_loader(packing: bool = False, micro: int = 2, window: int = 4, seed: int = 5, lengths=LENGTHS) -> Loader:
+SHARES = [0.5, 0.3, 0.2]
+
+
+def make_mixture() -> JoinedDataset:
+    """Three sources of 4, 5 and 2 samples, which have the lengths of `LENGTHS` in their order."""
+    parts = [make_dataset(LENGTHS[start:end]) for start, end in ((0, 4), (4, 9), (9, 11))]
+    return JoinedDataset(parts, shares=np.array(SHARES))
+
+
+def make_loader(
+    packing: bool = False,
+    micro: int = 2,
+    window: int = 4,
+    seed: int = 5,
+    lengths=LENGTHS,
+    mixture: bool = False,
+    workers: int = 0,
+) -> Loader:
     return Loader(
-        make_dataset(lengths),
+        make_mixture() if mixture else make_dataset(lengths),
         sequence_length=SEQUENCE,
         packing=packing,
         global_batch_size=window,
         micro_batch_size=micro,
         seed=seed,
         pad_token_id=PAD,
+        workers=workers,
     )
 
 
@@ -114,8 +134,13 @@ def test_a_padding_token_that_is_the_end_of_sequence_hides_no_end() -> None:
 
 
 def test_pack_is_greedy_and_fits() -> None:
-    assert pack([5, 4, 3, 8, 1, 2], 9) == [[0, 1], [2, 5], [3, 4]]
-    assert pack([9, 9, 9], 9) == [[0], [1], [2]]
+    def bins(*arguments) -> list[list[int]]:
+        return [each.tolist() for each in pack(*arguments)]
+
+    assert bins([5, 4, 3, 8, 1, 2], 9) == [[0, 1], [2, 5], [3, 4]]
+    assert bins([9, 9, 9], 9) == [[0], [1], [2]]
+    assert bins([5, 4, 8, 1], 9, np.array([7, 3, 5, 1])) == [[7, 3], [5, 1]]
+    assert [each.tolist() for each in pack([5, 4, 8, 7], 9)[1:9]] == [[2], [3]]
     lengths = np.random.default_rng(0).integers(1, 41, 500)
     bins = pack(lengths, 100)
     assert sorted(place for each in bins for place in each) == list(range(500))
@@ -140,10 +165,12 @@ def test_every_epoch_draws_each_sample_once_with_its_draw_index(packing: bool) -
     assert seen == Counter(range(3 * len(LENGTHS)))
 
 
+@pytest.mark.parametrize("mixture", [False, True])
 @pytest.mark.parametrize("packing", [False, True])
-def test_epochs_roll_over_inside_a_window(packing: bool) -> None:
+def test_epochs_roll_over_inside_a_window(packing: bool, mixture: bool) -> None:
     """Windows of four do not divide an epoch of eleven samples; what they hold is the stream of single sequences."""
-    single, windows = make_loader(packing, window=1, micro=1), make_loader(packing, window=4)
+    single = make_loader(packing, window=1, micro=1, mixture=mixture)
+    windows = make_loader(packing, window=4, mixture=mixture)
     for _ in range(9):
         one_by_one = [row for _ in range(4) for row in rows(single.next_window())]
         together = rows(windows.next_window())
@@ -152,9 +179,10 @@ def test_epochs_roll_over_inside_a_window(packing: bool) -> None:
     assert windows.state_dict()["epoch"] > 1
 
 
+@pytest.mark.parametrize("mixture", [False, True])
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_split_into_micro_batches_changes_nothing(packing: bool) -> None:
-    loaders = [make_loader(packing, micro=micro) for micro in (1, 2, 4)]
+def test_the_split_into_micro_batches_changes_nothing(packing: bool, mixture: bool) -> None:
+    loaders = [make_loader(packing, micro=micro, mixture=mixture) for micro in (1, 2, 4)]
     for _ in range(8):
         windows = [loader.next_window() for loader in loaders]
         assert [len(window) for window in windows] == [4, 2, 1]
@@ -170,19 +198,142 @@ def equal(first: list[Batch], second: list[Batch]) -> bool:
 
 
 @pytest.mark.parametrize("packing", [False, True])
-@pytest.mark.parametrize("window", [1, 3, 4])
-def test_resuming_at_every_step_gives_the_same_batches(packing: bool, window: int) -> None:
-    loader = make_loader(packing, window=window, micro=1)
+@pytest.mark.parametrize(
+    ("window", "mixture", "workers"), [(1, False, 0), (3, False, 0), (4, False, 0), (3, True, 0), (3, True, 2)]
+)
+def test_resuming_at_every_step_gives_the_same_batches(packing: bool, window: int, mixture: bool, workers: int) -> None:
+    """What is saved is what was taken, not what workers made ahead."""
+    loader = make_loader(packing, window=window, micro=1, mixture=mixture, workers=workers)
     states, windows = [], []
     while loader.state_dict()["epoch"] < 3:
         states.append(loader.state_dict())
         windows.append(loader.next_window())
+    assert states[1]["index"] == window
     for step, state in enumerate(states):
-        resumed = make_loader(packing, window=window, micro=1)
+        resumed = make_loader(packing, window=window, micro=1, mixture=mixture, workers=workers)
         resumed.load_state_dict(state)
         assert resumed.state_dict() == state
         for expected in windows[step : step + 6]:
             assert equal(resumed.next_window(), expected)
+        resumed.close()
+    loader.close()
+
+
+def test_a_loader_goes_back_after_it_has_made_batches_ahead() -> None:
+    loader = make_loader(workers=2)
+    first, state, second = loader.next_window(), loader.state_dict(), loader.next_window()
+    loader.load_state_dict({"epoch": 0, "index": 0})
+    assert equal(loader.next_window(), first)
+    loader.close()
+    assert loader.state_dict() == state
+    assert equal(loader.next_window(), second)
+    loader.close()
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(packing: bool, mixture: bool, workers: int) -> None:
+    plain = make_loader(packing, micro=1, mixture=mixture)
+    ahead = make_loader(packing, micro=1, mixture=mixture, workers=workers)
+    for _ in range(12):
+        assert equal(plain.next_window(), ahead.next_window())
+        assert plain.state_dict() == ahead.state_dict()
+    ahead.close()
+    options = {"sequence_length": SEQUENCE, "micro_batch_size": 2, "pad_token_id": PAD, "packing": packing}
+    dataset = make_mixture()
+    evaluations = [list(evaluation_batches(dataset, **options, workers=count)) for count in (0, workers)]
+    assert equal(*evaluations) and sorted(draws(evaluations[0])) == list(range(len(LENGTHS)))
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_mixture_draws_its_shares_and_no_draw_twice(packing: bool) -> None:
+    loader = make_loader(packing, window=1, micro=1, mixture=True)
+    found, epochs = [], 30
+    while loader.state_dict()["epoch"] < epochs:
+        found.extend(draws(loader.next_window()))
+    assert len(found) == len(set(found)) == epochs * len(LENGTHS)
+    orders = [mixture_order([4, 5, 2], np.array(SHARES), seed=5, epoch=epoch) for epoch in range(epochs)]
+    expected = np.concatenate(orders).tolist()
+    if packing:
+        # Bins are opened in the order of drawing and hold what fits, within an epoch.
+        assert sorted(found) == sorted(expected)
+    else:
+        assert found == expected
+    sources = np.searchsorted([4, 9, 11], np.array(found) % 11, side="right")
+    assert np.bincount(sources).tolist() == [165, 99, 66]
+    # Every batch holds the sample that its draw index names.
+    (batch,) = make_loader(mixture=True, window=4, micro=4).next_window()
+    for row, documents in enumerate(batch.documents):
+        index = int(documents[0]) % 11
+        length = int((documents >= 0).sum())
+        assert batch.inputs["input_ids"][row, :length].tolist() == make_mixture()[index].input_ids.tolist()
+
+
+def test_samples_per_sequence() -> None:
+    assert make_loader().samples_per_sequence == 1
+    packed = make_loader(packing=True)
+    assert packed.samples_per_sequence == len(LENGTHS) / len(packed.sequences(0))
+
+
+def test_pinned_batches_hold_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    (plain,) = evaluation_batches(make_dataset([3, 9]), sequence_length=16, micro_batch_size=2, pad_token_id=PAD)
+    assert pinned == []
+    (batch,) = evaluation_batches(
+        make_dataset([3, 9]), sequence_length=16, micro_batch_size=2, pad_token_id=PAD, pin_memory=True
+    )
+    assert equal([batch], [plain]) and len(pinned) == 3
+    loader = Loader(
+        make_dataset(LENGTHS),
+        sequence_length=SEQUENCE,
+        packing=False,
+        global_batch_size=4,
+        micro_batch_size=2,
+        seed=5,
+        pad_token_id=PAD,
+        pin_memory=True,
+    )
+    assert equal(loader.next_window(), make_loader().next_window()) and len(pinned) == 9
+
+
+class Torn(TokenizedDataset):
+    """A data set whose sample 4 cannot be read, until it is `mended`."""
+
+    mended = False
+
+    def __getitem__(self, index: int):
+        if index == 4 and not self.mended:
+            raise OSError("truncated image")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_that_cannot_be_read_is_named(packing: bool, workers: int) -> None:
+    plain = make_dataset(LENGTHS)
+    dataset = Torn(plain.input_ids, plain.supervised, plain.lengths, plain.report, name="images")
+    loader = Loader(
+        dataset,
+        sequence_length=SEQUENCE,
+        packing=packing,
+        global_batch_size=2,
+        micro_batch_size=1,
+        seed=0,
+        pad_token_id=PAD,
+        workers=workers,
+    )
+    with pytest.raises(RunError, match=r"^sample 4 \(counted from 0\) of images cannot be read: truncated image$"):
+        for _ in range(len(LENGTHS)):
+            state = loader.state_dict()
+            loader.next_window()
+    assert loader.state_dict() == state
+    dataset.mended = True
+    whole = make_loader(packing, window=2, micro=1, seed=0)
+    whole.load_state_dict(state)
+    assert equal(loader.next_window(), whole.next_window()), "the same window, once it can be read"
+    loader.close()
 
 
 def test_a_state_of_other_data_is_refused() -> None:

@@ -120,7 +120,8 @@ def test_adapter_on_a_tied_embedding_is_refused(family_config: Any, targets: Any
 
 @pytest.mark.parametrize(("family", "head"), [("llama", "score"), ("bert", "classifier"), ("vit", "classifier")])
 def test_classification_head_is_trained_with_the_adapter(family_config: Any, family: str, head: str) -> None:
-    names = trainable(load(family_config(family), task="sequence_classification"))
+    task = "image_classification" if family == "vit" else "sequence_classification"
+    names = trainable(load(family_config(family), task=task))
     assert f"{head}.modules_to_save.default.weight" in names
     assert not any(f"{head}.lora" in name for name in names)
 

@@ -66,7 +66,7 @@ def test_adapter_is_counted_and_only_it_is_trained() -> None:
         ("gpt2", "causal_lm"),
         ("mixtral", "causal_lm"),
         ("roberta", "masked_lm"),
-        ("vit", "sequence_classification"),
+        ("vit", "image_classification"),
     ],
 )
 @pytest.mark.parametrize("with_adapter", [False, True])
@@ -94,7 +94,7 @@ def test_counts_are_those_of_the_loaded_model(family_config: Any, family: str, t
         ("bert", "masked_lm", (64, 80, 4, 4)),
         ("roberta", "masked_lm", (64, 64, 4, 4)),
         ("bloom", "causal_lm", (64, None, 4, 4)),
-        ("vit", "sequence_classification", (None, None, 4, 4)),
+        ("vit", "image_classification", (None, None, 4, 4)),
     ],
 )
 def test_tokens_positions_and_heads(family_config: Any, family: str, task: str, sizes: tuple[Any, ...]) -> None:

@@ -71,7 +71,7 @@ def test_given_values_are_not_changed(family_config: Any) -> None:
         ("bert", "masked_lm", "BertForMaskedLM"),
         ("bert", "sequence_classification", "BertForSequenceClassification"),
         ("llama", "sequence_classification", "LlamaForSequenceClassification"),
-        ("vit", "sequence_classification", "ViTForImageClassification"),
+        ("vit", "image_classification", "ViTForImageClassification"),
     ],
 )
 def test_task_chooses_the_head(family_config: Any, family: str, task: str, head: str) -> None:
@@ -153,7 +153,7 @@ def test_attention_that_the_family_lacks_is_refused(family_config: Any) -> None:
 
 
 def test_head_that_the_family_lacks_is_refused(family_config: Any) -> None:
-    with pytest.raises(UserError, match=r"model\.task: vit has no head for causal_lm; .* sequence_classification"):
+    with pytest.raises(UserError, match=r"model\.task: vit has no head for causal_lm; .* image_classification"):
         load(from_config=family_config("vit"))
 
 

@@ -130,7 +130,7 @@ def test_what_cannot_train_the_rows_is_refused(family_config: Any) -> None:
     with pytest.raises(UserError, match=r"the head lm_head has a bias.*name model\.embed_tokens and lm_head in"):
         load(phi, added, adapter=targets)
     with pytest.raises(UserError, match=r"model\.added_tokens: vit has no embedding"):
-        load(family_config("vit"), added, task="sequence_classification")
+        load(family_config("vit"), added, task="image_classification")
 
 
 def test_bias_of_a_head_grows_with_it(family_config: Any) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from framework.selection import Selection, documents_of, select, supervised_positions
+from framework.selection import Selection, documents_of, pooled_positions, select, supervised_positions
 
 
 def draw(strategy, ratio, documents, supervised=None, seed=0, **options):
@@ -30,6 +30,24 @@ def test_documents_of_padding_and_packing():
     assert padded.tolist() == [[10, 10, 10, -1], [-1, 11, 11, 11]]
     packed = documents_of(tokens, None, torch.tensor([[0, 1, 0, 0], [0, 1, 2, 0]]), 0)
     assert packed.tolist() == [[0, 0, 1, 2], [3, 3, 3, 4]]
+
+
+def test_pooled_positions_are_where_classifiers_read():
+    ids = torch.tensor([[5, 6, 7, 0], [8, 0, 9, 0], [0, 0, 0, 0]])
+    assert pooled_positions("first", (2, 3)).nonzero().tolist() == [[0, 0], [1, 0]]
+    assert pooled_positions("mean", (2, 3)).nonzero().tolist() == [[0, 0], [1, 0]]
+    assert pooled_positions("last", (3, 4), ids, 0).nonzero().tolist() == [[0, 2], [1, 2], [2, 0]]
+    assert pooled_positions("last", (3, 4), ids).nonzero().tolist() == [[0, 3], [1, 3], [2, 3]]
+    assert pooled_positions("last", (2, 4)).nonzero().tolist() == [[0, 3], [1, 3]]
+
+
+def test_a_selection_can_be_made_to_include_positions():
+    chosen = draw("uniform", 0.5, [[0] * 4, [1] * 4, [2, 2, -1, -1]], seed=1)
+    mask = torch.tensor([[True, False, False, False]] * 2 + [[False, True, False, False]])
+    more = chosen.including(mask)
+    assert more.mask(4).equal(chosen.mask(4) | mask)
+    probability = torch.zeros(3, 4).scatter(1, more.positions, more.probability.where(more.valid, 0.0))
+    assert probability.equal(more.mask(4) * torch.where(mask, 1.0, 0.5))
 
 
 def test_supervised_labelled_selects_exactly_the_labelled_and_fills_ragged_rows():

@@ -278,13 +278,6 @@ def test_tracked_bytes_of_the_cpu(make_config):
     assert all(peak > 4 * 4 * parameters for peak in peaks[1:])
 
 
-def test_other_tasks_are_refused(make_config):
-    config = make_config(model__task="masked_lm")
-    with pytest.raises(UserError, match=r"model\.task.*causal_lm"):
-        framework.train(config)
-    assert not Path(config.run.output_dir).exists()
-
-
 def test_several_processes_are_refused(make_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match=r"sharding\.engine.*2 \(WORLD_SIZE\)"):

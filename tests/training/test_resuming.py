@@ -4,7 +4,7 @@ import pytest
 
 from framework.data import load_dataset, load_tokenizer
 from framework.errors import UserError
-from framework.training.resuming import check_resumable, fingerprint
+from framework.training.resuming import check_resumable
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def saved(make_config):
     config = make_config(model__adapter=adapter)
     tokenizer = load_tokenizer(config.model.tokenizer)
     data = load_dataset(config.data.train, tokenizer=tokenizer, sequence_length=32, format="completion")
-    manifest = {"config": config.to_json(), "data_fingerprint": fingerprint(data)}
+    manifest = {"config": config.to_json(), "data_fingerprint": data.fingerprint}
     return manifest, lambda manifest, **changes: check_resumable(manifest, make_config(**changes), data)
 
 
