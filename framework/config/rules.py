@@ -122,6 +122,16 @@ def _adapter_options_are_free(kind: str | None, options: dict[str, Any]) -> tupl
     return f"model.adapter.options.{name}", first + more
 
 
+@_rule("model.adapter.kind", "model.task")
+def _adapter_trains_the_head(kind: str | None, task: str) -> tuple[str, str] | None:
+    if kind == "trainable_tokens" and task in CLASSIFICATION:
+        return "model.adapter.kind", (
+            f'"{kind}" trains nothing but tokens, and model.task "{task}" a head too: use a method with '
+            "model.adapter.modules_to_save, such as lora"
+        )
+    return None
+
+
 @_rule("model.added_tokens", "model.pad_vocabulary_to")
 def _added_tokens_differ(added_tokens: list[str], pad_vocabulary_to: int | None) -> tuple[str, str] | None:
     twice = sorted({token for token in added_tokens if added_tokens.count(token) > 1})

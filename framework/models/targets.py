@@ -116,21 +116,24 @@ def tied_names(model: PreTrainedModel) -> list[str]:
     return sharing if len(sharing) > 1 else []
 
 
+def can_stay_tied(tied: list[str]) -> bool:
+    """Whether PEFT keeps these modules tied when they are trained in full; true if there are none."""
+    return not tied or any(name.rpartition(".")[2] in _TIEABLE_NAMES for name in tied)
+
+
 def named_for_tying(modules_to_save: list[str], tied: list[str]) -> list[str]:
     """The names with one among them by which PEFT recognises a tied pair.
 
     Raises:
         UserError: PEFT knows none of the pair's names.
     """
-    last = [name.rpartition(".")[2] for name in tied]
-    known = [name for name in last if name in _TIEABLE_NAMES]
-    if not known:
+    if not can_stay_tied(tied):
         raise UserError(
             f"model.adapter.modules_to_save: {' and '.join(tied)} share one weight, and PEFT cannot keep them tied in "
             "this family; leave them out, or set tie_word_embeddings to false in the model's config"
         )
     rest = [name for name in modules_to_save if not any(matches(name, module) for module in tied)]
-    return [*rest, known[0]]
+    return [*rest, next(name for module in tied if (name := module.rpartition(".")[2]) in _TIEABLE_NAMES)]
 
 
 def head_names(model: PreTrainedModel) -> list[str]:

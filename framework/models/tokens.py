@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from framework.errors import UserError
-from framework.models.targets import matches
+from framework.models.targets import can_stay_tied, matches, tied_names
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,15 @@ def token_rows(model: PreTrainedModel, modules_to_save: list[str], ids: list[int
         if not any(matches(saved, name) for saved in modules_to_save for name in own)
     }
     if layer_of_head in rows and getattr(head, "bias", None) is not None:
+        tied = tied_names(model)
+        advice = (
+            f"name {' and '.join(rows)} in model.adapter.modules_to_save"
+            if can_stay_tied(tied)
+            else "leave out model.adapter or the tokens: nor can it train this family's embedding tied to the head"
+        )
         raise UserError(
-            f"model.added_tokens: the head {named[head]} has a bias, beside which PEFT cannot train single rows; name "
-            f"{' and '.join(rows)} in model.adapter.modules_to_save"
+            f"model.added_tokens: the head {named[head]} has a bias, beside which PEFT cannot train single rows; "
+            f"{advice}"
         )
     return rows
 

@@ -110,6 +110,15 @@ def test_tables_agree_with_peft() -> None:
             "head, if it is not tied) in model.adapter.modules_to_save, or use lora or dora or trainable_tokens",
         ),
         (
+            ["model.task=image_classification", "data.sequence_length=null", 'model.added_tokens=["<a>"]'],
+            "model.added_tokens: a model of images has no tokenizer and no embedding of tokens: leave it out",
+        ),
+        (
+            ["model.task=sequence_classification", adapter(kind="trainable_tokens")],
+            'model.adapter.kind: "trainable_tokens" trains nothing but tokens, and model.task '
+            '"sequence_classification" a head too: use a method with model.adapter.modules_to_save, such as lora',
+        ),
+        (
             ["model.path=null", 'model.from_config={"model_type": "llama"}', "model.revision=v1"],
             "model.revision: has no effect without model.path, whose revision it is",
         ),

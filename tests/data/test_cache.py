@@ -130,6 +130,11 @@ def change_special_token(tokenizer, **_) -> dict:
     return {}
 
 
+def add_a_token(tokenizer, **_) -> dict:
+    tokenizer.add_tokens(["bc"])
+    return {}
+
+
 def change_code(monkeypatch: pytest.MonkeyPatch, **_) -> dict:
     monkeypatch.setattr(cache_module, "_code_hash", lambda: "of another version")
     return {}
@@ -141,13 +146,24 @@ def change_code(monkeypatch: pytest.MonkeyPatch, **_) -> dict:
         change_content,
         change_template,
         change_special_token,
+        add_a_token,
         change_code,
         lambda **_: {"sequence_length": 9},
         lambda **_: {"overlong": "truncate"},
         lambda **_: {"format": "text"},
         lambda **_: {"train_on": "last_assistant"},
     ],
-    ids=["content", "template", "special token", "code", "sequence_length", "overlong", "format", "train_on"],
+    ids=[
+        "content",
+        "template",
+        "special token",
+        "added token",
+        "code",
+        "sequence_length",
+        "overlong",
+        "format",
+        "train_on",
+    ],
 )
 def test_whatever_tokens_depend_on_makes_another_entry(
     load: Load, data: Path, tiny_tokenizer, monkeypatch, labelled: list[int], directory: Path, change: Callable

@@ -12,15 +12,17 @@ import pytest
 import torch
 import transformers.dynamic_module_utils
 from huggingface_hub import constants
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, BitImageProcessorPil
 
 import framework
 from framework.checkpoint import export_run
 from framework.config import Config, load_config
 from framework.data import load_tokenizer
+from framework.data.images import load_image_processor
 from framework.errors import UserError
 from framework.hub import HubOptions
-from framework.models import load_model, read_architecture
+from framework.models import configured_classes, configured_image_processor, load_model, read_architecture
 from framework.training.preview import dry_run
 
 TRUSTED = HubOptions(trust_remote_code=True)
@@ -280,6 +282,58 @@ def test_offline_says_what_is_missing(hub_cache: Path) -> None:
     (hub_cache / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"(?s)model\.path: lab/tiny.*model\.safetensors.*model\.offline is true"):
         load("lab/tiny", HubOptions(revision="v1", offline=True))
+
+
+@pytest.fixture
+def image_cache(hub_cache: Path, family_config: Callable[..., Any]) -> Path:
+    """The same cache with `lab/eye`, a classifier of images with its processor, at the tag `v1`."""
+    repository = hub_cache.parents[1].with_name("models--lab--eye")
+    snapshot = repository / "snapshots" / COMMIT
+    described = family_config("vit", id2label={"0": "cat", "1": "dog"})
+    options = {"dtype": torch.float32, "attention": "sdpa", "seed": 4, "label_names": ["cat", "dog"]}
+    load_model(path=None, from_config=described, task="image_classification", **options).save_pretrained(snapshot)
+    BitImageProcessorPil(size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}).save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "v1").write_text(COMMIT)
+    return snapshot
+
+
+def test_offline_reads_processor_and_classes_of_the_cached_revision(image_cache: Path, tmp_path: Path) -> None:
+    for name, colour in (("cat", 40), ("dog", 200)):
+        for number in range(4):
+            path = tmp_path / "train" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20, 24), (colour, 3 * number, 0)).save(path)
+    values = {
+        "run": {"output_dir": str(tmp_path / "run")},
+        "model": {"path": "lab/eye", "task": "image_classification", "revision": "v1", "offline": True},
+        "data": {"train": str(tmp_path / "train")},
+        "optimizer": {"learning_rate": 0.01},
+        "training": {"max_steps": 1, "global_batch_size": 4, "micro_batch_size": 4},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = load_config(tmp_path / "config.json")
+    assert configured_classes(config) == ["cat", "dog"]
+    assert type(configured_image_processor(config)) is BitImageProcessorPil
+    assert "not here       image processor of lab/eye" in dry_run(config)
+    result = framework.train(config)
+    export_run(result.run_dir, output=tmp_path / "out")
+    assert type(AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil")) is BitImageProcessorPil
+    assert AutoConfig.from_pretrained(tmp_path / "out").id2label == {0: "cat", 1: "dog"}
+
+    (image_cache / "preprocessor_config.json").unlink()
+    with pytest.raises(
+        UserError, match=r"(?s)load an image processor from lab/eye.*model\.offline is true.*--revision v1"
+    ):
+        configured_image_processor(config)
+
+
+def test_image_processor_with_own_code_is_refused(tmp_path: Path, family_config: Callable[..., Any]) -> None:
+    own = {"image_processor_type": "OwnProcessor", "auto_map": {"AutoImageProcessor": "own.OwnProcessor"}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(own))
+    (tmp_path / "config.json").write_text(json.dumps(family_config("vit")))
+    with pytest.raises(UserError, match=r"model\.path: .* comes with Python files of its own"):
+        load_image_processor(str(tmp_path), AutoConfig.from_pretrained(tmp_path))
 
 
 def test_revision_of_a_directory_is_refused(hub_cache: Path) -> None:

@@ -129,6 +129,8 @@ def test_what_cannot_train_the_rows_is_refused(family_config: Any) -> None:
     targets = LORA.model_copy(update={"target_modules": "all-linear"})
     with pytest.raises(UserError, match=r"the head lm_head has a bias.*name model\.embed_tokens and lm_head in"):
         load(phi, added, adapter=targets)
+    with pytest.raises(UserError, match=r"the head cls\.predictions\.decoder has a bias.*leave out model\.adapter or"):
+        load(family_config("bert"), added, adapter=targets, task="masked_lm")
     with pytest.raises(UserError, match=r"model\.added_tokens: vit has no embedding"):
         load(family_config("vit"), added, task="image_classification")
 

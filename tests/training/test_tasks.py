@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
@@ -20,7 +22,7 @@ from transformers import (
 )
 
 import framework
-from framework.checkpoint import export_run
+from framework.checkpoint import WEIGHTS_FILE, export_run, load_weights
 from framework.config import Config
 from framework.errors import UserError
 from framework.models import configured_model
@@ -130,7 +132,7 @@ def make(
         if not images:
             settings["model"]["tokenizer"] = str(tokenizer)
             settings["data"]["sequence_length"] = 32
-        settings["selection"] = SELECTIONS[selection]
+        settings["selection"] = dict(SELECTIONS[selection])
         policy = "all" if selection == "exact" else "selective"
         settings["retention"] = {"policy": policy, "retain_linears": policy == "selective"}
         return framework.load_config(write_config(**changes))
@@ -301,9 +303,58 @@ def test_a_masked_lm_is_evaluated_on_the_same_masks_each_time(make: Any) -> None
     assert len({round(loss, 4) for loss in losses(result)}) == 6
 
 
-def test_an_adapter_trains_the_head_and_its_export_names_the_classes(make: Any, tmp_path: Path) -> None:
-    from peft import PeftModel
+LORA = {"kind": "lora", "rank": 2, "alpha": 4}
 
+
+@pytest.mark.parametrize(
+    ("task", "name", "adapter"),
+    [
+        ("masked_lm", "bert", None),
+        ("masked_lm", "modernbert", None),
+        ("sequence_classification", "bert", None),
+        ("sequence_classification", "bert", LORA),
+        ("sequence_classification", "modernbert", LORA),
+        ("sequence_classification", "llama", LORA),
+    ],
+)
+def test_added_tokens_are_trained_and_exported(make: Any, tmp_path: Path, task: str, name: str, adapter: Any) -> None:
+    data = load_run_data(make(task, name), lambda line: None)
+    configured_model(data.config, data.tokenizer).save_pretrained(tmp_path / "base")
+    changes: dict[str, Any] = {"model__path": str(tmp_path / "base"), "model__from_config": None}
+    changes |= {"model__added_tokens": ["ab", "mn"], "model__pad_vocabulary_to": 8, "model__adapter": adapter}
+    config = make(task, name, "context", **changes, selection__ratio=0.9)
+    assert "added tokens   ab, mn; the embedding has 112 rows" in dry_run(config)
+    result = framework.train(config)
+    config = framework.load_config(result.run_dir / "config.json")
+    trained = configured_model(config)
+    load_weights(result.checkpoint / WEIGHTS_FILE, trained)
+
+    export_run(result.run_dir, output=tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = tokenizer(["abcab", "xmn"], padding=True, return_tensors="pt")
+    assert (inputs["input_ids"] == 106).sum() == 2 and (inputs["input_ids"] == 107).sum() == 1
+    if adapter is None:
+        stock = AUTO[task].from_pretrained(tmp_path / "out")
+    else:
+        described = AutoConfig.from_pretrained(tmp_path / "out")
+        stock = AUTO[task].from_pretrained(tmp_path / "base", config=described)
+        stock.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
+        stock = PeftModel.from_pretrained(stock, tmp_path / "out")
+    ours, theirs = trained.eval()(**inputs).logits, stock.eval()(**inputs).logits
+    if task == "masked_lm":
+        # Rows beyond the tokenizer's are no tokens.
+        ours, theirs = ours[..., :108], theirs[..., :108]
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+
+    merged = trained.merge_and_unload() if adapter else trained
+    before = unwrapped(configured_model(data.config)).get_input_embeddings().weight
+    after = merged.get_input_embeddings().weight
+    for row in (106, 107):
+        assert (after[row] - before.mean(0)).abs().max() > 1e-3, "the token's row was not trained"
+    assert torch.equal(after[:106], before) == (adapter is not None)
+
+
+def test_an_adapter_trains_the_head_and_its_export_names_the_classes(make: Any, tmp_path: Path) -> None:
     base = make("sequence_classification", "llama")
     tokenizer = base.model.tokenizer
     model = AutoModelForSequenceClassification.from_config(
@@ -316,7 +367,7 @@ def test_an_adapter_trains_the_head_and_its_export_names_the_classes(make: Any, 
         model__path=str(tmp_path / "base"),
         model__from_config=None,
         model__tokenizer=tokenizer,
-        model__adapter={"kind": "lora", "rank": 2, "alpha": 4},
+        model__adapter=LORA,
     )
     # The base was saved with a head of two classes, the data has three.
     with pytest.raises(UserError, match=r"do not fit its config\.json"):
@@ -333,8 +384,6 @@ def test_an_adapter_trains_the_head_and_its_export_names_the_classes(make: Any, 
     result = framework.train(config)
     out = export_run(result.run_dir, output=tmp_path / "adapter")
     whole = export_run(result.run_dir, output=tmp_path / "merged", merge_adapter=True)
-    from transformers import AutoConfig
-
     loaded = AutoConfig.from_pretrained(out)
     assert loaded.id2label == {0: "first", 1: "last", 2: "middle"} and loaded.pad_token_id == 0
     stock = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", config=loaded)
