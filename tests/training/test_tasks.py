@@ -84,6 +84,7 @@ CASES = [
     ("image_classification", "dinov2"),
     ("image_classification", "siglip"),
 ]
+LORA = {"kind": "lora", "rank": 2, "alpha": 4}
 AUTO = {
     "masked_lm": AutoModelForMaskedLM,
     "sequence_classification": AutoModelForSequenceClassification,
@@ -197,10 +198,7 @@ def test_loss_and_gradients_are_stock_transformers_whatever_the_split(make: Any,
             torch.testing.assert_close(gradients[key], gradient, rtol=1e-5, atol=1e-6 * scale)
 
 
-@pytest.mark.parametrize("selection", ["supervised", "context", "uniform"])
-@pytest.mark.parametrize(("task", "name"), CASES)
-def test_gradients_under_selection_are_the_slow_references(make: Any, task: str, name: str, selection: str) -> None:
-    config = make(task, name, selection)
+def assert_gradients_are_the_slow_references(config: Config) -> None:
     loss, gradients, data, window = step_gradients(config)
     model = configured_model(data.config, data.tokenizer)
     labels = sum(batch.supervised_tokens for batch in window)
@@ -210,7 +208,7 @@ def test_gradients_under_selection_are_the_slow_references(make: Any, task: str,
         mask = chosen.mask(batch.documents.shape[1])
         with reference_gradients(unwrapped(model), mask):
             logits = model(**{key: value for key, value in batch.inputs.items() if key != "labels"}).logits
-            if task == "masked_lm":
+            if config.model.task == "masked_lm":
                 probability = torch.ones(mask.shape).scatter(1, chosen.positions, chosen.probability)
                 rows = mask & batch.supervised
                 share = rows_loss(logits[rows], batch.inputs["labels"][rows], 1 / probability[rows])
@@ -225,6 +223,32 @@ def test_gradients_under_selection_are_the_slow_references(make: Any, task: str,
     floor = 1e-3 * max(float(gradient.norm()) for gradient in reference.values())
     for key, gradient in reference.items():
         assert float((gradients[key] - gradient).norm()) <= 1e-5 * (float(gradient.norm()) + floor), key
+
+
+@pytest.mark.parametrize("selection", ["supervised", "context", "uniform"])
+@pytest.mark.parametrize(("task", "name"), CASES)
+def test_gradients_under_selection_are_the_slow_references(make: Any, task: str, name: str, selection: str) -> None:
+    assert_gradients_are_the_slow_references(make(task, name, selection))
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "adapter", "added_tokens"),
+    [
+        ("masked_lm", "bert", {"kind": "ia3"}, []),
+        ("masked_lm", "bert", None, ["ab", "mn"]),
+        ("sequence_classification", "bert", {**LORA, "kind": "dora"}, ["ab", "mn"]),
+        ("sequence_classification", "llama", LORA, ["ab", "mn"]),
+        ("sequence_classification", "modernbert", {"kind": "ln_tuning"}, []),
+        ("image_classification", "vit", {"kind": "oft", "options": {"oft_block_size": 4}}, []),
+        ("image_classification", "dinov2", {"kind": "hra", "rank": 2}, []),
+    ],
+)
+def test_gradients_beside_adapters_and_added_tokens(
+    make: Any, task: str, name: str, adapter: Any, added_tokens: list[str]
+) -> None:
+    assert_gradients_are_the_slow_references(
+        make(task, name, "context", model__adapter=adapter, model__added_tokens=added_tokens)
+    )
 
 
 @pytest.mark.parametrize(("task", "name"), [CASES[0], *CASES[3:4], *CASES[7:]])
@@ -301,9 +325,6 @@ def test_a_masked_lm_is_evaluated_on_the_same_masks_each_time(make: Any) -> None
     first, second = records(result.run_dir, "eval")
     assert second["loss"] == pytest.approx(first["loss"], rel=1e-6)
     assert len({round(loss, 4) for loss in losses(result)}) == 6
-
-
-LORA = {"kind": "lora", "rank": 2, "alpha": 4}
 
 
 @pytest.mark.parametrize(
