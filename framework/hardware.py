@@ -37,17 +37,16 @@ class Peak:
 _H100 = "NVIDIA H100 Tensor Core GPU datasheet"
 _GA102 = "NVIDIA Ampere GA102 GPU architecture whitepaper, appendix A"
 _ADA = "NVIDIA Ada GPU architecture whitepaper, appendix A"
+_BLACKWELL = "NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A"
 
 PEAKS = (
     Peak(r"NVIDIA B200", 2250, 1125, 75, "NVIDIA HGX B200 datasheet, an eighth of the board"),
     Peak(r"NVIDIA (H200|GH200 (480GB|144G HBM3e?))", 989.5, 494.7, 66.9, "NVIDIA H200 and GH200 datasheets"),
-    Peak(r"NVIDIA H200 NVL", 835.5, 417.7, 60.0, "NVIDIA H200 Tensor Core GPU datasheet"),
+    Peak(r"NVIDIA H200 NVL", 835.5, 417.5, 60.0, "NVIDIA H200 Tensor Core GPU datasheet"),
     Peak(r"NVIDIA H[18]00( 80GB HBM[23]e?)?", 989.5, 494.7, 66.9, _H100),
     Peak(r"NVIDIA H100 PCIe", 756.5, 378.0, 51.2, _H100 + ", first edition"),
-    Peak(r"NVIDIA H100 NVL", 835.5, 417.7, 60.0, _H100),
-    Peak(
-        r"(NVIDIA )?A[18]00-(SXM4|PCIE|PG509)-[48]0GB|NVIDIA A[18]00 80GB PCIe", 312, 156, 19.5, "NVIDIA A100 datasheet"
-    ),
+    Peak(r"NVIDIA H100 NVL", 835.5, 417.5, 60.0, _H100),
+    Peak(r"(NVIDIA )?A[18]00(-SXM4-|-PCIE-| )[48]0GB( PCIe)?", 312, 156, 19.5, "NVIDIA A100 datasheet"),
     Peak(r"NVIDIA A40", 149.7, 74.8, 37.4, "NVIDIA A40 datasheet"),
     Peak(r"NVIDIA A30", 165, 82, 10.3, "NVIDIA A30 datasheet"),
     Peak(r"NVIDIA A10", 125, 62.5, 31.2, "NVIDIA A10 datasheet"),
@@ -55,15 +54,18 @@ PEAKS = (
     Peak(r"NVIDIA L40", 181.05, 90.5, 90.5, "NVIDIA L40 datasheet"),
     Peak(r"NVIDIA L4", 121, 60, 30.3, "NVIDIA L4 datasheet, half of the figures with sparsity"),
     Peak(r"NVIDIA RTX A6000", 154.8, 77.4, 38.7, _GA102),
-    Peak(r"NVIDIA RTX 6000 Ada Generation", 364.2, 182.1, 91.1, "NVIDIA Ada GPU architecture whitepaper, professional"),
+    Peak(
+        r"NVIDIA RTX 6000 Ada Generation",
+        364.2,
+        182.1,
+        91.1,
+        _ADA + " (professional)",
+    ),
     Peak(r"NVIDIA GeForce RTX 3080", 59.5, 29.8, 29.8, _GA102),
     Peak(r"NVIDIA GeForce RTX 3090", 71.0, 35.6, 35.6, _GA102),
-    Peak(r"NVIDIA GeForce RTX 3090 Ti", 80.0, 40.0, 40.0, _ADA),
     Peak(r"NVIDIA GeForce RTX 4080", 97.5, 48.7, 48.7, _ADA),
     Peak(r"NVIDIA GeForce RTX 4090", 165.2, 82.6, 82.6, _ADA),
-    Peak(
-        r"NVIDIA GeForce RTX 5090", 209.5, 104.8, 104.8, "NVIDIA RTX Blackwell GPU architecture whitepaper, appendix A"
-    ),
+    Peak(r"NVIDIA GeForce RTX 5090", 209.5, 104.8, 104.8, _BLACKWELL),
     Peak(r"Tesla V100-(SXM2|SXM3)-(16|32)GB(-LS)?", 125, None, 15.7, "NVIDIA V100 datasheet", bfloat16=False),
     Peak(r"Tesla V100-PCIE-(16|32)GB", 112, None, 14, "NVIDIA V100 datasheet", bfloat16=False),
     Peak(r"Tesla T4", 65, None, 8.1, "NVIDIA T4 datasheet", bfloat16=False),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -24,7 +24,8 @@ class Products:
     Attributes:
         forward: of all of them.
         trained: of those that receive a gradient.
-        linear: of those that are linear layers; the others are routers and the experts that a row is routed to.
+        linear: of those that are plain linear layers; the others are quantised ones, routers, and the experts that a
+            row is routed to.
     """
 
     forward: int = 0
@@ -35,6 +36,14 @@ class Products:
         return Products(self.forward + other.forward, self.trained + other.trained, self.linear + other.linear)
 
 
+class Reach(NamedTuple):
+    """Which keys a query sees within its document; see `Attention`."""
+
+    causal: bool = True
+    window: int | None = None
+    chunk: int | None = None
+
+
 @dataclass(frozen=True)
 class Attention:
     """The attention of a block.
@@ -43,15 +52,23 @@ class Attention:
         heads: of the queries; grouped keys and values save memory, not products.
         key_size: elements of a head's query or key.
         value_size: elements of a head's value.
-        window: keys that a query sees, itself included; None for no limit.
+        causal: a query sees no key behind it.
+        window: reach of a query, None for no limit. Causal: number of keys that it sees, itself included. Else: the
+            largest distance of a key, in both directions.
         chunk: length of the pieces of a row beyond whose border no query sees; None for none.
     """
 
     heads: int
     key_size: int
     value_size: int
+    causal: bool = True
     window: int | None = None
     chunk: int | None = None
+
+    @property
+    def reach(self) -> Reach:
+        """What decides which pairs there are."""
+        return Reach(self.causal, self.window, self.chunk)
 
     @property
     def pair(self) -> int:
@@ -92,10 +109,10 @@ class ModelProducts:
 
 
 def matrix_products(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> ModelProducts:
-    """Count a causal LM, adapters included; its tensors may be on the meta device.
+    """Count a model of tokens, adapters included; its tensors may be on the meta device.
 
     Args:
-        model: not sharded yet; adapters in place, and what is frozen frozen.
+        model: not sharded yet, nor token-selective; adapters in place, and what is frozen frozen.
         blocks: its blocks by name, in order.
     """
     config = model.config.get_text_config()
@@ -132,8 +149,9 @@ def _active_modules(module: nn.Module) -> Iterator[nn.Module]:
 def _products(module: nn.Module, experts_per_token: int) -> Products:
     """Of the module's own parameters."""
     if isinstance(module, nn.Linear):
+        # A quantised weight has another shape than the matrix that it stands for.
         size = module.in_features * module.out_features
-        return Products(size, size * module.weight.requires_grad, size)
+        return Products(size, size * module.weight.requires_grad, size * (type(module) is nn.Linear))
     if isinstance(module, Conv1D):
         size = module.weight.numel()
         return Products(size, size * module.weight.requires_grad, size)
@@ -168,6 +186,7 @@ def _attention(block: nn.Module, config: Any, index: int) -> Attention | None:
         heads=heads,
         key_size=getattr(module, "qk_head_dim", size),
         value_size=getattr(module, "v_head_dim", size),
+        causal=module.is_causal,
         window=getattr(config, "sliding_window", None) or None if kind == "sliding_attention" else None,
         chunk=getattr(config, "attention_chunk_size", None) if kind == "chunked_attention" else None,
     )

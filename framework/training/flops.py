@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from framework.data import Batch
-from framework.models.products import Attention, BlockProducts, ModelProducts, Products
+from framework.models.products import BlockProducts, ModelProducts, Products, Reach
 from framework.selection import Selection, supervised_positions
 
 
@@ -107,7 +107,7 @@ class FlopTally:
     def reset(self) -> None:
         """Forget the micro-batches so far."""
         self._rows = Rows()
-        self._pairs = {_reach(block.attention): Pairs() for block in self.products.blocks if block.attention}
+        self._pairs = {block.attention.reach: Pairs() for block in self.products.blocks if block.attention}
 
     def add(self, batch: Batch, selection: Selection | None) -> None:
         """Count one micro-batch, with its tensors on the CPU.
@@ -132,15 +132,16 @@ class FlopTally:
         )
         slots = shape[1] if selection is None else selection.positions.shape[1]
         masked = "attention_mask" not in batch.inputs or not bool(batch.inputs["attention_mask"].all())
-        for window, chunk in self._pairs:
-            seen, queries, both = seen_pairs(batch.documents, chosen, window=window, chunk=chunk)
+        for reach in self._pairs:
+            seen, queries, both = seen_pairs(batch.documents, chosen, reach)
             executed, replayed = shape.numel() * shape[1], shape[0] * slots * shape[1]
+            limit = min(reach.window or shape[1], reach.chunk or shape[1])
             if self.kernel not in ("eager", "sdpa"):
                 executed, replayed = seen, queries
-            elif self.kernel == "sdpa" and not masked and min(window or shape[1], chunk or shape[1]) >= shape[1]:
+            elif self.kernel == "sdpa" and not masked and reach.causal and limit >= shape[1]:
                 executed = shape[0] * shape[1] * (shape[1] + 1) // 2
                 replayed = executed if selection is None else replayed
-            self._pairs[window, chunk] += Pairs(seen, queries, both, executed, replayed)
+            self._pairs[reach] += Pairs(seen, queries, both, executed, replayed)
 
     def flops(self, recomputed_whole: Iterable[str] = ()) -> Flops:
         """The operations of the micro-batches since the last reset, on this rank.
@@ -194,11 +195,7 @@ class FlopTally:
         """The block's pairs, and the multiply-adds of one."""
         if block.attention is None:
             return Pairs(), 0
-        return self._pairs[_reach(block.attention)], block.attention.pair
-
-
-def _reach(attention: Attention) -> tuple[int | None, int | None]:
-    return attention.window, attention.chunk
+        return self._pairs[block.attention.reach], block.attention.pair
 
 
 def _outside(products: Products, rows: int, differentiated: bool) -> int:
@@ -206,34 +203,35 @@ def _outside(products: Products, rows: int, differentiated: bool) -> int:
     return rows * (products.forward * (2 if differentiated else 1) + products.trained)
 
 
-def seen_pairs(
-    documents: Tensor, chosen: Tensor, *, window: int | None = None, chunk: int | None = None
-) -> tuple[int, int, int]:
-    """Query-key pairs that a causal mask leaves within documents.
+def seen_pairs(documents: Tensor, chosen: Tensor, reach: Reach) -> tuple[int, int, int]:
+    """Query-key pairs that a mask leaves within documents.
 
     Args:
         documents: int64 `[batch, sequence]`, index of each token's document, contiguous within a row; -1 is padding.
         chosen: bool of the same shape, the selected tokens.
-        window: keys that a query sees, itself included.
-        chunk: length of the pieces of a row that do not see each other.
+        reach: what the mask lets a query see.
 
     Returns:
         All pairs; those with a selected query; those with a selected query and a selected key.
     """
     rows, tokens = documents.shape
     place = torch.arange(rows * tokens)
-    begins = torch.ones(rows, tokens, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    first = torch.where(begins.flatten(), place, 0).cummax(0).values
-    if window is not None:
-        first = torch.maximum(first, place - window + 1)
-    if chunk is not None:
-        first = torch.maximum(first, place - place % tokens % chunk)
+    begins = torch.ones(rows, tokens + 1, dtype=torch.bool)
+    begins[:, 1:-1] = documents[:, 1:] != documents[:, :-1]
+    first = torch.where(begins[:, :-1].flatten(), place, 0).cummax(0).values
+    last = place
+    if not reach.causal:
+        last = torch.where(begins[:, 1:].flatten(), place, rows * tokens).flip(0).cummin(0).values.flip(0)
+    if reach.window is not None:
+        first = torch.maximum(first, place - reach.window + int(reach.causal))
+        last = torch.minimum(last, place + reach.window)
+    if reach.chunk is not None:
+        first = torch.maximum(first, place - place % tokens % reach.chunk)
     real = documents.flatten() >= 0
     queries = chosen.flatten() & real
-    seen = place - first + 1
+    seen = last - first + 1
     before = torch.nn.functional.pad(queries.cumsum(0), (1, 0))
-    both = before[place + 1] - before[first]
+    both = before[last + 1] - before[first]
     return int(seen[real].sum()), int(seen[queries].sum()), int(both[queries].sum())
 
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from framework.config import AdapterConfig
 from framework.data import Batch
 from framework.models.adapters import add_adapter
-from framework.models.products import matrix_products
+from framework.models.products import Attention, Reach, matrix_products
 from framework.retention import blocks_of
 from framework.selection import Selection
 from framework.token_selection import disable_token_selection, enable_token_selection, fixed_selection
@@ -207,19 +207,22 @@ def test_the_formula_of_palm():
     assert tally.flops().model == full - masked
 
 
-@pytest.mark.parametrize(("window", "chunk"), [(None, None), (3, None), (None, 4), (30, None)])
-def test_pairs_against_an_explicit_mask(window, chunk):
+@pytest.mark.parametrize(
+    ("causal", "window", "chunk"),
+    [(True, None, None), (True, 3, None), (True, None, 4), (True, 30, None), (False, None, None), (False, 2, None)],
+)
+def test_pairs_against_an_explicit_mask(causal, window, chunk):
     batch = packed_batch()
     chosen = chosen_half(batch).mask(24)
     expected = [0, 0, 0]
     for row, i, j in itertools.product(range(2), range(24), range(24)):
         same = batch.documents[row, i] == batch.documents[row, j] >= 0
-        near = (window is None or i - j < window) and (chunk is None or i // chunk == j // chunk)
-        if same and near and j <= i:
+        near = window is None or (i - j < window if causal else abs(i - j) <= window)
+        if same and near and (chunk is None or i // chunk == j // chunk) and (j <= i or not causal):
             expected[0] += 1
             expected[1] += int(chosen[row, i])
             expected[2] += int(chosen[row, i] and chosen[row, j])
-    assert seen_pairs(batch.documents, chosen, window=window, chunk=chunk) == tuple(expected)
+    assert seen_pairs(batch.documents, chosen, Reach(causal, window, chunk)) == tuple(expected)
 
 
 def test_micro_batches_add_up_until_the_reset():
@@ -243,6 +246,40 @@ def test_blocks_that_fall_back_are_counted_whole(retain):
     executed, flops = executed_and_counted(model, batch, "selective", retain, "eager")
     # torch's early stop leaves out the last product of both blocks' recomputation, from 48 to 32 elements.
     assert flops.hardware - executed == 2 * 2 * 48 * 48 * 32
+
+
+class Packed(torch.nn.Linear):
+    """Stands for a quantised linear: no plain one, so that its output is not retained."""
+
+
+def test_linears_that_are_not_plain_are_recomputed():
+    model = families.build("llama", attention="eager", dtype=torch.float32)
+    for block in model.model.layers:
+        block.mlp.up_proj.__class__ = Packed
+    batch = padded_batch(model)
+    plain = families.build("llama", attention="eager", dtype=torch.float32)
+    _, without = executed_and_counted(plain, batch, "selective", True, "eager")
+    executed, flops = executed_and_counted(model, batch, "selective", True, "eager")
+    assert flops.hardware == executed == without.hardware + 2 * 2 * chosen_half(batch).selected_tokens * 32 * 48
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("llama", [Attention(4, 8, 8)] * 2),
+        ("mistral", [Attention(4, 8, 8, window=7)] * 2),
+        ("gemma2", [Attention(4, 8, 8, window=6), Attention(4, 8, 8)]),
+        ("deepseek_v3", [Attention(4, 12, 8)] * 3),
+        ("gpt_neox", [Attention(4, 8, 8)] * 2),
+        ("qwen3_next", [None, Attention(4, 8, 8)]),
+        ("mamba", [None, None]),
+        ("bert", [Attention(4, 8, 8, causal=False)] * 2),
+        ("modernbert", [Attention(4, 8, 8, causal=False), Attention(4, 8, 8, causal=False, window=4)]),
+    ],
+)
+def test_the_attention_of_families(family, expected):
+    model = families.build(family)
+    assert [block.attention for block in matrix_products(model, blocks_of(model)).blocks] == expected
 
 
 def test_utilisation():
