@@ -41,7 +41,8 @@ def reason_to_fall_back(function: partial[Any], hidden: Tensor, others: tuple[An
     if not positions.numel():
         return None
     selected = SelectedRows(Selection.of_positions(positions), tokens)
-    call = selective_call(function, hidden, others, selected, retain_linears=False, kv_format="model", random=random)
+    options = {"retain_linears": False, "kv_format": "model", "random": random}
+    call = selective_call(function, hidden, others, selected, name="trial", **options)
     devices = [hidden.device] if hidden.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         recorded = first_output(call.record(hidden))
