@@ -17,7 +17,7 @@ from framework.data import Batch
 from framework.models.adapters import add_adapter
 from framework.models.products import Attention, Reach, matrix_products
 from framework.retention import blocks_of
-from framework.selection import Selection
+from framework.selection import Selection, supervised_positions
 from framework.token_selection import disable_token_selection, enable_token_selection, fixed_selection
 from framework.training.flops import Flops, FlopTally, seen_pairs, utilisation
 from framework.training.loss import exact_loss, unwrapped
@@ -46,7 +46,8 @@ def padded_batch(model, padding: int = 5) -> Batch:
     inputs = families.sample_inputs(unwrapped(model), padding=padding)
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     documents = torch.tensor([[7], [9]]).expand(2, 24).masked_fill(inputs["attention_mask"] == 0, -1)
-    return Batch(inputs, documents, int((inputs["labels"][:, 1:] != -100).sum()))
+    supervised = supervised_positions(inputs["labels"], causal=True)
+    return Batch(inputs, documents, supervised, int(supervised.sum()))
 
 
 def packed_batch() -> Batch:
@@ -56,7 +57,8 @@ def packed_batch() -> Batch:
     position_ids = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ((10, 9, 5), (4, 20))])
     labels = ids.masked_fill((documents < 0) | (position_ids < 3), -100)
     inputs = {"input_ids": ids, "position_ids": position_ids, "labels": labels}
-    return Batch(inputs, documents, int((labels[:, 1:] != -100).sum()))
+    supervised = supervised_positions(labels, causal=True)
+    return Batch(inputs, documents, supervised, int(supervised.sum()))
 
 
 def chosen_half(batch: Batch) -> Selection:

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import framework
 from framework.errors import RunError, UserError
 from framework.training import evaluation, loop, tracking
+from framework.training.loss import Evaluated
 from framework.training.metrics import EvalRecord, TrainRecord
 from framework.training.tracking import check_trackers, curve_points
 
@@ -292,7 +294,7 @@ def test_points_are_the_finite_numbers():
 
 
 def test_a_failure_of_the_run_is_told_to_trackers(make_config, monkeypatch, wandb):
-    monkeypatch.setattr(evaluation, "evaluation_loss", lambda *_: (math.nan, 1))
+    monkeypatch.setattr(evaluation, "evaluation_loss", lambda *_: Evaluated(torch.tensor(math.nan), 1))
     with pytest.raises(RunError, match="evaluation loss is nan"):
         framework.train(make_config(logging__trackers=["wandb"]))
     assert wandb.inits[0]["run"].finished == 1
