@@ -8,6 +8,8 @@ from datasets import Dataset
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
 )
