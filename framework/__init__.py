@@ -10,8 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from framework.config import load_config
-    from framework.foreign_trainers import TokenSelectionCallback
-    from framework.token_selection import disable_token_selection, enable_token_selection, fixed_selection
+    from framework.token_selection import (
+        TokenSelectionCallback,
+        disable_token_selection,
+        enable_token_selection,
+        fixed_selection,
+    )
     from framework.training import train
 
 __version__ = "0.1.0"
@@ -27,7 +31,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "TokenSelectionCallback": "framework.foreign_trainers",
+    "TokenSelectionCallback": "framework.token_selection",
     "disable_token_selection": "framework.token_selection",
     "enable_token_selection": "framework.token_selection",
     "fixed_selection": "framework.token_selection",

@@ -13,6 +13,7 @@ from framework.config import load_config
 from framework.errors import UserError
 from framework.training.run import check_launch, train
 from framework.training.signals import StopRequested, StopSignals
+from framework.training.tracking import check_trackers
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,6 +54,7 @@ def main() -> int:
     arguments = parser().parse_args()
     config = load_config(arguments.config, arguments.overrides)
     check_launch()
+    check_trackers(config.logging.trackers)
     if arguments.deepspeed_config is not None:
         raise UserError(f"--deepspeed_config: sharding.engine {config.sharding.engine!r} takes no DeepSpeed config")
     if arguments.inspect_data is not None and arguments.inspect_data < 1:

@@ -37,17 +37,16 @@ def compare() -> bool:
     from framework.checkpoint import WEIGHTS_FILE, find_step, load_weights
     from framework.config import load_config
     from framework.models import configured_model
-    from framework.training.metrics import evaluated_at
     from framework.training.objective import draw_selection
     from framework.training.run_data import load_run_data
 
     config = load_config(CONFIG)
     directory = Path(config.run.output_dir)
     checkpoint = find_step(directory, None)
-    loss = evaluated_at(directory / "metrics.jsonl", checkpoint.step)
-    if loss is None:
+    if checkpoint.evaluation is None:
         print(f"the run was stopped after step {checkpoint.step}; make demo goes on from there")
         return True
+    loss = checkpoint.evaluation["loss"]
 
     data = load_run_data(config, lambda line: None)
     model = configured_model(config, data.tokenizer)

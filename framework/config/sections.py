@@ -397,6 +397,22 @@ class CheckpointConfig(Section):
     better."""
 
 
+class ProfileConfig(Section):
+    """A profile of some steps, which are slower for it."""
+
+    start: Count = 10
+    """First step that is profiled; the one before warms the profiler up."""
+
+    steps: Count = 3
+    """Number of profiled steps."""
+
+    shapes: bool = False
+    """Also record the shapes of operators' inputs."""
+
+    memory: bool = False
+    """Also record what operators allocate."""
+
+
 class LoggingConfig(Section):
     """What is written about a run."""
 
@@ -405,6 +421,22 @@ class LoggingConfig(Section):
 
     track_cpu_memory: bool = False
     """Without an accelerator: measure live tensor bytes, which slows each step down."""
+
+    trackers: list[Literal["tensorboard", "wandb"]] = []
+    """Where metrics go besides `metrics.jsonl`: TensorBoard event files in the run directory, Weights & Biases."""
+
+    project: NonEmpty | None = None
+    """With the tracker `wandb`: the project. Null: what W&B's environment variables say."""
+
+    run_name: NonEmpty | None = None
+    """With the tracker `wandb`: the run's name. Null: the name of the run directory."""
+
+    profile: ProfileConfig | None = None
+    """Trace of the operators of some steps, written to `profile/` in the run directory. Null: none."""
+
+    memory_snapshot: bool | Count = False
+    """On CUDA: remember where every tensor was allocated, which costs a little time, and write it to `memory/` in the
+    run directory when memory runs out (true), or after this step, too."""
 
 
 class HardwareConfig(Section):

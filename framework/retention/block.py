@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from framework.retention.block_pass import BlockPass, Phase
 from framework.retention.randomness import ReplayedRandomness
@@ -48,8 +49,12 @@ class AutocastState:
 
 @dataclass
 class BlockCall:
-    """One call of a block: `function(hidden, *others, **keywords)` with `hidden [batch, tokens, width]`."""
+    """One call of a block: `function(hidden, *others, **keywords)` with `hidden [batch, tokens, width]`.
 
+    Profiles show its passes under its name.
+    """
+
+    name: str
     function: partial[Any]
     others: tuple[Any, ...]
     current: BlockPass
@@ -58,7 +63,7 @@ class BlockCall:
 
     def record(self, hidden: Tensor) -> Any:
         """The block's output for all tokens, without a graph."""
-        with torch.no_grad(), self._pass(Phase.RECORD):
+        with record_function(f"record {self.name}"), torch.no_grad(), self._pass(Phase.RECORD):
             return self.function(hidden, *self.others)
 
     def replay(self, rows: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ class BlockCall:
         take = self.current.rows.take_argument
         keywords = {name: take(value) for name, value in self.function.keywords.items()}
         others = tuple(take(value) for value in self.others)
-        with self._pass(Phase.REPLAY):
+        with record_function(f"replay {self.name}"), self._pass(Phase.REPLAY):
             return first_output(self.function.func(*self.function.args, rows, *others, **keywords))
 
     @contextlib.contextmanager
@@ -125,13 +130,14 @@ class SelectiveBlock(torch.autograd.Function):
         with torch.enable_grad():
             output = call.replay(rows)
         grad_rows, grad_parameters = None, [None] * len(ctx.parameters)
-        if output.requires_grad and ctx.parameters:
-            wanted = [rows, *ctx.parameters] if rows.requires_grad else [*ctx.parameters]
-            grads = torch.autograd.grad(output, wanted, selected.take_gradient(grad), allow_unused=True)
-            grad_rows, grad_parameters = (grads[0], grads[1:]) if rows.requires_grad else (None, grads)
-        elif output.requires_grad:
-            torch.autograd.backward(output, selected.take_gradient(grad))
-            grad_rows = rows.grad
+        with record_function(f"backward {call.name}"):
+            if output.requires_grad and ctx.parameters:
+                wanted = [rows, *ctx.parameters] if rows.requires_grad else [*ctx.parameters]
+                grads = torch.autograd.grad(output, wanted, selected.take_gradient(grad), allow_unused=True)
+                grad_rows, grad_parameters = (grads[0], grads[1:]) if rows.requires_grad else (None, grads)
+            elif output.requires_grad:
+                torch.autograd.backward(output, selected.take_gradient(grad))
+                grad_rows = rows.grad
         if not ctx.needs_input_grad[2]:
             return None, None, None, *grad_parameters
         grad_hidden = torch.zeros(*grad.shape[:2], rows.shape[-1], dtype=rows.dtype, device=rows.device)
@@ -146,10 +152,11 @@ def selective_call(
     others: tuple[Any, ...],
     selected: SelectedRows,
     *,
+    name: str,
     retain_linears: bool,
     kv_format: str,
     random: bool,
 ) -> BlockCall:
     """A block's call in the current autocast state."""
     current = BlockPass(selected, kv_format=kv_format, retain_linears=retain_linears)
-    return BlockCall(function, others, current, random, AutocastState.capture(hidden.device.type))
+    return BlockCall(name, function, others, current, random, AutocastState.capture(hidden.device.type))

@@ -59,7 +59,8 @@ def try_block(function: partial[Any], hidden: Tensor, others: tuple[Any, ...]) -
     if not positions.numel():
         return Trial(None, draws=True)
     selected = SelectedRows(Selection.of_positions(positions), tokens)
-    call = selective_call(function, hidden, others, selected, retain_linears=False, kv_format="model", random=True)
+    options = {"retain_linears": False, "kv_format": "model", "random": True}
+    call = selective_call(function, hidden, others, selected, name="trial", **options)
     devices = [hidden.device] if hidden.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         before = generator_states(hidden.device)

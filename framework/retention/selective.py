@@ -144,6 +144,7 @@ class SelectiveRetention:
             hidden,
             others,
             rows,
+            name=name,
             retain_linears=self.retain_linears,
             kv_format=self.kv_format,
             random=self._random,

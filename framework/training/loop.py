@@ -10,6 +10,8 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from torch.profiler import record_function
+
 from framework.checkpoint import (
     Checkpoint,
     best_checkpoint,
@@ -29,7 +31,9 @@ from framework.sharding.protocol import Engine
 from framework.sharding.single import SingleEngine
 from framework.training.early_stopping import EarlyStopping
 from framework.training.evaluation import evaluate
+from framework.training.insight import Insight
 from framework.training.memory import CpuMemoryTracker, device_peak_memory, reset_device_peak
+from framework.training.memory_report import MemoryWatch
 from framework.training.metrics import EvalRecord, MetricsFile, TrainRecord
 from framework.training.non_finite import SkippedSteps, describe_non_finite
 from framework.training.objective import Objective
@@ -71,7 +75,9 @@ def run_training(
     model = configured_model(config, data.tokenizer)
     objective = Objective(model, config)
     engine = SingleEngine(config.optimizer.precision, loss_scale=config.optimizer.loss_scale)
-    engine.prepare(model, optimizer_factory(config, reporter.line))
+    memory = MemoryWatch(config, directory.memory, engine.device, objective.tally)
+    with memory.guard("placing the model", phase="placing"):
+        engine.prepare(model, optimizer_factory(config, reporter.line))
     parameters, trainable = count_parameters(model)
     reporter.line(f"model: {parameters:,} parameters, {trainable:,} trained, on {engine.device}")
     seed_everything(config.run.seed)
@@ -83,23 +89,37 @@ def run_training(
     if (moved := directory.set_aside(after_step=step)) is not None:
         reporter.line(f"what this run does not continue was moved to {moved}")
     update_pointers(directory.path, keep_best=config.checkpoint.keep_best, best_metric=config.checkpoint.best_metric)
-    directory.begin(config.to_json(), settings_plan(config))
+    plan = settings_plan(config)
+    directory.begin(config.to_json(), plan)
     truncate_metrics(directory.metrics, step)
 
     report_epochs(config, loader, reporter)
 
     signals.defer()
-    longest = next(evaluation_batches(train_data))
-    objective.check(engine.model, longest)
-    warm_up(engine, objective, longest)
     with (
         closing(loader),
         MetricsFile(directory.metrics) as metrics,
+        Insight(config, directory, engine, objective, memory, reporter, step=step, plan=plan) as insight,
         cpu_tracker(config, engine) or nullcontext() as tracker,
     ):
+        longest = next(evaluation_batches(train_data))
+        with memory.guard("longest batch"):
+            objective.check(engine.model, longest)
+            warm_up(engine, objective, longest)
         evaluation = partial(evaluation_batches, eval_data) if eval_data is not None else None
         run = Run(
-            config, directory, signals, reporter, engine, objective, loader, train_data, evaluation, metrics, tracker
+            config=config,
+            directory=directory,
+            signals=signals,
+            reporter=reporter,
+            engine=engine,
+            objective=objective,
+            loader=loader,
+            train_data=train_data,
+            evaluation_batches=evaluation,
+            metrics=metrics,
+            tracker=tracker,
+            insight=insight,
         )
         run.begin(checkpoint)
         run.train()
@@ -157,10 +177,12 @@ class Run:
         evaluation_batches: EvaluationBatches | None,
         metrics: MetricsFile,
         tracker: CpuMemoryTracker | None,
+        insight: Insight,
     ) -> None:
         self.config, self.directory, self.signals, self.reporter = config, directory, signals, reporter
         self.engine, self.objective, self.loader, self.train_data = engine, objective, loader, train_data
-        self.evaluation_batches, self.metrics, self.tracker = evaluation_batches, metrics, tracker
+        self.evaluation_batches, self.metrics = evaluation_batches, metrics
+        self.tracker, self.insight = tracker, insight
         self.step = self.tokens = 0
         self.complete = False
         self.evaluation: dict[str, float | None] | None = None
@@ -197,7 +219,8 @@ class Run:
             # The run was stopped in this evaluation, which the checkpoint of its step lacks.
             self.save()
         while not self.finished() and not self.stopping():
-            self.one_step()
+            with self.insight.step(self.step + 1):
+                self.one_step()
             if self.evaluation_is_due():
                 self.evaluate()
             if _due(self.step, self.config.checkpoint.every_steps) or self.is_among_best():
@@ -226,7 +249,8 @@ class Run:
             self.tracker.reset_peak()
         reset_device_peak(self.engine.device)
         step, settings = self.step + 1, self.config.training
-        window = self.loader.next_window()
+        with record_function("data"):
+            window = self.loader.next_window()
         rate = scheduled_rate(self.config, step)
         result, selected = train_window(self.engine, self.objective, window, rate, settings.max_grad_norm)
         self.skipped.count(result)
@@ -247,6 +271,7 @@ class Run:
             tokens_per_second=tokens / seconds,
             peak_memory_bytes=peak.allocated if peak else self.tracker.peak if self.tracker else None,
             peak_reserved_bytes=peak.reserved if peak else None,
+            **self.insight.utilisation(seconds),
             loss_scale=result.loss_scale,
             skipped=result.skipped,
             skipped_steps=self.skipped.total,
@@ -290,7 +315,8 @@ class Run:
             RunError: the loss is not finite, and the config does not say to go on then.
         """
         batches = self.evaluation_batches(max_samples=self.config.training.eval_max_samples)
-        record = evaluate(self.engine, batches, step=self.step, interrupted=self.stopping)
+        with self.insight.evaluation(self.step):
+            record = evaluate(self.engine, batches, step=self.step, interrupted=self.stopping)
         if record is None:
             return False
         self.evaluation, self.eval_loss = record.figures(), record.loss
@@ -314,6 +340,7 @@ class Run:
     def report(self, record: TrainRecord | EvalRecord) -> None:
         """Hand a record to everything that follows the run: the metrics file, and what a person sees."""
         self.metrics.write(record)
+        self.insight.write(record)
         self.reporter.record(record, self.config.training.max_steps)
 
     def save(self) -> None:
@@ -321,6 +348,7 @@ class Run:
         if self.step == self._saved_step:
             return
         self.metrics.sync()
+        self.insight.flush()
         position = self.loader.state_dict()
         self.checkpoint = save_checkpoint(
             self.directory.path,

@@ -28,6 +28,11 @@ class TrainRecord:
         peak_memory_bytes: CUDA: peak bytes of live tensors; CPU: the same by the tracker if it is on, else None.
         peak_reserved_bytes: CUDA: peak bytes held by the allocator; None elsewhere, and then not written.
         predicted_peak_memory_bytes: by the plan, None where there is none.
+        model_flops: floating-point operations that the chosen gradient needs, all ranks; see `training.flops`.
+        hardware_flops: those that ran, padding and recomputation included.
+        mfu: model FLOP utilisation, `model_flops` over what the devices could do in `step_seconds`; None where their
+            peak is not known.
+        hfu: hardware FLOP utilisation, the same of `hardware_flops`.
         loss_scale: that the losses of this step were multiplied with; fp16 only, and written only then.
         skipped: the update was left out because of a non-finite loss or gradient; written only then.
         skipped_steps: steps of the run that were skipped so far; written if there were any.
@@ -45,6 +50,10 @@ class TrainRecord:
     peak_memory_bytes: int | None
     predicted_peak_memory_bytes: int | None = None
     peak_reserved_bytes: int | None = None
+    model_flops: int | None = None
+    hardware_flops: int | None = None
+    mfu: float | None = None
+    hfu: float | None = None
     loss_scale: float | None = None
     skipped: bool = False
     skipped_steps: int = 0

@@ -10,9 +10,11 @@ from transformers import PreTrainedModel
 from framework.config import Config
 from framework.data import Batch
 from framework.errors import UserError
-from framework.retention import apply_checkpointing, rows_read_by_head
+from framework.models.products import matrix_products
+from framework.retention import apply_checkpointing, blocks_of, rows_read_by_head
 from framework.selection import Selection, select
 from framework.token_selection import enable_token_selection, fixed_selection
+from framework.training.flops import Flops, FlopTally
 from framework.training.loss import exact_loss, unwrapped
 
 
@@ -20,13 +22,24 @@ class Objective:
     """The loss that a config describes.
 
     Applies the config's retention policy to the model, in place: the transform after adapters, before the engine.
+
+    Attributes:
+        tally: counts the floating-point operations of the micro-batches that `loss` is called for.
     """
 
     def __init__(self, model: PreTrainedModel | PeftModel, config: Config) -> None:
         self._config = config
+        self._fallbacks: dict[str, str] = {}
+        inner = unwrapped(model)
+        self.tally = FlopTally(
+            matrix_products(inner, blocks_of(inner)),
+            policy=config.retention.policy,
+            retain_linears=config.retention.retain_linears,
+            kernel=config.model.attention,
+        )
         if config.retention.policy == "selective":
             strategy, ratio = effective_selection(config)
-            enable_token_selection(
+            enabled = enable_token_selection(
                 model,
                 strategy=strategy,
                 ratio=ratio,
@@ -36,8 +49,9 @@ class Objective:
                 tokentune=config.selection.tokentune,
                 normalization=config.selection.normalization,
             )
+            self._fallbacks = enabled.retention.fallbacks
         elif config.retention.policy == "checkpoint":
-            apply_checkpointing(unwrapped(model))
+            apply_checkpointing(inner)
 
     def select(self, batch: Batch) -> Selection | None:
         """The tokens of a micro-batch that receive gradient; None for all of them, by ordinary autograd."""
@@ -72,6 +86,10 @@ class Objective:
                 'would be lost: set selection.strategy to "none" and retention.policy to "all" or "checkpoint"'
             )
 
+    def flops(self) -> Flops:
+        """Floating-point operations of the micro-batches since `tally.reset`, on this rank."""
+        return self.tally.flops(self._fallbacks)
+
     def loss(self, model: nn.Module, batch: Batch, selection: Selection | None, count: int) -> Tensor:
         """The micro-batch's share of the window's loss, a scalar with a graph.
 
@@ -81,6 +99,7 @@ class Objective:
             selection: from `select`.
             count: sum of `denominator` over the window, all micro-batches and ranks.
         """
+        self.tally.add(batch, selection)
         device = next(model.parameters()).device
         inputs = move(batch.inputs, device)
         if selection is None:

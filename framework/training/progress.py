@@ -51,6 +51,10 @@ class Reporter:
             self.line(f"step {record.step}  evaluation loss {record.loss:.4f}  {over}")
             return
         text = f"loss {record.loss:.4f}  grad {record.grad_norm:.3g}  {record.tokens_per_second:,.0f} tokens/s"
+        if record.mfu is not None:
+            text += f"  mfu {record.mfu:.1%}"
+        elif record.model_flops is not None:
+            text += f"  {format_flops(record.model_flops / record.step_seconds)}/s"
         if record.peak_memory_bytes is not None:
             text += f"  peak {format_bytes(record.peak_memory_bytes)}"
         if record.skipped:
@@ -84,3 +88,12 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
         count /= 1024
     return f"{count:.2f} TiB"
+
+
+def format_flops(count: float) -> str:
+    """Floating-point operations with a decimal unit, such as `1.5 TFLOP`."""
+    for unit in ("", "k", "M", "G", "T"):
+        if count < 1000:
+            return f"{count:.3g} {unit}FLOP"
+        count /= 1000
+    return f"{count:.3g} PFLOP"

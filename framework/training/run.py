@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from framework.errors import RunError, UserError
 from framework.training.run_directory import COMPLETED, FAILED, STOPPED, RunDirectory
 from framework.training.signals import StopRequested, StopSignals
+from framework.training.tracking import check_trackers
 
 if TYPE_CHECKING:
     from framework.config import Config
@@ -63,6 +64,7 @@ def train(config: Config, *, resume: str = "auto", signals: StopSignals | None =
         RunError: a failure while running; the last checkpoint is intact and the marker `FAILED` is written.
     """
     check_launch()
+    check_trackers(config.logging.trackers)
     directory = RunDirectory(config.run.output_dir)
     if signals is None:
         with StopSignals() as own:

@@ -17,6 +17,10 @@ class RunDirectory:
     Attributes:
         path: the directory; made by `begin`, or by a marker.
         metrics: `metrics.jsonl`.
+        tensorboard: folder of TensorBoard's event files.
+        wandb_state: file with the id of the run at Weights & Biases.
+        profile: folder of profiles.
+        memory: folder of memory snapshots and reports.
         checkpoints: the folder of the checkpoints.
         stop_file: a file that users and job scripts create to stop the run.
     """
@@ -24,6 +28,10 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.wandb_state = self.path / "wandb.json"
+        self.profile = self.path / "profile"
+        self.memory = self.path / "memory"
         self.checkpoints = self.path / "checkpoints"
         self.stop_file = self.path / "STOP"
 
@@ -76,6 +84,10 @@ class RunDirectory:
             path.rename(target / self.checkpoints.name / path.name)
         if after_step == 0:
             self.metrics.unlink(missing_ok=True)
+            # A run from the start has curves of its own.
+            for curves in (self.tensorboard, self.wandb_state):
+                if curves.exists():
+                    curves.rename(target / curves.name)
         return target
 
 

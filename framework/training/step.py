@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.profiler import record_function
 
 from framework.data import Batch
 from framework.sharding.protocol import Engine, StepResult
@@ -20,9 +21,11 @@ def train_window(
     total = torch.zeros((), device=engine.device)
     selected = 0
     for batch, selection in zip(window, selections, strict=True):
-        with engine.autocast():
+        with record_function("forward"), engine.autocast():
             loss = objective.loss(engine.model, batch, selection, count)
-        engine.backward(loss)
+        with record_function("backward"):
+            engine.backward(loss)
         total += loss.detach()
         selected += batch.tokens if selection is None else selection.selected_tokens
-    return engine.step(loss=total, max_grad_norm=max_grad_norm, learning_rate=rate), selected
+    with record_function("optimizer step"):
+        return engine.step(loss=total, max_grad_norm=max_grad_norm, learning_rate=rate), selected

@@ -63,6 +63,24 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
             ["selection.ratio=labelled", "selection.strategy=uniform", "retention.policy=selective"],
             'selection.ratio: "labelled" needs selection.strategy "supervised", which is "uniform"',
         ),
+        (['logging.trackers=["wandb", "wandb"]'], "logging.trackers: names a tracker twice"),
+        (
+            ['logging.trackers=["tensorboard"]', "logging.project=x"],
+            'logging.project: has no effect without "wandb" among logging.trackers',
+        ),
+        (["logging.run_name=x"], 'logging.run_name: has no effect without "wandb" among logging.trackers'),
+        (
+            ['logging.profile={"start": 99, "steps": 3}'],
+            "logging.profile: ends with step 101, but training.max_steps is 10",
+        ),
+        (
+            ["logging.profile={}", "training.max_steps=11"],
+            "logging.profile: ends with step 12, but training.max_steps is 11",
+        ),
+        (
+            ["logging.memory_snapshot=101"],
+            "logging.memory_snapshot: step 101 is beyond training.max_steps, which is 10",
+        ),
         (["selection.tokentune=true"], 'selection.tokentune: needs selection.strategy "uniform", which is "none"'),
         (
             ["selection.strategy=supervised", "retention.policy=checkpoint"],

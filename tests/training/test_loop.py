@@ -60,6 +60,7 @@ def test_the_files_of_a_run_and_a_falling_loss(make_config):
         "COMPLETED",
         "checkpoints",
         "config.json",
+        "environment.json",
         "metrics.jsonl",
         "plan.json",
     ]

@@ -8,6 +8,8 @@ from datasets import Dataset
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    BertForSequenceClassification,
+    DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
 )
@@ -80,4 +82,20 @@ def test_masked_language_model(foreign, model, tiny_tokenizer, tmp_path):
         with reference_gradients(twin, selection.mask(24)):
             logits = twin(batch["input_ids"], batch["attention_mask"]).logits
             (rows_loss(logits.flatten(0, 1)[index], targets) / count).backward()
+    assert foreign.worst(got, {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}) < 1e-5
+
+
+def test_sequence_classifier(foreign, tiny_tokenizer, tmp_path):
+    torch.manual_seed(1)
+    model = BertForSequenceClassification(BertConfig(**SIZES, **STILL, num_labels=3))
+    twin = copy.deepcopy(model)
+    texts = [prompt for prompt, _ in foreign.prompts_and_answers(4)]
+    rows = [{"input_ids": tiny_tokenizer(text)["input_ids"], "labels": i % 3} for i, text in enumerate(texts)]
+    framework.enable_token_selection(model)
+    got, batches = train(foreign, model, Dataset.from_list(rows), tmp_path, DataCollatorWithPadding(tiny_tokenizer))
+    for batch in batches:
+        mask = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
+        mask[:, 0] = True  # the token that BERT pools
+        with reference_gradients(twin, mask):
+            (twin(**batch).loss / len(batches)).backward()
     assert foreign.worst(got, {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}) < 1e-5

@@ -16,7 +16,7 @@ import framework
 from framework.selection import Selection
 from framework.training.loss import evaluation_loss, exact_loss
 
-spec = importlib.util.spec_from_file_location("families", Path(__file__).parents[1] / "tools" / "families.py")
+spec = importlib.util.spec_from_file_location("families", Path(__file__).parents[2] / "tools" / "families.py")
 families = sys.modules.setdefault("families", importlib.util.module_from_spec(spec))
 spec.loader.exec_module(families)
 

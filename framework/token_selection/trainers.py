@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
-    from framework.token_selection import TokenSelection
+    from framework.token_selection.state import TokenSelection
 
 FUSED_HEAD = "fused_lm_head"
 """The argument by which TRL's trainers, from 1.16 on, ask for losses per token instead of logits."""

@@ -1,0 +1,140 @@
+"""Switching token selection on and off on a model, and fixing its positions."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from framework.retention import SelectiveRetention
+from framework.selection import Selection, check_options
+from framework.token_selection.state import TokenSelection
+from framework.token_selection.trainers import refuse_foreign_forward
+from framework.training.loss import unwrapped
+
+_ATTRIBUTE = "_token_selection"
+
+
+def enable_token_selection(
+    model: nn.Module,
+    strategy: str = "supervised",
+    ratio: float | str = "labelled",
+    retain_linears: bool = True,
+    kv_format: str = "model",
+    seed: int = 0,
+    tokentune: bool = False,
+    normalization: str = "supervised",
+) -> TokenSelection:
+    """Make a model's training token-selective, in place.
+
+    In train mode with labels, the forward value is the ordinary one, `loss` is Σ loss · weight over the selected
+    supervised tokens divided by the batch's supervised tokens (or by `num_items_in_batch`), `logits` are those of the
+    selected supervised tokens, `[1, rows, vocabulary]`, and `loss.backward()` sends gradient through selected tokens
+    only. In eval mode and under `no_grad` the model behaves as before. Classifiers with one label a sequence keep
+    their own loss, and the token that they pool is always selected; where they pool by a mean, `supervised` selects
+    all that enter it, which is all. Position in the order of transforms: after adapters,
+    before sharding.
+
+    Args:
+        model: a Hugging Face causal LM, masked LM or classifier with blocks, or a PEFT model around one.
+        strategy: `supervised` (all labelled tokens, and context up to `ratio`), `uniform` or `bernoulli`.
+        ratio: selected tokens over non-padding tokens, or `"labelled"`: labelled tokens only.
+        retain_linears: keep linear outputs at selected rows, so that the backward pass recomputes no matrix product.
+        kv_format: how keys and values of all tokens are kept, `model` or `int8`.
+        seed: seed of the draws.
+        tokentune: with `uniform`, force the first and the last token, as TokenTune does.
+        normalization: `supervised`: unbiased, each loss weighted by the inverse of its probability; `selected`: mean
+            over the selected supervised tokens, as TokenTune does.
+
+    Returns:
+        The state that is now on the model.
+
+    Raises:
+        ValueError: an option has no meaning, the model is of another kind, has no blocks, or is enabled already.
+    """
+    check_options(strategy, ratio, tokentune)
+    if normalization not in ("supervised", "selected"):
+        raise ValueError(f"selection.normalization: {normalization!r} is neither 'supervised' nor 'selected'")
+    inner = unwrapped(model)
+    if _ATTRIBUTE in vars(inner):
+        raise ValueError(
+            "token selection is enabled on this model already: call framework.disable_token_selection first"
+        )
+    refuse_foreign_forward(inner.forward)
+    retention = SelectiveRetention(inner, retain_linears=retain_linears, kv_format=kv_format)
+    state = TokenSelection(
+        inner, retention, strategy=strategy, ratio=ratio, seed=seed, tokentune=tokentune, normalization=normalization
+    )
+    retention.install()
+    state.own_forward = _forward_in_place_of(inner)
+    setattr(inner, _ATTRIBUTE, state)
+    inner.forward = types.MethodType(state.own_forward, inner)
+    return state
+
+
+def _forward_in_place_of(model: PreTrainedModel) -> Any:
+    """A forward for a model, with the signature of its class's, which trainers inspect.
+
+    It stays correct as the inner part of a wrapper that outlives `disable_token_selection`.
+    """
+    before = model.forward
+
+    def forward(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        state = vars(self).get(_ATTRIBUTE)
+        return before(*args, **kwargs) if state is None else state.forward(self, args, kwargs)
+
+    forward.__doc__ = before.__doc__
+    # Not `__wrapped__`: Accelerate unwraps a model's forward down to the innermost.
+    forward.__signature__ = inspect.signature(type(model).forward)
+    return forward
+
+
+def _state_of(model: nn.Module) -> TokenSelection:
+    state = vars(unwrapped(model)).get(_ATTRIBUTE)
+    if state is None:
+        raise ValueError("token selection is not enabled on this model: call framework.enable_token_selection first")
+    return state
+
+
+def disable_token_selection(model: nn.Module) -> None:
+    """Give the model back as it was before `enable_token_selection`.
+
+    Raises:
+        ValueError: it is not enabled.
+    """
+    inner, state = unwrapped(model), _state_of(model)
+    state.retention.remove()
+    delattr(inner, _ATTRIBUTE)
+    if inner.forward.__func__ is state.own_forward:
+        del inner.forward
+        if state.plain_forward.__func__ is not type(inner).forward:
+            inner.forward = state.plain_forward
+
+
+@contextlib.contextmanager
+def fixed_selection(model: nn.Module, selection: Selection | Tensor) -> Iterator[None]:
+    """Within this context forward uses these positions instead of a draw.
+
+    The loss is the mean over the labelled tokens at these positions, or their sum over `num_items_in_batch` if that is
+    given. A `Selection` brings its inclusion probabilities, which weigh the loss as in a draw.
+
+    Args:
+        model: a model with token selection enabled.
+        selection: int64 `[batch, selected]`, sorted and distinct in every row, or a `Selection`.
+
+    Raises:
+        ValueError: not enabled; positions unsorted or repeated.
+    """
+    state = _state_of(model)
+    previous = state.fixed, state.mean_over_fixed
+    state.mean_over_fixed = not isinstance(selection, Selection)
+    state.fixed = Selection.of_positions(selection) if state.mean_over_fixed else selection
+    try:
+        yield
+    finally:
+        state.fixed, state.mean_over_fixed = previous
