@@ -189,10 +189,14 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
             ["training.max_skipped_steps=3"],
             'training.max_skipped_steps: needs training.non_finite "skip", which is "stop"',
         ),
-        (["training.eval_before_training=true"], "training.eval_before_training: needs data.eval"),
         (
-            ['training.early_stopping={"patience": 3}', "training.eval_every_steps=5"],
-            "training.early_stopping: compares evaluations on the way: needs data.eval",
+            ["training.eval_before_training=true"],
+            "training.eval_before_training: needs data.eval or data.eval_fraction",
+        ),
+        (["training.eval_every_steps=5"], "training.eval_every_steps: needs data.eval or data.eval_fraction"),
+        (
+            ['training.early_stopping={"patience": 3}'],
+            "training.early_stopping: compares evaluations on the way: needs data.eval or data.eval_fraction",
         ),
         (
             ["checkpoint.keep_best=1", "data.eval=eval.jsonl"],
@@ -229,6 +233,12 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
 )
 def test_keys_that_contradict_each_other(small: Path, overrides: list[str], expected: str, problems: Problems) -> None:
     assert problems(small, *overrides) == [f"--set: {expected}"]
+
+
+def test_data_that_is_held_out_is_evaluation_data(small: Path) -> None:
+    overrides = ["data.eval_fraction=0.1", "training.eval_every_steps=5", "training.eval_before_training=true"]
+    config = load_config(small, [*overrides, 'training.early_stopping={"patience": 3}', "checkpoint.keep_best=1"])
+    assert config.checkpoint.keep_best == 1
 
 
 def test_rule_on_the_file_names_the_line_of_the_key(write: Write, problems: Problems, settings: dict[str, Any]) -> None:

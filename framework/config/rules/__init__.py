@@ -1,0 +1,16 @@
+"""Checks over several keys, by the section that they are about; importing this registers all of them."""
+
+from framework.config.rules import data, logging, model, selection, training
+from framework.config.rules.registry import CLASSIFICATION, TASK_FORMATS, TASK_METRICS, broken_rules
+
+__all__ = [
+    "CLASSIFICATION",
+    "TASK_FORMATS",
+    "TASK_METRICS",
+    "broken_rules",
+    "data",
+    "logging",
+    "model",
+    "selection",
+    "training",
+]

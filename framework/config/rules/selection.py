@@ -1,0 +1,64 @@
+"""Rules about selection, retention and sharding."""
+
+from __future__ import annotations
+
+from framework.config.rules.registry import CLASSIFICATION, rule
+
+
+@rule("selection.strategy", "selection.ratio")
+def _ratio_suits_strategy(strategy: str, ratio: float | str | None) -> tuple[str, str] | None:
+    if ratio == "labelled" and strategy != "supervised":
+        return "selection.ratio", f'"labelled" needs selection.strategy "supervised", which is "{strategy}"'
+    if strategy == "none" and ratio not in (None, 1.0):
+        return "selection.ratio", f'{ratio} has no effect with selection.strategy "none": name a strategy'
+    if strategy in ("uniform", "bernoulli") and ratio is None:
+        return "selection.ratio", f'missing: selection.strategy "{strategy}" needs a number in (0, 1]'
+    return None
+
+
+@rule("selection.strategy", "selection.tokentune")
+def _tokentune_is_uniform(strategy: str, tokentune: bool) -> tuple[str, str] | None:
+    if tokentune and strategy != "uniform":
+        return "selection.tokentune", f'needs selection.strategy "uniform", which is "{strategy}"'
+    return None
+
+
+@rule("selection.strategy", "selection.ratio", "retention.policy")
+def _selection_needs_selective(strategy: str, ratio: float | str | None, policy: str) -> tuple[str, str] | None:
+    if strategy == "none" or ratio == 1.0 or policy == "selective":
+        return None
+    return "retention.policy", (
+        f'"{policy}" is for exact training, but selection.strategy "{strategy}" without selection.ratio 1.0 '
+        'leaves tokens out: set retention.policy "selective", or selection.strategy "none"'
+    )
+
+
+@rule("retention.policy", "retention.retain_linears")
+def _retain_linears_needs_selective(policy: str, retain_linears: bool) -> tuple[str, str] | None:
+    if retain_linears and policy != "selective":
+        return "retention.retain_linears", f'needs retention.policy "selective", which is "{policy}"'
+    return None
+
+
+@rule("retention.policy", "retention.kv_format")
+def _kv_format_needs_selective(policy: str, kv_format: str) -> tuple[str, str] | None:
+    if kv_format != "model" and policy != "selective":
+        return "retention.kv_format", f'"{kv_format}" needs retention.policy "selective", which is "{policy}"'
+    return None
+
+
+@rule("sharding.engine", "sharding.offload_optimizer")
+def _single_engine_keeps_optimizer(engine: str, offload_optimizer: bool) -> tuple[str, str] | None:
+    if engine == "single" and offload_optimizer:
+        return "sharding.offload_optimizer", 'sharding.engine "single" cannot offload: set it to false'
+    return None
+
+
+@rule("model.task", "selection.normalization")
+def _one_label_a_sample_needs_no_weights(task: str, normalization: str) -> tuple[str, str] | None:
+    if normalization != "supervised" and task in CLASSIFICATION:
+        return "selection.normalization", (
+            f'"{normalization}" has no effect with model.task "{task}": the pooled token, which alone carries a label, '
+            "is always selected"
+        )
+    return None
