@@ -90,6 +90,9 @@ def test_a_json_document_is_never_held_whole(tmp_path: Path, monkeypatch: pytest
         ("7", ":1", "a record must be an object, not a number"),
         ('[{"text": "\\ud83c"}]', "[0]", "bad JSON: a text contains an unpaired surrogate"),
         ("[" * 100_000, ":1", "bad JSON: nested too deeply"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', ":2", "bad JSON: expected the end, found '['"),
+        ('{"data": [{"text": "a"}]}\n{"data": []}', ":2", "bad JSON: expected the end, found '{'"),
+        ('{"data": [{"text": "a"}]', ":1", "bad JSON: expected ',' or '}', found the end"),
     ],
 )
 def test_a_broken_document_is_named_with_its_place(
