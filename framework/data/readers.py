@@ -10,7 +10,9 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -135,8 +137,14 @@ _TEXTS = (".jsonl", ".ndjson", ".json")
 """Suffixes that may be followed by one of a compression."""
 
 
-def _open(path: Path) -> BinaryIO:
-    return _DECOMPRESSORS.get(path.suffix, lambda path: path.open("rb"))(path)
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed; what goes wrong in reading them is a `UserError`."""
+    try:
+        with _DECOMPRESSORS.get(path.suffix, lambda path: path.open("rb"))(path) as stream:
+            yield stream
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
 def _open_zstd(path: Path) -> BinaryIO:

@@ -130,6 +130,20 @@ def test_compressed_texts(tmp_path: Path, suffix: str, compress: Callable[[bytes
     assert rows(document) == [(f"[{index}]", each) for index, each in enumerate(RECORDS)]
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", lambda data: data)],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, suffix: str, compress: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / f"{name}{suffix}"
+    whole = compress("".join(json.dumps(each) + "\n" for each in RECORDS).encode())
+    for content in (b"no archive", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{path}: cannot be read: "):
+            rows(path)
+
+
 def test_tables_are_read_row_by_row_without_nulls(tmp_path: Path) -> None:
     table = datasets.Dataset.from_list(
         [
