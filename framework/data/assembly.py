@@ -82,10 +82,13 @@ def source_lines(data: Dataset) -> list[str]:
     sizes = np.array([len(part) for part in data.parts])
     shares = sizes / sizes.sum() if data.shares is None else data.shares
     tokens = shares * [part.report.tokens / len(part) for part in data.parts]
-    return [
-        f"{part.name}: {part.report.summary()}; {share:.1%} of the samples drawn, {of_tokens:.1%} of their tokens"
-        for part, share, of_tokens in zip(data.parts, shares, tokens / tokens.sum(), strict=True)
+    lines = [
+        f"{part.name}: {part.report.summary()}; {share:.1%} of the samples drawn"
+        for part, share in zip(data.parts, shares, strict=True)
     ]
+    if not tokens.any():  # images: the model says how many they have
+        return lines
+    return [f"{line}, {share:.1%} of their tokens" for line, share in zip(lines, tokens / tokens.sum(), strict=True)]
 
 
 def epochs_line(data: Dataset, drawn: float) -> str:

@@ -73,10 +73,11 @@ def from_sharegpt(content: Content) -> Content:
     for turn in content[sharegpt_list(content)]:
         speaker, text = _speaker_and_text(turn)
         role = SPEAKERS[speaker]
+        kept = LEARNT_KEYS if "from" in turn else turn.keys() - {"role", "content", "value"}
         message = {"role": role, "content": text}
         if role == CALLER:
             message = {"role": "assistant", "content": None, "tool_calls": _calls_of(text)}
-        messages.append(message | {key: turn[key] for key in LEARNT_KEYS if key in turn})
+        messages.append(message | {key: turn[key] for key in kept if key in turn})
     if content.get("system"):
         messages.insert(0, {"role": "system", "content": content["system"]})
     return {**content, "messages": messages}

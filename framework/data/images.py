@@ -160,7 +160,7 @@ def _check_headers(paths: Sequence[Path], option: str) -> None:
     for path in paths:
         try:
             _pillow().open(path).close()
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, _pillow().DecompressionBombError) as error:
             problems.append(f"  {path}: {_reason(error)}")
             if len(problems) == REPORTED_PROBLEMS:
                 problems.append("  (there may be more: reading stopped here)")
@@ -192,7 +192,7 @@ def read_image(path: Path) -> Image:
     try:
         with _pillow().open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, _pillow().DecompressionBombError) as error:
         raise RunError(f"{path}: the image cannot be decoded: {_reason(error)}; replace or remove it") from error
 
 

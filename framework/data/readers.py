@@ -10,7 +10,9 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -61,18 +63,23 @@ def read_json(path: Path) -> Iterator[Row]:
         try:
             if text.peek() == "[":
                 yield from _elements(path, text)
+                text.check_end()
                 return
             while text.peek():
                 place = f"{path}:{text.line}"
                 if text.peek() != "{":
                     yield place, f"a record must be an object, not {type_name(text.value())}"
                     return
-                record, members = {}, _members(text)
-                for key in members:
+                record, is_record = {}, True
+                for key in _members(text):
                     if key == "data" and text.peek() == "[":
                         yield from _elements(path, text)
-                        return
-                    record[key] = text.value()
+                        is_record = False
+                    else:
+                        record[key] = text.value()
+                if not is_record:
+                    text.check_end()
+                    return
                 yield place, _checked(record)
         except _BadText as error:
             yield f"{path}:{error.line}", error.problem
@@ -130,8 +137,14 @@ _TEXTS = (".jsonl", ".ndjson", ".json")
 """Suffixes that may be followed by one of a compression."""
 
 
-def _open(path: Path) -> BinaryIO:
-    return _DECOMPRESSORS.get(path.suffix, lambda path: path.open("rb"))(path)
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file, decompressed; what goes wrong in reading them is a `UserError`."""
+    try:
+        with _DECOMPRESSORS.get(path.suffix, lambda path: path.open("rb"))(path) as stream:
+            yield stream
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
 def _open_zstd(path: Path) -> BinaryIO:
@@ -193,13 +206,16 @@ class _JsonText:
         self._stream = stream
         self._text = ""
         self._position = 0
-        self._lines_before = 0
+        self._lines_before = 0  # in what is forgotten and in the text up to `_counted`
+        self._counted = 0
         self._complete = False
 
     @property
     def line(self) -> int:
         """The line of the next character, counted from 1."""
-        return self._line_of(self._position)
+        line = self._line_of(self._position)
+        self._lines_before, self._counted = line - 1, self._position
+        return line
 
     def peek(self) -> str:
         """The next character that is not blank, or "" at the end."""
@@ -218,6 +234,11 @@ class _JsonText:
             raise _BadText(self.line, f"bad JSON: expected {wanted}, found {repr(found) if found else 'the end'}")
         self._position += 1
         return found
+
+    def check_end(self) -> None:
+        """Make sure that nothing follows, which would be lost."""
+        if found := self.peek():
+            raise _BadText(self.line, f"bad JSON: expected the end, found {found!r}; a file holds one list of records")
 
     def value(self) -> Any:
         """Decode the next value and go past it."""
@@ -240,7 +261,7 @@ class _JsonText:
             self._read_on()
 
     def _line_of(self, position: int) -> int:
-        return 1 + self._lines_before + self._text.count("\n", 0, position)
+        return 1 + self._lines_before + self._text.count("\n", self._counted, position)
 
     def _read_on(self) -> None:
         """Forget what was decoded and read as much again as is left, so that long values take few attempts."""
@@ -250,9 +271,9 @@ class _JsonText:
         except UnicodeDecodeError as error:
             raise _BadText(self._line_of(len(self._text)), f"not UTF-8 from here on ({error.reason})") from None
         self._complete = not piece
-        self._lines_before += self._text.count("\n", 0, self._position)
+        self._lines_before += self._text.count("\n", self._counted, self._position)
         self._text = rest + piece
-        self._position = 0
+        self._position = self._counted = 0
 
 
 def _elements(path: Path, text: _JsonText) -> Iterator[Row]:

@@ -189,5 +189,11 @@ def test_what_is_said_of_each_source() -> None:
         "80.0% of the samples drawn, 78.9% of their tokens",
         "20.0% of the samples drawn, 21.1% of their tokens",
     ]
+    for part in parts:  # as images
+        part.report.tokens = 0
+    assert [line.split("; ")[1] for line in source_lines(mixture)] == [
+        "80.0% of the samples drawn",
+        "20.0% of the samples drawn",
+    ]
     assert epochs_line(JoinedDataset(parts), 20) == "4.00 epochs"
     assert epochs_line(mixture, 20) == "epochs: 8.00 of a, 1.33 of b"

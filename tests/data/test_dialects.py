@@ -9,6 +9,7 @@ import datasets
 import pytest
 
 from framework.data import evaluation_batches, load_dataset
+from framework.data.dialects import check_sharegpt, from_sharegpt
 from framework.errors import UserError
 from framework.selection import select, supervised_positions
 
@@ -200,3 +201,18 @@ def test_a_broken_record_is_named_with_its_row(tmp_path: Path, tiny_tokenizer) -
         f"  {paths[1]}[1]: `text` must be a text, not a number",
         f"  {paths[2]}:2: missing key `text` (found `txt`)",
     ]
+
+
+def test_sharegpt_turns_with_role_and_content_keep_what_else_a_message_says() -> None:
+    calls = [{"function": {"name": "f", "arguments": {}}}]
+    messages = [
+        says("user", "a"),
+        says("assistant", "") | {"tool_calls": calls},
+        says("tool", "b") | {"name": "f"},
+        says("assistant", "c") | {"reasoning_content": "d", "train": True},
+    ]
+    record = {"conversations": messages}
+    assert check_sharegpt(record) is None
+    assert from_sharegpt(record)["messages"] == messages
+    broken = {"conversations": [messages[0], messages[1] | {"tool_calls": [{}]}]}
+    assert "conversations[1]: tool_calls: [0] must be an object" in check_sharegpt(broken)

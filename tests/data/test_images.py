@@ -94,6 +94,15 @@ def test_broken_files_are_named_together(folder: Path) -> None:
     ]
 
 
+def test_an_image_over_pillows_limit_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load(folder)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=r"broken images\n.*c\.bmp: Image size \(240 pixels\) exceeds limit"):
+        load(folder)
+    with pytest.raises(RunError, match=r"c\.bmp: the image cannot be decoded: Image size \(240 pixels\) exceeds limit"):
+        collate(data, [0])
+
+
 def test_a_truncated_file_is_named_when_it_is_read(folder: Path) -> None:
     path = folder / "cat" / "deep" / "c.bmp"
     path.write_bytes(path.read_bytes()[:200])

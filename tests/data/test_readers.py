@@ -90,6 +90,9 @@ def test_a_json_document_is_never_held_whole(tmp_path: Path, monkeypatch: pytest
         ("7", ":1", "a record must be an object, not a number"),
         ('[{"text": "\\ud83c"}]', "[0]", "bad JSON: a text contains an unpaired surrogate"),
         ("[" * 100_000, ":1", "bad JSON: nested too deeply"),
+        ('[{"text": "a"}]\n[{"text": "b"}]', ":2", "bad JSON: expected the end, found '['"),
+        ('{"data": [{"text": "a"}]}\n{"data": []}', ":2", "bad JSON: expected the end, found '{'"),
+        ('{"data": [{"text": "a"}]', ":1", "bad JSON: expected ',' or '}', found the end"),
     ],
 )
 def test_a_broken_document_is_named_with_its_place(
@@ -125,6 +128,20 @@ def test_compressed_texts(tmp_path: Path, suffix: str, compress: Callable[[bytes
     document = tmp_path / f"a.json{suffix}"
     document.write_bytes(compress(json.dumps(RECORDS).encode()))
     assert rows(document) == [(f"[{index}]", each) for index, each in enumerate(RECORDS)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize(
+    ("suffix", "compress"),
+    [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress), (".zst", lambda data: data)],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, suffix: str, compress: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / f"{name}{suffix}"
+    whole = compress("".join(json.dumps(each) + "\n" for each in RECORDS).encode())
+    for content in (b"no archive", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{path}: cannot be read: "):
+            rows(path)
 
 
 def test_tables_are_read_row_by_row_without_nulls(tmp_path: Path) -> None:
