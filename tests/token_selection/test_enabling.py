@@ -85,6 +85,14 @@ def test_eval_mode_and_no_grad_are_the_plain_model(model, inputs):
     assert model.generate(rest["input_ids"][:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
 
 
+def test_generation_in_train_mode_is_the_plain_models(model, inputs):
+    plain = copy.deepcopy(model)
+    framework.enable_token_selection(model)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    got, want = (m.train().generate(inputs["input_ids"], **options) for m in (model, plain))
+    assert torch.equal(got, want)
+
+
 def test_disable_gives_the_model_back(model, inputs):
     classes = {name: type(module) for name, module in model.named_modules()}
     attention = model.config._attn_implementation
