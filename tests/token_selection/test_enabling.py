@@ -88,7 +88,8 @@ def test_eval_mode_and_no_grad_are_the_plain_model(model, inputs):
 def test_generation_in_train_mode_is_the_plain_models(model, inputs):
     plain = copy.deepcopy(model)
     framework.enable_token_selection(model)
-    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
     got, want = (m.train().generate(inputs["input_ids"], **options).logits for m in (model, plain))
     assert torch.equal(torch.stack(got), torch.stack(want))
 
