@@ -7,9 +7,10 @@ it is disabled, and a request for more than plain checkpointing, which would wai
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -60,6 +61,18 @@ class Seam:
                 del module._gradient_checkpointing_func
             else:
                 module._gradient_checkpointing_func = function
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within this context blocks ask for no checkpointing: in train mode those that do take no key/value cache."""
+        modules = [module for module, *_ in self._before]
+        for module in modules:
+            module.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.gradient_checkpointing = True
 
     def check(self) -> None:
         """Make sure that every block has the function.

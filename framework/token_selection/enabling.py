@@ -8,6 +8,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -66,6 +67,11 @@ def enable_token_selection(
             "token selection is enabled on this model already: call framework.disable_token_selection first"
         )
     refuse_foreign_forward(inner.forward)
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"{type(model.active_peft_config).__name__} trains tokens or keys and values before the prompt, which "
+            "carry no label: token selection takes them for constants, so they would not learn; use LoRA"
+        )
     retention = SelectiveRetention(inner, retain_linears=retain_linears, kv_format=kv_format)
     state = TokenSelection(
         inner, retention, strategy=strategy, ratio=ratio, seed=seed, tokentune=tokentune, normalization=normalization

@@ -77,7 +77,8 @@ class TokenSelection:
     def forward(self, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward: token-selective with labels in train mode, plain in eval mode and under `no_grad`."""
         if not model.training or not torch.is_grad_enabled():
-            return self.plain_forward(*args, **kwargs)
+            with self.retention.seam.paused():
+                return self.plain_forward(*args, **kwargs)
         inputs = self._named_arguments(model, args, kwargs)
         refuse_foreign_arguments(model, inputs)
         if getattr(model.config, "output_router_logits", False) or inputs.get("output_router_logits"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional
 
 import framework
@@ -83,6 +83,15 @@ def test_eval_mode_and_no_grad_are_the_plain_model(model, inputs):
     model.eval()
     torch.testing.assert_close(model(**inputs).loss, plain.loss, rtol=0, atol=0)
     assert model.generate(rest["input_ids"][:1, :4], max_new_tokens=3, do_sample=False).shape == (1, 7)
+
+
+def test_generation_in_train_mode_is_the_plain_models(model, inputs):
+    plain = copy.deepcopy(model)
+    framework.enable_token_selection(model)
+    options = {"max_new_tokens": 6, "do_sample": False, "use_cache": True}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    got, want = (m.train().generate(inputs["input_ids"], **options).logits for m in (model, plain))
+    assert torch.equal(torch.stack(got), torch.stack(want))
 
 
 def test_disable_gives_the_model_back(model, inputs):
@@ -318,6 +327,12 @@ def test_refusals(model, inputs):
     with pytest.raises(ValueError, match="the selection is over 1 sequences, the batch has 2"):
         with framework.fixed_selection(model, torch.tensor([[3, 4]])):
             model(**inputs)
+
+
+def test_prompt_tuning_is_refused(model):
+    wrapped = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="PromptTuningConfig trains tokens"):
+        framework.enable_token_selection(wrapped)
 
 
 def test_the_router_loss_is_refused():
