@@ -210,7 +210,8 @@ def load_image_processor(
     Raises:
         UserError: There is none at `path`, it has no Pillow form, or the model does not take three channels.
     """
-    from transformers import AutoImageProcessor
+    # Not from the package: without torchvision, transformers 5.17 hands out a placeholder there that only raises.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
     config = getattr(config, "vision_config", config)  # of a family with a text model beside it

@@ -36,4 +36,5 @@ for kind, options, retain_linears in product(("full", "lora"), ways, (False, Tru
     gradients[name] = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 if rank == 0:
     torch.save(gradients, directory / "gradients.pt")
+dist.barrier()
 dist.destroy_process_group()
