@@ -13,7 +13,8 @@ import torch
 import transformers.dynamic_module_utils
 from huggingface_hub import constants
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForCausalLM, AutoTokenizer, BitImageProcessorPil
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitImageProcessorPil
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import framework
 from framework.checkpoint import export_run

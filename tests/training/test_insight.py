@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,5 +91,5 @@ def test_the_peak_is_that_of_the_precision_on_all_devices(make_config, monkeypat
 def test_the_environment_is_kept_with_the_run(make_config):
     result = framework.train(make_config(training__max_steps=1))
     kept = json.loads((result.run_dir / "environment.json").read_text())
-    assert kept["packages"]["torch"] == torch.__version__
+    assert kept["packages"]["torch"] == version("torch")
     assert "nvidia_smi" not in kept

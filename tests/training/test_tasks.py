@@ -14,12 +14,12 @@ from peft import PeftModel
 from PIL import Image
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import framework
 from framework.checkpoint import WEIGHTS_FILE, export_run, load_weights
