@@ -1,0 +1,41 @@
+"""The sections of a config, each a typed object with a docstring under every key."""
+
+from framework.config.sections.base import Section
+from framework.config.sections.data import DataConfig, Format, SourceConfig, Sources, data_sources
+from framework.config.sections.model import AdapterConfig, ModelConfig
+from framework.config.sections.run import HardwareConfig, LoggingConfig, ProfileConfig, RunConfig
+from framework.config.sections.selection import RetentionConfig, SelectionConfig, ShardingConfig
+from framework.config.sections.training import (
+    CheckpointConfig,
+    EarlyStoppingConfig,
+    LossScaleConfig,
+    OptimizerConfig,
+    ParameterGroupConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "EarlyStoppingConfig",
+    "Format",
+    "HardwareConfig",
+    "LoggingConfig",
+    "LossScaleConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParameterGroupConfig",
+    "ProfileConfig",
+    "RetentionConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "Section",
+    "SelectionConfig",
+    "ShardingConfig",
+    "SourceConfig",
+    "Sources",
+    "TrainingConfig",
+    "data_sources",
+]

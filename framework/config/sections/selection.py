@@ -1,0 +1,55 @@
+"""Which tokens receive gradient, what blocks keep, who holds what."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from framework.config.sections.base import Section
+
+
+class SelectionConfig(Section):
+    """Which tokens receive gradient. Without this section training is exact."""
+
+    strategy: Literal["none", "supervised", "uniform", "bernoulli"] = "none"
+    """`none`: all tokens, exact. `supervised`: every labelled token, and a share of the context up to `ratio`.
+    `uniform`: a fixed count per sequence, without replacement. `bernoulli`: each token independently."""
+
+    ratio: Annotated[float, Field(gt=0, le=1)] | Literal["labelled"] | None = None
+    """Selected tokens / all tokens that are not padding; "labelled" selects the labelled tokens only. Null: 1 for
+    `none`, "labelled" for `supervised`; `uniform` and `bernoulli` need a number."""
+
+    tokentune: bool = False
+    """With `uniform`: always select the first and the last token, as the reference code of TokenTune does."""
+
+    normalization: Literal["supervised", "selected"] = "supervised"
+    """`supervised`: the weighted sum of the selected losses over the count of all supervised tokens. `selected`:
+    TokenTune's mean over the selected supervised tokens."""
+
+
+class RetentionConfig(Section):
+    """What a block keeps for its backward pass."""
+
+    policy: Literal["all", "checkpoint", "selective"] = "all"
+    """`all`: ordinary autograd. `checkpoint`: the block's input, the rest is recomputed. `selective`: the inputs of
+    the selected rows and the keys and values of all, the selected rows are replayed."""
+
+    retain_linears: bool = False
+    """With `selective`: also keep the linear layers' outputs at selected rows, so that no product is recomputed."""
+
+    kv_format: Literal["model", "int8"] = "model"
+    """With `selective`: format of the retained keys and values; "model" is the type that the model computes in."""
+
+
+class ShardingConfig(Section):
+    """Who holds what."""
+
+    engine: Literal["single"] = "single"
+    """`single`: one process holds everything."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=0)] = 0
+    """Nothing is sharded by the single engine."""
+
+    offload_optimizer: bool = False
+    """The single engine keeps the optimiser's state on its device: false only."""
