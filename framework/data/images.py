@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
 """Those of `torchvision.datasets.ImageFolder`."""
 
+UNBOUNDED_MODES = ("I", "F")
+"""Pillow's modes of integers and floats of 32 bits, whose conversion to RGB cuts off what is outside 0 … 255."""
+
 STREAM = 2
 """Tells these draws from the selection's and the masking's, which have the same seed and draw index."""
 
@@ -159,7 +162,12 @@ def _check_headers(paths: Sequence[Path], option: str) -> None:
     problems = []
     for path in paths:
         try:
-            _pillow().open(path).close()
+            with _pillow().open(path) as image:
+                if image.mode in UNBOUNDED_MODES:
+                    raise ValueError(
+                        f"Pillow reads it with 32 bits a pixel (mode {image.mode}), which do not say what is black and "
+                        "what is white; save it with 8 bits a channel"
+                    )
         except (OSError, ValueError, SyntaxError, _pillow().DecompressionBombError) as error:
             problems.append(f"  {path}: {_reason(error)}")
             if len(problems) == REPORTED_PROBLEMS:
@@ -184,6 +192,8 @@ def _pillow() -> Any:
 def read_image(path: Path) -> Image:
     """An image in RGB, the way up that its EXIF data says, as `transformers.image_utils.load_image` does.
 
+    Grey values of 16 bits are scaled to 8, which `load_image` leaves out.
+
     Raises:
         RunError: The file cannot be decoded, although its header was read before.
     """
@@ -191,7 +201,10 @@ def read_image(path: Path) -> Image:
 
     try:
         with _pillow().open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # whose conversion would make white of all but the darkest pixels
+                upright = _pillow().fromarray(np.rint(np.asarray(upright) / 257).astype(np.uint8))
+            return upright.convert("RGB")
     except (OSError, ValueError, SyntaxError, _pillow().DecompressionBombError) as error:
         raise RunError(f"{path}: the image cannot be decoded: {_reason(error)}; replace or remove it") from error
 

@@ -94,6 +94,34 @@ def test_broken_files_are_named_together(folder: Path) -> None:
     ]
 
 
+def test_pixels_without_a_known_range_are_refused(folder: Path) -> None:
+    Image.new("F", (20, 12), 0.5).save(folder / "cat" / "depth.tif")
+    Image.new("I", (20, 12), 70_000).save(folder / "dog" / "count.tif")
+    advice = "which do not say what is black and what is white; save it with 8 bits a channel"
+    with pytest.raises(UserError) as caught:
+        load(folder)
+    assert str(caught.value).splitlines() == [
+        "data.train: broken images",
+        f"  {folder / 'cat' / 'depth.tif'}: Pillow reads it with 32 bits a pixel (mode F), {advice}",
+        f"  {folder / 'dog' / 'count.tif'}: Pillow reads it with 32 bits a pixel (mode I), {advice}",
+    ]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B"])
+def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, mode: str) -> None:
+    ramp = np.array([0, 128, 129, 257, 32_768, 65_406, 65_407, 65_535])
+    image = Image.frombytes(mode, (4, 2), ramp.astype("<u2" if mode == "I;16" else ">u2").tobytes())
+    path = tmp_path / "ramp.tif"
+    image.save(path, exif={274: 3})  # upside down
+    with Image.open(path) as saved:
+        assert saved.mode == mode
+    expected = np.rint(ramp / 257).astype(np.uint8).reshape(2, 4)[::-1, ::-1]
+    assert expected.ravel()[::-1].tolist() == [0, 0, 1, 1, 128, 254, 255, 255]
+    read = read_image(path)
+    assert read.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(read), np.repeat(expected[..., None], 3, axis=-1))
+
+
 def test_an_image_over_pillows_limit_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load(folder)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
