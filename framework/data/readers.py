@@ -6,6 +6,7 @@ A record comes with its place: `file:line` in JSON texts with a record a line, e
 from __future__ import annotations
 
 import bz2
+import glob
 import gzip
 import io
 import json
@@ -92,7 +93,7 @@ def read_table(builder: str, **options: Any) -> Callable[[Path], Iterator[Row]]:
         import datasets
 
         try:
-            data_files = [str(path)]
+            data_files = [glob.escape(str(path))]  # `datasets` takes a path for a pattern
             rows = datasets.load_dataset(builder, data_files=data_files, split="train", streaming=True, **options)
             yield from read_rows(str(path), rows)
         except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:

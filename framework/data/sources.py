@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -111,6 +112,11 @@ def _directory(source: SourceConfig, path: Path, default_split: str | None) -> l
         if source.subset is not None:
             raise _SourceError(f"subset {source.subset!r} has no effect: {path} was saved whole by save_to_disk")
         return [_split(source, _guarded(source, lambda: datasets.load_from_disk(str(path))), default_split)]
+    if glob.has_magic(str(path.resolve())):
+        raise _SourceError(
+            f"the path {path.resolve()} has one of the characters * ? [, by which other directories could be read as "
+            "well: rename it, or name its files in a list"
+        )
     # Resolved, since a relative "csv" would be taken for the builder of this name.
     builder = _guarded(source, lambda: datasets.load_dataset_builder(str(path.resolve()), source.subset))
     files = {

@@ -199,3 +199,15 @@ assert "pyarrow" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["x[1]", "x*", "x?", "x**", "x[!a]"])
+def test_a_name_of_a_table_is_no_pattern(tmp_path: Path, name: str) -> None:
+    for each in (name, "x1", "xy", "x*y"):
+        write(tmp_path / f"{each}.csv", f"text\n{each}\n")
+    assert rows(tmp_path / f"{name}.csv") == [("[0]", {"text": name})]
+    inside = tmp_path / name
+    inside.mkdir()
+    (tmp_path / "x1").mkdir()
+    write(tmp_path / "x1" / "a.csv", "text\nother\n")
+    assert rows(write(inside / "a.csv", "text\nown\n")) == [("[0]", {"text": "own"})]

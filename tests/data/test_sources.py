@@ -165,3 +165,16 @@ def test_what_cannot_be_opened_is_named_together() -> None:
         "data.eval: revision 'main' is of a hub name, but a.jsonl is here: leave it out",
     ]
     assert refused([]).startswith("data.train: no data is named")
+
+
+def test_a_directory_whose_name_is_a_pattern_is_refused() -> None:
+    # `datasets` would read x1 in place of it.
+    write("x[1]/train.jsonl", "x1/train.jsonl", "parent?/data/train.jsonl")
+    assert "data.train: the path " in refused("x[1]") and "x[1] has one of the characters * ? [, by which" in refused(
+        "x[1]"
+    )
+    assert "parent?/data has one of the characters" in refused("parent?/data")
+    assert texts("x1") == {"x1/train.jsonl": ["x1/train.jsonl"]}
+    assert texts("x[1]/train.jsonl") == {"x[1]/train.jsonl": ["x[1]/train.jsonl"]}
+    table("a").save_to_disk("saved[1]")
+    assert texts("saved[1]") == {"saved[1]": ["a"]}
