@@ -92,7 +92,8 @@ class TokenCache:
     def load(self, key: str) -> TokenizedDataset | None:
         """The entry of that name, mapped into memory; None where there is none, or a damaged one, which is logged."""
         path = self.directory / key
-        if not path.is_dir():
+        # Not `Path.is_dir`, which fails in a directory that may not be entered; there, writing tells the reason.
+        if not os.path.isdir(path):
             return None
         try:
             return _read(path)

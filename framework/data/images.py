@@ -22,6 +22,7 @@ from framework.data.classes import ClassLabels, digest
 from framework.data.classification import Pooling
 from framework.data.dataset import Dataset
 from framework.data.formats import REPORTED_PROBLEMS
+from framework.data.readers import first_line
 from framework.data.report import DataReport
 from framework.errors import RunError, UserError
 from framework.hub import (
@@ -131,9 +132,12 @@ def load_image_folder(path: str | Path, *, labels: ClassLabels, option: str = "d
             or files are no readable images (up to ten together).
     """
     root = Path(path).expanduser()
-    if not root.is_dir():
-        raise UserError(f"{option}: no such directory: {root}; images are given as DIRECTORY/CLASS/name.png")
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    try:
+        if not root.is_dir():
+            raise UserError(f"{option}: no such directory: {root}; images are given as DIRECTORY/CLASS/name.png")
+        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    except OSError as error:
+        raise UserError(f"{option}: {root}: cannot be read: {first_line(error)}") from error
     if not names:
         raise UserError(f"{option}: {root} has no sub-directory: each class has one of its own, such as {root / 'cat'}")
     if problem := next(filter(None, map(labels.problem, names)), None):

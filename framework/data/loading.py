@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from framework.data.cache import CacheError, TokenCache, file_hash
 from framework.data.dataset import TokenizedDataset, sample_digest
 from framework.data.formats import ProblemList, Record, read_records
 from framework.data.labels import label_records
+from framework.data.readers import first_line
 from framework.data.report import DataReport
 from framework.data.sources import Part, Paths, list_parts
 from framework.errors import UserError
@@ -119,7 +121,7 @@ class _Reading(NamedTuple):
         """Name of the cache's entry for it, which depends on what is read and how, not on what it is called."""
         return cache.key(
             parts=[
-                [part.fingerprint] if part.path is None else [*part.path.suffixes[-2:], file_hash(part.path)]
+                [part.fingerprint] if part.path is None else [*part.path.suffixes[-2:], _file_hash(part.path)]
                 for part in self.parts
             ],
             formats=[part.source.format or self.format for part in self.parts],
@@ -132,6 +134,13 @@ class _Reading(NamedTuple):
         """What changes when a file is written to while it is read."""
         statuses = [part.path.stat() for part in self.parts if part.path is not None]
         return [(status.st_size, status.st_mtime_ns) for status in statuses]
+
+
+def _file_hash(path: Path) -> str:
+    try:
+        return file_hash(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
 def _in_memory(reading: _Reading) -> TokenizedDataset:

@@ -75,6 +75,8 @@ def list_parts(sources: Paths, *, option: str) -> list[Part]:
             parts += _parts_of(source, default_split=None if option == "data.eval" else "train")
         except _SourceError as error:
             problems.append(f"{option}: {error}")
+        except OSError as error:
+            problems.append(f"{option}: {source.path}: cannot be read: {first_line(error)}")
     if problems:
         raise UserError("\n".join(problems))
     if not parts:

@@ -349,3 +349,38 @@ def test_the_default_directory_honours_xdg(monkeypatch: pytest.MonkeyPatch) -> N
     assert default_cache_directory() == Path("/elsewhere/selectrain/tokens")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert default_cache_directory() == Path.home() / ".cache/selectrain/tokens"
+
+
+def test_a_directory_without_permission_to_enter_is_gone_on_without(
+    load: Load, directory: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory.mkdir()
+    stat, mkdir = os.stat, os.mkdir
+
+    def denied(call: Callable) -> Callable:
+        def guarded(path, *args, **options):
+            if Path(os.fsdecode(path)).parent == directory:
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *args, **options)
+
+        return guarded
+
+    monkeypatch.setattr(os, "stat", denied(stat))
+    monkeypatch.setattr(os, "mkdir", denied(mkdir))
+    assert len(load()) == 2
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"token cache: {directory} cannot be written, going on without: [Errno 13]")
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_an_unreadable_file_is_named(load: Load, data: Path, monkeypatch: pytest.MonkeyPatch, cached: bool) -> None:
+    opened = Path.open
+
+    def guarded(path, *args, **options):
+        if path == data:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", guarded)
+    with pytest.raises(UserError, match=rf"{data}: cannot be read: \[Errno 13\] Permission denied"):
+        load(cached=cached)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,21 @@ def test_what_is_no_image_folder_is_refused(folder: Path, tmp_path: Path) -> Non
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match=r"no image in .*empty; known by their names: \.bmp, \.jpeg"):
         load(folder)
+
+
+def test_a_directory_without_permission_to_enter_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = os.stat
+
+    def guarded(path: Any, *args: Any, **options: Any) -> Any:
+        if str(path).startswith(f"{folder}/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", guarded)
+    with pytest.raises(
+        UserError, match=rf"data\.train: {folder / 'dog'}: cannot be read: \[Errno 13\] Permission denied"
+    ):
+        load(folder / "dog")
 
 
 def test_broken_files_are_named_together(folder: Path) -> None:

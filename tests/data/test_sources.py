@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import datasets
@@ -178,3 +179,21 @@ def test_a_directory_whose_name_is_a_pattern_is_refused() -> None:
     assert texts("x[1]/train.jsonl") == {"x[1]/train.jsonl": ["x[1]/train.jsonl"]}
     table("a").save_to_disk("saved[1]")
     assert texts("saved[1]") == {"saved[1]": ["a"]}
+
+
+@pytest.mark.parametrize("source", ["closed/a.jsonl", "closed"])
+def test_a_directory_without_permission_to_enter_is_named(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write("closed/a.jsonl", "open/a.jsonl")
+    stat = os.stat
+
+    def guarded(path, *args, **options):
+        if "closed/" in os.fsdecode(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    monkeypatch.setattr(os, "stat", guarded)
+    message = refused(source)
+    assert message.startswith(f"data.train: {source}: cannot be read: [Errno 13] Permission denied: 'closed/")
+    assert refused(["nowhere/a.jsonl", source, "open/a.jsonl"]) == (
+        f"data.train: no such file or directory: nowhere/a.jsonl\n{message}"
+    )
