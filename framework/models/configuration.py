@@ -37,6 +37,7 @@ from framework.hub import (
     own_code_message,
     source_name,
 )
+from framework.models.head import class_table
 
 _HEADS = {
     "causal_lm": (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
@@ -74,7 +75,7 @@ def read_model_config(
     try:
         with hub.access():
             return AutoConfig.from_pretrained(source_name(path), **hub.keywords())
-    except (OSError, ValueError, StrictDataclassError) as error:
+    except (OSError, ValueError, AttributeError, StrictDataclassError) as error:
         if needs_its_own_code(error):
             raise UserError(own_code_message("model.path", path)) from error
         raise UserError(unreachable(path, error, hub)) from error
@@ -190,6 +191,7 @@ def _config_from_values(values: dict[str, Any]) -> PreTrainedConfig:
             problems.append(f"model.from_config.{key}: not a key of {family}; did you mean {close[0]}?")
     if problems:
         raise UserError("\n".join(sorted(problems)))
+    class_table(values.get("id2label"), "model.from_config.id2label")
     try:
         return config_class.from_dict(values)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
+import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -31,6 +34,9 @@ def named_classes(
         path: A local directory or a hub name; counts where it is given, as in training.
         from_config: A Hugging Face config as JSON values.
         hub: Revision and network, for `path`.
+
+    Raises:
+        UserError: The names are no object from numbers to names, the numbers have gaps, or classes share a name.
     """
     if path is not None:
         with hub.access():
@@ -39,12 +45,41 @@ def named_classes(
             )
     else:
         values = from_config or {}
-    names = [name for _, name in sorted((int(key), str(name)) for key, name in values.get("id2label", {}).items())]
+    option = "model.from_config.id2label" if path is None else "model.path: config.json: id2label"
+    classes = class_table(values.get("id2label"), option)
+    names = [classes[number] for number in sorted(classes)]
+    if sorted(classes) != list(range(len(names))):
+        numbers = ", ".join(map(str, sorted(classes)))
+        raise UserError(f"{option}: the numbers are {numbers}; classes are numbered from 0 without gaps")
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+        raise UserError(f"{option}: several classes have the names {', '.join(repeated)}; give each its own")
     if names:
         generic = all(name == f"LABEL_{number}" for number, name in enumerate(names))
         return len(names) if generic else names
     number: int | None = values.get("num_labels")
     return number
+
+
+def class_table(id2label: Any, option: str) -> dict[int, str]:
+    """Number and name of each class, from the `id2label` of a config as it is written; none if it is null.
+
+    Args:
+        id2label: A JSON value.
+        option: What messages call it.
+
+    Raises:
+        UserError: It is no object from numbers to names.
+    """
+    if id2label is None:
+        return {}
+    if not isinstance(id2label, dict):
+        raise UserError(f'{option}: must be an object from class numbers to names, such as {{"0": "no", "1": "yes"}}')
+    for number, name in id2label.items():
+        if not re.fullmatch("0|[1-9][0-9]{0,8}", str(number)):
+            raise UserError(f"{option}: {number!r} is no class number")
+        if not isinstance(name, str | int | float):
+            raise UserError(f"{option}: the name of class {number} is {json.dumps(name)}")
+    return {int(number): str(name) for number, name in id2label.items()}
 
 
 def known_classes(given: Sequence[str] | None, named: list[str] | int | None) -> tuple[list[str] | None, int | None]:

@@ -24,13 +24,54 @@ def load(values: dict[str, Any] | None, path: Path | None = None, **options: Any
 def test_classes_as_a_config_names_them(tmp_path: Path, family_config: Any) -> None:
     assert named_classes(None, family_config("bert")) is None
     assert named_classes(None, family_config("bert", num_labels=4)) == 4
-    assert named_classes(None, family_config("bert", id2label={"1": "b", "0": "a", "10": "k"})) == ["a", "b", "k"]
+    shuffled = {str(number): "abcdefghijk"[number] for number in (1, 10, 0, 2, 9, 8, 3, 7, 4, 6, 5)}
+    assert named_classes(None, family_config("bert", id2label=shuffled)) == list("abcdefghijk")
     load(family_config("bert"), label_names=["no", "yes", "so"]).save_pretrained(tmp_path)
     assert named_classes(str(tmp_path), None) == ["no", "yes", "so"]
     load(family_config("bert", num_labels=3)).save_pretrained(tmp_path)
     assert named_classes(str(tmp_path), family_config("bert", num_labels=9)) == 3
     load(family_config("bert"), task="masked_lm").save_pretrained(tmp_path)
     assert named_classes(str(tmp_path), None) is None
+
+
+@pytest.mark.parametrize(
+    ("id2label", "problem"),
+    [
+        (["no", "yes"], 'must be an object from class numbers to names, such as {"0": "no", "1": "yes"}'),
+        ("no", 'must be an object from class numbers to names, such as {"0": "no", "1": "yes"}'),
+        ({"x": "no"}, "'x' is no class number"),
+        ({"0": "no", "00": "yes"}, "'00' is no class number"),
+        ({"0": None}, "the name of class 0 is null"),
+        ({"0": "no", "2": "yes"}, "the numbers are 0, 2; classes are numbered from 0 without gaps"),
+        ({"-1": "no", "0": "yes"}, "'-1' is no class number"),
+        ({"0": "a", "1": "b", "2": "a", "3": "b"}, "several classes have the names a, b; give each its own"),
+    ],
+)
+def test_classes_that_a_config_names_badly(tmp_path: Path, family_config: Any, id2label: Any, problem: str) -> None:
+    values = family_config("bert", id2label=id2label)
+    with pytest.raises(UserError) as caught:
+        named_classes(None, values)
+    assert str(caught.value) == f"model.from_config.id2label: {problem}"
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError) as caught:
+        named_classes(str(tmp_path), None)
+    assert str(caught.value) == f"model.path: config.json: id2label: {problem}"
+    if "several" not in problem and "gaps" not in problem:  # what transformers takes, other tasks may have
+        with pytest.raises(UserError, match=r"model\.from_config\.id2label: "):
+            read_model_config(None, values)
+
+
+def test_a_config_whose_classes_are_null_says_nothing_of_them(family_config: Any) -> None:
+    values = family_config("bert", id2label=None)
+    assert named_classes(None, values) is None
+    assert named_classes(None, {**values, "num_labels": 3}) == 3
+    assert read_model_config(None, values).num_labels == 2
+
+
+def test_a_model_directory_whose_classes_are_a_list(tmp_path: Path, family_config: Any) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(family_config("bert", id2label=["no", "yes"])))
+    with pytest.raises(UserError, match=r"model\.path: cannot read the model in .*'list' object"):
+        read_model_config(str(tmp_path), None)
 
 
 def test_what_is_known_of_the_classes() -> None:
