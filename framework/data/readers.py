@@ -162,9 +162,16 @@ def _parse_line(line: bytes, *, first: bool) -> dict[str, Any] | str:
         return f"not UTF-8 (byte {error.start + 1} of the line)"
     except json.JSONDecodeError as error:
         return f"bad JSON: {error.msg} (column {error.colno})"
+    except ValueError as error:
+        return f"bad JSON: {_too_many_digits(error)}"
     except RecursionError:
         return "bad JSON: nested too deeply"
     return _checked(content, suspicious=b"\\ud" in line.lower())
+
+
+def _too_many_digits(error: ValueError) -> str:
+    """What Python says of an integer that is longer than `sys.get_int_max_str_digits`, without advice on its code."""
+    return first_line(error).partition(";")[0]
 
 
 def _checked(content: Any, *, suspicious: bool = True) -> dict[str, Any] | str:
@@ -251,6 +258,8 @@ class _JsonText:
                 cut_off = error.pos > len(self._text) - _CUT_OFF or error.msg.startswith("Unterminated string")
                 if self._complete or not cut_off:
                     raise _BadText(self._line_of(error.pos), f"bad JSON: {error.msg}") from None
+            except ValueError as error:
+                raise _BadText(self.line, f"bad JSON: {_too_many_digits(error)}") from None
             except RecursionError:
                 raise _BadText(self.line, "bad JSON: nested too deeply") from None
             else:

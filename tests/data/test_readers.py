@@ -211,3 +211,18 @@ def test_a_name_of_a_table_is_no_pattern(tmp_path: Path, name: str) -> None:
     (tmp_path / "x1").mkdir()
     write(tmp_path / "x1" / "a.csv", "text\nother\n")
     assert rows(write(inside / "a.csv", "text\nown\n")) == [("[0]", {"text": "own"})]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_an_integer_of_more_digits_than_python_reads_is_named(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, '{"text": "a"}\n{"id": ' + "9" * 5000 + ', "text": "b"}\n')
+    assert rows(path) == [
+        (":1", {"text": "a"}),
+        (":2", "bad JSON: Exceeds the limit (4300 digits) for integer string conversion: value has 5000 digits"),
+    ]
+
+
+def test_an_integer_of_many_digits_in_a_list(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.json", '[{"text": "a"},\n{"id": ' + "9" * 5000 + "}]")
+    ((place, problem),) = rows(path)[1:]
+    assert place == ":2" and str(problem).startswith("bad JSON: Exceeds the limit (4300 digits)")
