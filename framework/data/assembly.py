@@ -8,7 +8,7 @@ import numpy as np
 
 from framework.config import SourceConfig
 from framework.data.dataset import Dataset, JoinedDataset, Subset, TokenizedDataset
-from framework.data.mixture import shares_of
+from framework.data.mixture import LEAST_SHARE, shares_of
 from framework.errors import UserError
 
 
@@ -22,7 +22,7 @@ def load_sources(
         load: Reads one source.
 
     Raises:
-        UserError: Sources cannot be read; all their problems together.
+        UserError: Sources cannot be read, or have a weight by which they are never drawn; all their problems together.
     """
     parts, problems = [], []
     for source in sources:
@@ -35,7 +35,18 @@ def load_sources(
     weights = [source.weight for source in sources if source.weight is not None]
     if len(parts) == 1:
         return parts[0]
-    return JoinedDataset(parts, shares=shares_of(weights) if weights else None)
+    if not weights:
+        return JoinedDataset(parts)
+    shares = shares_of(weights)
+    problems = [
+        f"data.train: the weight {source.weight} of {source.path} is so small beside the others that no sample of it "
+        "would ever be drawn: raise it, or leave the source out"
+        for source, share in zip(sources, shares, strict=True)
+        if share < LEAST_SHARE
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+    return JoinedDataset(parts, shares=shares)
 
 
 def hold_out(data: Dataset, fraction: float) -> tuple[Dataset, Dataset]:

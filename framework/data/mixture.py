@@ -9,10 +9,15 @@ import numpy as np
 
 from framework.data.order import epoch_order
 
+LEAST_SHARE = 2.0**-53
+"""A smaller share is lost in the count of draws, which floats hold exactly up to 2**53."""
+
 
 def shares_of(weights: Sequence[float]) -> np.ndarray:
-    """Weights divided by their sum, float64 `[sources]`."""
-    return np.asarray(weights, np.float64) / math.fsum(weights)
+    """Weights divided by their sum, float64 `[sources]`; one that is too small beside the others becomes 0."""
+    # By a power of two, which keeps every bit of a share and no sum too large for a float.
+    scaled = np.ldexp(np.asarray(weights, np.float64), -math.frexp(max(weights))[1])
+    return scaled / math.fsum(scaled)
 
 
 def interleave(shares: np.ndarray, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -197,3 +197,18 @@ def test_what_is_said_of_each_source() -> None:
     ]
     assert epochs_line(JoinedDataset(parts), 20) == "4.00 epochs"
     assert epochs_line(mixture, 20) == "epochs: 8.00 of a, 1.33 of b"
+
+
+@pytest.mark.parametrize("small", [1e-300, 1e-16])
+def test_a_source_that_would_never_be_drawn_is_refused(small: float) -> None:
+    parts = {"a": make(FIRST, "a"), "b": make(SECOND, "b")}
+    sources = [SourceConfig(path="a", weight=small), SourceConfig(path="b", weight=1e300 if small == 1e-300 else 3)]
+    with pytest.raises(UserError) as caught:
+        load_sources(sources, lambda source: parts[source.path])
+    assert str(caught.value) == (
+        f"data.train: the weight {small} of a is so small beside the others that no sample of it would ever be drawn: "
+        "raise it, or leave the source out"
+    )
+    sources[0] = SourceConfig(path="a", weight=1e-9)
+    sources[1] = SourceConfig(path="b", weight=3)
+    assert load_sources(sources, lambda source: parts[source.path]).shares[0] == 1e-9 / (3 + 1e-9)

@@ -45,6 +45,20 @@ def test_a_simple_mixture_is_written_down() -> None:
     assert number.tolist() == [0, 1, 0, 2, 3, 4, 1, 5, 6, 7, 2, 8]
 
 
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [([1e308, 1e308], [0.5, 0.5]), ([1.5e308, 0.5e308, 1e308], [0.5, 1 / 6, 1 / 3]), ([5e-324, 5e-324], [0.5, 0.5])],
+)
+def test_weights_of_any_size_have_shares(weights: list[float], shares: list[float]) -> None:
+    np.testing.assert_allclose(shares_of(weights), shares, rtol=1e-15)
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_shares_are_exact_quotients(weights: list[float]) -> None:
+    # To the bit, since they are part of a data set's fingerprint.
+    assert shares_of(weights).tolist() == [weight / math.fsum(weights) for weight in weights]
+
+
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
 def test_any_part_of_the_sequence_can_be_made_alone(weights: list[float]) -> None:
     shares = shares_of(weights)
