@@ -116,7 +116,7 @@ class _Reading:
     """A data set in the making."""
 
     labels: ClassLabels
-    report: DataReport = field(default_factory=DataReport)
+    report: DataReport = field(default_factory=lambda: DataReport(one_class_each=True))
     texts: list[_Encoded] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
     contents: list[int] = field(default_factory=list)

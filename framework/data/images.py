@@ -78,7 +78,8 @@ class ImageDataset(Dataset):
         """
         self.paths = list(paths)
         self.name = name
-        self.report = DataReport(records=len(paths), samples=len(paths), supervised_tokens=len(paths))
+        count = len(paths)
+        self.report = DataReport(records=count, samples=count, supervised_tokens=count, one_class_each=True)
         self._codes = np.asarray(codes, np.int64)
         self._labels = labels
 

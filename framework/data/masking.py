@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -112,8 +112,22 @@ class Masking:
         )
 
 
-def maskable(dataset: TokenizedDataset, masking: Masking, option: str) -> TokenizedDataset:
-    """The documents that have a token to mask, and those tokens as `supervised`; the report counts what is masked.
+class MaskableDataset(TokenizedDataset):
+    """Documents with the tokens that may be masked as `supervised`; every draw labels a share of these."""
+
+    def __init__(self, *arrays: np.ndarray, masking: Masking, **options: Any) -> None:
+        """Take what `TokenizedDataset` takes, and how the documents will be masked."""
+        super().__init__(*arrays, **options)
+        self._masking = masking
+
+    @property
+    def supervised_lengths(self) -> np.ndarray:
+        """Tokens of each document that a draw masks, int64 `[samples]`."""
+        return self._masking.counts(super().supervised_lengths)
+
+
+def maskable(dataset: TokenizedDataset, masking: Masking, option: str) -> MaskableDataset:
+    """The documents that have a token to mask; the report counts what is masked.
 
     Args:
         dataset: `text` documents.
@@ -136,11 +150,12 @@ def maskable(dataset: TokenizedDataset, masking: Masking, option: str) -> Tokeni
         tokens=int(of_kept.sum()),
         supervised_tokens=int(masking.counts(candidates[kept]).sum()),
     )
-    return TokenizedDataset(
+    return MaskableDataset(
         dataset.input_ids[of_kept],
         ordinary[of_kept],
         dataset.lengths[kept],
-        report,
+        masking=masking,
+        report=report,
         name=dataset.name,
         contents=dataset.contents[kept],
     )

@@ -32,15 +32,17 @@ class DataReport:
     """Tokens in the data set."""
     supervised_tokens: int = 0
     """Tokens in the data set that carry a label."""
+    one_class_each: bool = False
+    """Whether a label is the class of a whole sample rather than a token's."""
 
     @classmethod
     def total(cls, reports: Sequence[DataReport]) -> DataReport:
         """The report of several data sets as one."""
-        whole = cls()
+        whole = cls(one_class_each=all(report.one_class_each for report in reports))
         for report in reports:
             whole.formats |= report.formats
             whole.longest = max(whole.longest, report.longest)
-            for name in cls.__dataclass_fields__.keys() - {"formats", "longest"}:
+            for name in cls.__dataclass_fields__.keys() - {"formats", "longest", "one_class_each"}:
                 setattr(whole, name, getattr(whole, name) + getattr(report, name))
         return whole
 
@@ -57,8 +59,7 @@ class DataReport:
             "over the sequence length": self.overlong,
         }
         dropped = ", ".join(f"{count} {reason}" for reason, count in notes.items() if count)
-        one_class_each = self.supervised_tokens == self.samples
-        labelled = "one class each" if one_class_each else f"{self.labelled_share:.1%} with a label"
+        labelled = "one class each" if self.one_class_each else f"{self.labelled_share:.1%} with a label"
         measured = f", {self.tokens} tokens" if self.tokens else ""
         longest = f", longest record {self.longest}" if self.longest else ""
         return (

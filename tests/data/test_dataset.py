@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from framework.data import load_dataset
+from framework.data import DataReport, load_dataset
 from framework.errors import UserError
 
 
@@ -115,3 +116,14 @@ def test_broken_lines_of_all_files_are_reported_together(tmp_path: Path, tiny_to
     assert f"{first}:2: " in str(error.value)
     assert f"{second}:1: " in str(error.value)
     assert error.value.exit_code == 2
+
+
+def test_a_label_a_sample_is_no_class() -> None:
+    report = DataReport(records=3, samples=3, tokens=12, supervised_tokens=3)
+    assert report.summary() == "3 samples of 3 records, 12 tokens, 25.0% with a label"
+    classified = replace(report, one_class_each=True)
+    assert classified.summary() == "3 samples of 3 records, 12 tokens, one class each"
+    assert DataReport.total([classified, classified]) == replace(
+        classified, records=6, samples=6, tokens=24, supervised_tokens=6
+    )
+    assert DataReport.total([report, report]).one_class_each is False

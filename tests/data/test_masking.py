@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from framework.data import language_collate, load_dataset
+from framework.data import hold_out, language_collate, load_dataset
 from framework.data.masking import Masking, collate_masked, maskable
 from framework.errors import UserError
 
@@ -101,6 +101,18 @@ def test_documents_without_a_token_to_hide_are_dropped(tmp_path: Path, tokenizer
     path.write_text('{"text": "<mask>"}\n')
     with pytest.raises(UserError, match=r"data\.train: no document has a token that may be masked"):
         maskable(load_dataset(path, tokenizer=tokenizer, sequence_length=48, format="text"), masking, "data.train")
+
+
+def test_both_sides_of_a_split_report_the_masked_share(data: Any, masking: Masking) -> None:
+    whole = maskable(data, masking, "data.train")
+    assert whole.supervised_lengths.tolist() == [1, 3, 2, 1, 4]
+    train, held_out = hold_out(whole, 0.5)
+    assert len(train) + len(held_out) == 5 and len(train) and len(held_out)
+    for side in (train, held_out):
+        texts = side.lengths - 2  # between the special tokens
+        assert side.report.supervised_tokens == masking.counts(texts).sum()
+        assert side.report.labelled_share < 0.26
+    assert train.report.supervised_tokens + held_out.report.supervised_tokens == whole.report.supervised_tokens == 11
 
 
 def test_a_tokenizer_without_a_mask_token_is_refused(tiny_tokenizer: Any) -> None:
