@@ -163,12 +163,22 @@ def load_classification(
     problems.raise_if_any()
     report, name = reading.report, ", ".join(map(str, parts))
     if not reading.texts:
-        raise UserError(
-            f"{option}: no sample is left of {report.records} records: {report.overlong} are longer than "
-            f"data.sequence_length = {sequence_length} (the longest has {report.longest} tokens; raise it, or set "
-            f"data.overlong to 'truncate'), {report.empty} are empty ({name})"
-        )
+        raise UserError(f"{option}: {_why_empty(report, sequence_length, overlong)} ({name})")
     return ClassificationDataset(reading.texts, reading.codes, labels, report, name=name, contents=reading.contents)
+
+
+def _why_empty(report: DataReport, sequence_length: int, overlong: str) -> str:
+    if not report.records:
+        return "the data set is empty: there is no record"
+    advice = (
+        "even when they are cut to their special tokens (raise it)"
+        if overlong == "truncate"
+        else f"(the longest has {report.longest} tokens; raise it, or set data.overlong to 'truncate')"
+    )
+    return (
+        f"no sample is left of {report.records} records: {report.overlong} are longer than data.sequence_length = "
+        f"{sequence_length} {advice}, {report.empty} are empty"
+    )
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
@@ -189,7 +199,7 @@ def _encode_chunk(
         cut = _encode([chunk[index] for index in too_long], tokenizer, truncation=True, max_length=sequence_length)
         for index, sample in zip(too_long, cut, strict=True):
             encoded[index] = sample
-        report.truncated += len(too_long)
+            report.truncated += len(sample[0]) <= sequence_length  # not so if special tokens alone are too many
     for record, (ids, types) in zip(chunk, encoded, strict=True):
         if not len(ids):
             report.empty += 1

@@ -124,6 +124,29 @@ def test_long_texts_are_dropped_or_cut_between_the_special_tokens(load: Any, tok
         load(*records, sequence_length=3)
 
 
+def test_a_pair_whose_special_tokens_alone_are_too_long_is_dropped_once(load: Any) -> None:
+    records = [
+        {"text": "abcd", "label": 0},
+        {"text": "a", "text_pair": "b", "label": 1},
+        {"text": "ab", "text_pair": "", "label": 1},
+    ]
+    data = load(*records, sequence_length=2, overlong="truncate", known=["no", "yes"])
+    report = data.report
+    assert (report.records, report.samples, report.truncated, report.overlong) == (3, 1, 1, 2)
+    with pytest.raises(UserError) as caught:
+        load(*records[1:], sequence_length=2, overlong="truncate", known=["no", "yes"])
+    assert (
+        "no sample is left of 2 records: 2 are longer than data.sequence_length = 2 even when they are cut to their "
+        "special tokens (raise it), 0 are empty"
+    ) in str(caught.value)
+
+
+def test_a_file_without_a_record_is_empty(load: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        load()
+    assert str(caught.value) == (f"data.train: the data set is empty: there is no record ({tmp_path / 'data.jsonl'})")
+
+
 def collate(data: Any, pooling: str, **options: Any) -> Any:
     options = {"sequence_length": 32, "pad_token_id": 0, "token_types": True} | options
     return collate_classification(data, [0, 1, 5], pooling=pooling, **options)
