@@ -71,6 +71,9 @@ class Masking:
     def document(self, input_ids: np.ndarray, draw: int) -> tuple[np.ndarray, np.ndarray]:
         """Mask one document: a pure function of the seed, the draw index and the tokens.
 
+        Drawn from raw output of a counter-based generator, which numpy keeps the same between versions and machines
+        (unlike `Generator.choice`).
+
         Args:
             input_ids: int64 `[sequence]`.
             draw: epoch * samples + sample index.
@@ -83,12 +86,13 @@ class Masking:
         seen, labels = input_ids.copy(), np.full_like(input_ids, IGNORED)
         if not len(candidates):
             return seen, labels
-        random = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, draw], spawn_key=(STREAM,))))
+        random = np.random.Philox(np.random.SeedSequence([self.seed, draw], spawn_key=(STREAM,)))
         count = int(self.counts(np.asarray(len(candidates))))
-        chosen = random.choice(candidates, size=count, replace=False)
+        chosen = candidates[np.argsort(random.random_raw(len(candidates)), kind="stable")[:count]]
         labels[chosen] = input_ids[chosen]
-        fate = random.random(count)
-        strangers = random.choice(self.ordinary_ids, size=count)
+        fate = random.random_raw(count) * 2.0**-64
+        # The remainder favours some tokens by less than the size of the vocabulary / 2**64.
+        strangers = self.ordinary_ids[random.random_raw(count) % np.uint64(len(self.ordinary_ids))]
         seen[chosen] = np.where(
             fate < MASKED_SHARE,
             self.mask_token_id,
