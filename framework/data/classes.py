@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -110,10 +109,10 @@ def listed(names: Sequence[object]) -> str:
     return f"{shown} and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else shown
 
 
-def counted(classes: Sequence[int], names: Sequence[str]) -> str:
-    """Samples of each class on one line, such as `no: 3, yes: 5`."""
-    samples = Counter(classes)
-    return listed([f"{name}: {samples[number]}" for number, name in enumerate(names)])
+def counted(classes: np.ndarray, names: Sequence[str]) -> str:
+    """Samples of each class on one line, such as `no: 3, yes: 5`, from the class numbers, int64 `[samples]`."""
+    samples = np.bincount(classes, minlength=len(names))
+    return listed([f"{name}: {count}" for name, count in zip(names, samples, strict=True)])
 
 
 def digest(*pieces: bytes) -> int:

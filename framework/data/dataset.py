@@ -62,6 +62,11 @@ class Dataset(Sequence[Sample]):
         return np.array([(sample.labels != IGNORED).sum() for sample in self], np.int64)
 
     @property
+    def classes(self) -> np.ndarray:
+        """Class number of each sample, int64 `[samples]`; of classified samples only."""
+        return np.array([sample.label for sample in self], np.int64)
+
+    @property
     def parts(self) -> Sequence[Dataset]:
         """The data sets of its sources, whose samples follow each other."""
         return [self]
@@ -195,6 +200,11 @@ class JoinedDataset(Dataset):
         """A hash of the tokens and labels of each sample, uint64 `[samples]`."""
         return np.concatenate([part.digests for part in self._parts])
 
+    @property
+    def classes(self) -> np.ndarray:
+        """Class number of each sample, int64 `[samples]`; of classified samples only."""
+        return np.concatenate([part.classes for part in self._parts])
+
     def __len__(self) -> int:
         """Samples of all parts."""
         return int(self._firsts[-1])
@@ -244,6 +254,11 @@ class Subset(Dataset):
     def digests(self) -> np.ndarray:
         """A hash of the tokens and labels of each sample, uint64 `[samples]`."""
         return self._whole.digests[self._indices]
+
+    @property
+    def classes(self) -> np.ndarray:
+        """Class number of each sample, int64 `[samples]`; of classified samples only."""
+        return self._whole.classes[self._indices]
 
     def __len__(self) -> int:
         """Samples."""

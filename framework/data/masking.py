@@ -155,12 +155,13 @@ def maskable(dataset: TokenizedDataset, masking: Masking, option: str) -> Maskab
         supervised_tokens=int(masking.counts(candidates[kept]).sum()),
     )
     return MaskableDataset(
-        dataset.input_ids[of_kept],
+        dataset.input_ids if kept.all() else dataset.input_ids[of_kept],  # mapped from the cache, if they can stay
         ordinary[of_kept],
         dataset.lengths[kept],
         masking=masking,
         report=report,
         name=dataset.name,
+        digests=dataset.digests[kept],
         contents=dataset.contents[kept],
     )
 

@@ -198,7 +198,7 @@ def _classified(load: Callable[..., Dataset], config: Config, report: Report) ->
     train, evaluation = _split(config, whole, partial(load, labels=evaluation_labels))
     evaluation_labels.settle("data.eval")
     _report(report, train, evaluation)
-    report(f"data.train: {counted([sample.label for sample in train], names)}")
+    report(f"data.train: {counted(train.classes, names)}")
     return config.with_label_names(names), train, evaluation
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from framework.config import SourceConfig
 from framework.data import (
@@ -17,6 +18,8 @@ from framework.data import (
     load_sources,
     source_lines,
 )
+from framework.data.classes import ClassLabels, counted
+from framework.data.images import load_image_folder
 from framework.errors import UserError
 
 
@@ -212,3 +215,22 @@ def test_a_source_that_would_never_be_drawn_is_refused(small: float) -> None:
     sources[0] = SourceConfig(path="a", weight=1e-9)
     sources[1] = SourceConfig(path="b", weight=3)
     assert load_sources(sources, lambda source: parts[source.path]).shares[0] == 1e-9 / (3 + 1e-9)
+
+
+def test_classes_of_parts_and_of_what_they_are_split_into(tmp_path: Path) -> None:
+    labels = ClassLabels()
+    parts = []
+    for name, given in {"a": "ynnyyn", "b": "nyyn"}.items():
+        for place, label in enumerate(given):
+            file = tmp_path / name / label / f"{place}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (2, 2), (place, len(given), 0)).save(file)
+        parts.append(load_image_folder(tmp_path / name, labels=labels))
+    labels.settle("data.train")
+    joined = JoinedDataset(parts)
+    assert joined.classes.tolist() == [0, 0, 0, 1, 1, 1, 0, 0, 1, 1]
+    train, held_out = hold_out(joined, 0.4)
+    assert len(train) and len(held_out)
+    for side in (train, held_out):
+        assert side.classes.tolist() == [sample.label for sample in side]
+    assert counted(joined.classes, ["n", "y", "none"]) == "n: 5, y: 5, none: 0"

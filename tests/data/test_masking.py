@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from framework.data import hold_out, language_collate, load_dataset
+from framework.data import TokenCache, dataset, hold_out, language_collate, load_dataset
 from framework.data.masking import Masking, collate_masked, maskable
 from framework.errors import UserError
 
@@ -121,6 +121,29 @@ def test_documents_without_a_token_to_hide_are_dropped(tmp_path: Path, tokenizer
     path.write_text('{"text": "<mask>"}\n')
     with pytest.raises(UserError, match=r"data\.train: no document has a token that may be masked"):
         maskable(load_dataset(path, tokenizer=tokenizer, sequence_length=48, format="text"), masking, "data.train")
+
+
+def test_tokens_stay_where_they_are_when_every_document_is_kept(
+    tmp_path: Path, tokenizer: Any, masking: Masking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "text.jsonl"
+    records = [{"text": text} for text in ("abc", "de", "<mask>")]
+
+    def load(count: int, **options: Any) -> Any:
+        path.write_text("".join(json.dumps(record) + "\n" for record in records[:count]))
+        return load_dataset(path, tokenizer=tokenizer, sequence_length=48, format="text", **options)
+
+    cache = TokenCache(tmp_path / "cache", tokenizer)
+    whole, more = load(2, cache=cache), load(3, cache=cache)
+    plain = maskable(load(2), masking, "data.train")
+    stored = plain.fingerprint
+    monkeypatch.setattr(dataset, "sample_digest", None)
+    data = maskable(whole, masking, "data.train")
+    assert data.input_ids is whole.input_ids
+    assert data.fingerprint == stored
+    fewer = maskable(more, masking, "data.train")
+    assert len(more) == 3 and fewer.fingerprint == stored
+    assert fewer.input_ids.tolist() == data.input_ids.tolist() == plain.input_ids.tolist()
 
 
 def test_both_sides_of_a_split_report_the_masked_share(data: Any, masking: Masking) -> None:
