@@ -63,12 +63,15 @@ class SelectiveRetention:
         self._rows: SelectedRows | None = None
         self._names = {block: name for name, block in self.blocks.items()}
         self._tried: set[str] = set()
+        self._switched: list[PreTrainedModel] = []
         self._random = draws_in_blocks([*self.blocks.values()], model.config)
 
     def install(self) -> None:
         """Switch the model's blocks, attention and linears over."""
         self.seam.hold(self.run_block)
         self.model.set_attn_implementation(selective_name(self.kernel))
+        parts = (module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+        self._switched = [part for part in parts if part.config._attn_implementation == selective_name(self.kernel)]
         if self.retain_linears:
             for block in self.blocks.values():
                 retain_linears(block)
@@ -85,9 +88,24 @@ class SelectiveRetention:
 
         A callable is called with the first block's `hidden [batch, tokens, width]`, for models whose number of tokens
         is known only there (images).
+
+        Raises:
+            RuntimeError: checkpointing or attention was changed since `install`, so that gradients would be others.
         """
         self.seam.check()
+        self._check_attention()
         self.selection, self._rows = selection, None
+
+    def _check_attention(self) -> None:
+        expected = selective_name(self.kernel)
+        for part in self._switched:
+            if (found := part.config._attn_implementation) != expected:
+                raise RuntimeError(
+                    f"the config of {type(part).__name__} asks for attention {found!r} instead of {expected!r}: it was "
+                    "set while token selection was enabled, on this model or on another over the same config object. "
+                    "Call framework.disable_token_selection, set the attention, and enable again; build other models "
+                    "over copy.deepcopy(config)"
+                )
 
     def check_used(self) -> None:
         """Make sure that the forward pass since `begin` went through the blocks.
