@@ -48,7 +48,8 @@ class SelectiveRetention:
     def __init__(self, model: PreTrainedModel, *, retain_linears: bool, kv_format: str) -> None:
         if kv_format not in KV_FORMATS:
             raise ValueError(f"retention.kv_format: {kv_format!r} is none of {', '.join(KV_FORMATS)}")
-        self.kernel = model.config._attn_implementation
+        # A model built over the config of one with token selection enabled has the selective name from there.
+        self.kernel = model.config._attn_implementation.removeprefix(selective_name(""))
         if self.kernel not in KERNELS:
             raise ValueError(
                 f"model.attention: {self.kernel!r} cannot be replayed on selected rows; "

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from framework.retention import SelectiveRetention
 from framework.selection import Selection, check_options
+from framework.token_selection.configs import give_own_configs
 from framework.token_selection.state import TokenSelection
 from framework.token_selection.trainers import refuse_foreign_forward
 from framework.training.loss import unwrapped
@@ -38,8 +39,8 @@ def enable_token_selection(
     selected supervised tokens, `[1, rows, vocabulary]`, and `loss.backward()` sends gradient through selected tokens
     only. In eval mode and under `no_grad` the model behaves as before. Classifiers with one label a sequence keep
     their own loss, and the token that they pool is always selected; where they pool by a mean, `supervised` selects
-    all that enter it, which is all. Position in the order of transforms: after adapters,
-    before sharding.
+    all that enter it, which is all. The model gets a config of its own, a copy, and keeps it: other models over the
+    same object stay as they are. Position in the order of transforms: after adapters, before sharding.
 
     Args:
         model: a Hugging Face causal LM, masked LM or classifier with blocks, or a PEFT model around one.
@@ -76,6 +77,7 @@ def enable_token_selection(
     state = TokenSelection(
         inner, retention, strategy=strategy, ratio=ratio, seed=seed, tokentune=tokentune, normalization=normalization
     )
+    give_own_configs(model)
     retention.install()
     state.own_forward = _forward_in_place_of(inner)
     setattr(inner, _ATTRIBUTE, state)

@@ -10,7 +10,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 import framework
 
 
-def trainer_of(model, data, tokenizer, output, *, callbacks=(), **options):
+def trainer_of(model, data, tokenizer, output, *, callbacks=(), model_init=None, **options):
     arguments = TrainingArguments(
         output_dir=str(output),
         per_device_train_batch_size=2,
@@ -22,6 +22,7 @@ def trainer_of(model, data, tokenizer, output, *, callbacks=(), **options):
     )
     return Trainer(
         model=model,
+        model_init=model_init,
         args=arguments,
         train_dataset=data,
         data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=8),
@@ -51,6 +52,29 @@ def test_a_step(foreign, tiny_tokenizer, tmp_path, lora, options, enabled):
     assert len(batches) == options.get("gradient_accumulation_steps", 1)
     assert foreign.worst(captured.gradients, want) < 1e-5
     assert foreign.worst(foreign.exact(twin, batches), want) > 0.05
+
+
+@pytest.mark.parametrize("first_enabled", [False, True])
+def test_models_that_the_trainer_builds_over_one_config(foreign, tiny_tokenizer, tmp_path, first_enabled):
+    twin, built = foreign.tiny_model(), []
+    config = foreign.tiny_model().config
+    draw = {"strategy": "supervised", "ratio": 0.6, "seed": 3}
+
+    def model_init():
+        model = type(twin)(config)
+        model.load_state_dict(twin.state_dict())
+        if built or first_enabled:
+            framework.enable_token_selection(model, **draw)
+        built.append(model)
+        return model
+
+    trainer = trainer_of(None, foreign.tokenized(tiny_tokenizer), tiny_tokenizer, tmp_path, model_init=model_init)
+    captured = foreign.Captured()
+    trainer.add_callback(captured)
+    batches = foreign.record_batches(trainer)
+    trainer.train()
+    assert len(built) == 2 and trainer.model is built[1]
+    assert foreign.worst(captured.gradients, foreign.reference(twin, batches, **draw)) < 1e-5
 
 
 def losses(trainer):
