@@ -86,7 +86,8 @@ def run_training(
     if checkpoint is not None:
         resume_from(checkpoint, config, train_data, engine, loader, reporter)
     step = checkpoint.step if checkpoint else 0
-    if (moved := directory.set_aside(after_step=step)) is not None:
+    continues = checkpoint is not None and directory.holds(checkpoint.path)
+    if (moved := directory.set_aside(after_step=step if continues else 0)) is not None:
         reporter.line(f"what this run does not continue was moved to {moved}")
     update_pointers(directory.path, keep_best=config.checkpoint.keep_best, best_metric=config.checkpoint.best_metric)
     plan = settings_plan(config)
@@ -204,9 +205,8 @@ class Run:
         if (counted := checkpoint.load_state().get("run")) is not None:
             self.early_stopping.load_state_dict(counted["early_stopping"])
             self.skipped = SkippedSteps(**counted["skipped"])
-        own = checkpoint.path.parent.resolve() == self.directory.checkpoints.resolve()
         # Another run's checkpoint is not this one's: even without a further step it is saved here.
-        self._saved_step = checkpoint.step if own else 0
+        self._saved_step = checkpoint.step if self.directory.holds(checkpoint.path) else 0
 
     def train(self) -> None:
         """Train to the last step or until asked to stop, evaluate and save on the way."""

@@ -60,11 +60,16 @@ class RunDirectory:
         record = {"code": code, "message": message, "rank": rank, "last_lines": list(last_lines)}
         write_json(self.path / marker, record)
 
+    def holds(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint is one of this run's, not one of another run's or one that was set aside."""
+        return checkpoint.resolve().parent == self.checkpoints.resolve()
+
     def set_aside(self, after_step: int) -> Path | None:
         """Move checkpoints of later steps out of the way of a run that starts from `after_step`.
 
         Otherwise a later `--resume auto` would pick up the newest of them, which that run never reached. Metrics are
-        copied along, before they are cut.
+        copied along, before they are cut. A run that continues none of the checkpoints here starts after step 0 for
+        this purpose, and everything is moved: checkpoints, metrics and curves.
 
         Returns:
             The folder `previous-N` they are in; None if there was nothing to move.
@@ -84,7 +89,7 @@ class RunDirectory:
             path.rename(target / self.checkpoints.name / path.name)
         if after_step == 0:
             self.metrics.unlink(missing_ok=True)
-            # A run from the start has curves of its own.
+            # A run that continues nothing here has curves of its own.
             for curves in (self.tensorboard, self.wandb_state):
                 if curves.exists():
                     curves.rename(target / curves.name)

@@ -238,6 +238,26 @@ def test_a_checkpoint_of_another_run_can_be_continued(make_config, settings):
     assert branch.checkpoint == branch.run_dir / "checkpoints" / "step-00000006"
 
 
+@pytest.mark.parametrize("given", ["run", "checkpoint"])
+def test_a_shorter_run_survives_when_another_runs_checkpoint_is_continued_in_its_place(make_config, settings, given):
+    longer = framework.train(make_config(checkpoint__every_steps=2, training__max_steps=4))
+    settings["run"]["output_dir"] += "-shorter"
+    changes = {"training__max_steps": 3, "logging__trackers": ["tensorboard"], "checkpoint__keep_last": 1}
+    own = framework.train(make_config(**changes))
+    metrics = (own.run_dir / "metrics.jsonl").read_bytes()
+    files = {path.name for path in (own.run_dir / "tensorboard").rglob("events*")}
+    source = longer.run_dir if given == "run" else longer.checkpoint
+    branch = framework.train(make_config(training__max_steps=6), resume=str(source))
+    assert [record["step"] for record in records(branch.run_dir, "train")] == [5, 6]
+    assert [path.name for path in (branch.run_dir / "checkpoints").glob("step-*")] == ["step-00000006"]
+    former = branch.run_dir / "previous-1"
+    assert (former / "metrics.jsonl").read_bytes() == metrics
+    assert (former / "checkpoints" / "step-00000003" / "manifest.json").exists()
+    assert files and {path.name for path in (former / "tensorboard").rglob("events*")} == files
+    assert not files & {path.name for path in (branch.run_dir / "tensorboard").rglob("events*")}
+    assert sorted(path.name for path in (longer.run_dir / "checkpoints").glob("step-*"))[-1] == "step-00000004"
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -57,3 +57,14 @@ def test_nothing_is_moved_when_the_newest_is_continued(tmp_path):
     make(directory, [10, 20])
     assert directory.set_aside(after_step=20) is None
     assert RunDirectory(tmp_path / "other").set_aside(after_step=0) is None
+
+
+def test_a_run_holds_its_own_checkpoints_and_no_others(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    make(directory, [10])
+    (directory.checkpoints / "latest").symlink_to("step-00000010")
+    (tmp_path / "link").symlink_to(directory.path)
+    for own in ("run/checkpoints/step-00000010", "run/checkpoints/latest", "link/checkpoints/step-00000010"):
+        assert directory.holds(tmp_path / own)
+    for other in ("other/checkpoints/step-00000010", "run/previous-1/checkpoints/step-00000010"):
+        assert not directory.holds(tmp_path / other)
