@@ -193,6 +193,7 @@ class Run:
         self.eval_loss: float | None = None
         self.checkpoint: Path | None = None
         self._saved_step = 0
+        self._saved_while_skipping = False
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Take over the counters of a checkpoint."""
@@ -204,7 +205,9 @@ class Run:
         # A checkpoint need not have counted anything: its format is older than the counters.
         if (counted := checkpoint.load_state().get("run")) is not None:
             self.early_stopping.load_state_dict(counted["early_stopping"])
-            self.skipped = SkippedSteps(**counted["skipped"])
+            # Whoever resumes a run that was skipping steps wants to see whether it still does.
+            self.skipped.total = counted["skipped"]["total"]
+            self._saved_while_skipping = counted["skipped"]["in_a_row"] > 0
         # Another run's checkpoint is not this one's: even without a further step it is saved here.
         self._saved_step = checkpoint.step if self.directory.holds(checkpoint.path) else 0
 
@@ -254,8 +257,6 @@ class Run:
         rate = scheduled_rate(self.config, step)
         result, selected = train_window(self.engine, self.objective, window, rate, settings.max_grad_norm)
         self.skipped.count(result)
-        if not result.finite:
-            self.answer_non_finite(describe_non_finite(step, result, window, self.train_data))
         seconds = time.perf_counter() - started
         tokens = self._sum(batch.tokens for batch in window)
         peak = device_peak_memory(self.engine.device)
@@ -279,6 +280,8 @@ class Run:
         self.step, self.tokens, self.train_loss, self.evaluation = step, self.tokens + tokens, result.loss, None
         if _due(step, self.config.logging.every_steps) or step == settings.max_steps or result.skipped:
             self.report(record)
+        if not result.finite:
+            self.answer_non_finite(describe_non_finite(step, result, window, self.train_data))
 
     def answer_non_finite(self, what: str) -> None:
         """Let a step that is not finite be skipped, which the engine did already, or stop the run.
@@ -373,6 +376,7 @@ class Run:
             best_metric=self.config.checkpoint.best_metric,
         )
         self._saved_step = self.step
+        self._saved_while_skipping = self.skipped.in_a_row > 0
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop."""
@@ -397,7 +401,10 @@ class Run:
         return int(self.engine.sum_over_ranks(sum(values)))
 
     def _kept(self) -> str:
-        return f"{self.checkpoint} is intact" if self.checkpoint else "no checkpoint was saved yet"
+        if self.checkpoint is None:
+            return "no checkpoint was saved yet"
+        skipping = " (saved while steps were being skipped)" if self._saved_while_skipping else ""
+        return f"the newest checkpoint is {self.checkpoint}{skipping}"
 
 
 def _due(step: int, every: int) -> bool:

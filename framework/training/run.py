@@ -61,7 +61,7 @@ def train(config: Config, *, resume: str = "auto", signals: StopSignals | None =
 
     Raises:
         UserError: config, data or model do not go together; nothing was started.
-        RunError: a failure while running; the last checkpoint is intact and the marker `FAILED` is written.
+        RunError: a failure while running; saved checkpoints stay as they are and the marker `FAILED` is written.
     """
     check_launch()
     check_trackers(config.logging.trackers)

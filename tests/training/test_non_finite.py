@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import framework
 from framework.data import load_dataset, load_tokenizer
@@ -51,11 +52,17 @@ def poison(monkeypatch, *steps: int):
 def test_a_non_finite_loss_stops_the_run(make_config, monkeypatch):
     poison(monkeypatch, 5)
     config = make_config(checkpoint__every_steps=2)
-    with pytest.raises(RunError, match=r"step 5.*nan.*samples of data\.train.*step-00000004 is intact"):
+    with pytest.raises(
+        RunError, match=r"step 5.*nan.*samples of data\.train.*the newest checkpoint is .*step-00000004; lower"
+    ):
         framework.train(config)
     run_dir = Path(config.run.output_dir)
     marker = json.loads((run_dir / "FAILED").read_text())
     assert marker["code"] == 1 and "step 5" in marker["message"]
+    assert [(record["step"], record.get("skipped", False)) for record in train_records(run_dir)[-2:]] == [
+        (4, False),
+        (5, True),
+    ]
     assert not (run_dir / "COMPLETED").exists()
     monkeypatch.undo()
     assert framework.train(config).status == "completed"
@@ -109,19 +116,39 @@ def test_a_diverged_run_stops_after_so_many_skipped_steps(make_config, monkeypat
     config = make_config(
         training__non_finite="skip", training__max_skipped_steps=3, training__max_steps=8, checkpoint__every_steps=3
     )
-    with pytest.raises(RunError, match=r"step 6: .* last of 3 such steps in a row .*step-00000003 is intact"):
+    with pytest.raises(
+        RunError, match=r"step 6: .* last of 3 such steps in a row .*the newest checkpoint is .*step-00000003; lower"
+    ):
         framework.train(config)
     run_dir = Path(config.run.output_dir)
-    assert [record["step"] for record in train_records(run_dir)] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in train_records(run_dir)] == [1, 2, 3, 4, 5, 6]
     assert (run_dir / "FAILED").exists()
 
 
-def test_the_skipped_steps_in_a_row_are_counted_across_a_resume(make_config, monkeypatch):
-    poison(monkeypatch, 3, 4, 5, 6)
+def test_the_step_that_ends_a_run_is_recorded_between_the_lines_and_by_the_trackers(make_config, monkeypatch):
+    poison(monkeypatch, 3)
+    config = make_config(logging__every_steps=4, logging__trackers=["tensorboard"])
+    with pytest.raises(RunError, match="step 3"):
+        framework.train(config)
+    run_dir = Path(config.run.output_dir)
+    assert [record["step"] for record in train_records(run_dir)] == [3]
+    events = EventAccumulator(str(run_dir / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/tokens")] == [3]
+
+
+def test_a_resumed_run_counts_the_skipped_steps_in_a_row_anew_and_says_when_its_checkpoint_is_of(
+    make_config, monkeypatch
+):
+    poison(monkeypatch, 3, 4, 5, 6, 7)
     changes = {"training__non_finite": "skip", "training__max_skipped_steps": 3, "checkpoint__every_steps": 2}
     framework.train(make_config(**changes, training__max_steps=4))
-    with pytest.raises(RunError, match=r"step 5: .* last of 3 such steps"):
+    skipping = r"step-00000006 \(saved while steps were being skipped\)"
+    with pytest.raises(RunError, match=rf"step 7: .* last of 3 such steps .*the newest checkpoint is .*{skipping}"):
         framework.train(make_config(training__max_steps=8))
+    assert train_records(Path(make_config().run.output_dir))[-1]["skipped_steps"] == 5
+    poison(monkeypatch, 1, 2, 3)
+    with pytest.raises(RunError, match=rf"step 9: .*{skipping.replace('6', '8')}"):
+        framework.train(make_config(training__max_steps=12))
 
 
 def test_skipping_resumes_to_the_bit(make_config, settings, monkeypatch):
@@ -168,7 +195,7 @@ def test_a_persistent_overflow_stops_the_run_at_the_smallest_scale(make_config, 
     with pytest.raises(RunError, match=r"step 3: .* at a loss scale of 1, which falls no lower \(optim"):
         framework.train(config)
     records = train_records(Path(config.run.output_dir))
-    assert [(record["loss_scale"], record["skipped_steps"]) for record in records] == [(4.0, 1), (2.0, 2)]
+    assert [(record["loss_scale"], record["skipped_steps"]) for record in records] == [(4.0, 1), (2.0, 2), (1.0, 3)]
 
 
 def test_an_overflow_that_the_scale_answers_is_not_one_of_the_bounded_steps(make_config, monkeypatch):
