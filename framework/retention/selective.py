@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
@@ -66,6 +68,19 @@ class SelectiveRetention:
         self._tried: set[str] = set()
         self._switched: list[PreTrainedModel] = []
         self._random = draws_in_blocks([*self.blocks.values()], model.config)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SelectiveRetention:
+        # By itself a copy would go the way of pickling, which is refused.
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def __reduce__(self) -> Never:
+        raise pickle.PicklingError(
+            "a model cannot be pickled while token selection is enabled on it: call "
+            "framework.disable_token_selection(model) first; save_pretrained and state_dict do without"
+        )
 
     def install(self) -> None:
         """Switch the model's blocks, attention and linears over."""

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import itertools
 import math
+import pickle
 import sys
 from pathlib import Path
 
@@ -108,6 +109,18 @@ def test_disable_gives_the_model_back(model, inputs):
     model(**inputs).loss.backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, want[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"retain_linears": False}])
+def test_pickling_an_enabled_model_is_refused_with_what_to_do(model, inputs, tmp_path, options):
+    framework.enable_token_selection(model, **options)
+    for dump in (lambda: torch.save(model, tmp_path / "model.pt"), lambda: pickle.dumps(model)):
+        with pytest.raises(pickle.PicklingError, match=r"framework\.disable_token_selection\(model\) first"):
+            dump()
+    framework.disable_token_selection(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.testing.assert_close(loaded(**inputs).loss, model(**inputs).loss, rtol=0, atol=0)
 
 
 def test_a_copy_of_an_enabled_model_trains_by_itself(model, inputs):
