@@ -53,7 +53,8 @@ def refuse_foreign_arguments(model: PreTrainedModel, inputs: dict[str, Any]) -> 
         inputs: the arguments by name.
 
     Raises:
-        ValueError: no labels; labels shifted by the caller; a replica of `nn.DataParallel`.
+        ValueError: no labels; labels shifted by the caller; a cache of keys and values; logits of some rows only; a
+            replica of `nn.DataParallel`.
     """
     if inputs.get("labels") is None:
         if inputs.get("shift_labels") is not None:
@@ -65,6 +66,18 @@ def refuse_foreign_arguments(model: PreTrainedModel, inputs: dict[str, Any]) -> 
             "token selection is enabled, but forward got no labels, which the selection and the loss need: pass "
             "labels (a trainer takes them away for a loss of its own: set label_smoothing_factor=0, and no "
             "compute_loss_func), or call framework.disable_token_selection(model) first"
+        )
+    if inputs.get("past_key_values") is not None:
+        raise ValueError(
+            "token selection keeps keys and values itself and cannot send gradient into a cache of them, but forward "
+            "got past_key_values: leave it out and pass whole sequences, with labels of -100 on what is not to be "
+            "learned"
+        )
+    keep = inputs.get("logits_to_keep", 0)
+    if not isinstance(keep, int) or keep != 0:
+        raise ValueError(
+            "token selection forms the logits of the selected tokens that carry a label, but forward got "
+            f"logits_to_keep={keep!r}: leave it out and set the labels to -100 where no loss is wanted"
         )
     if getattr(model, "_is_replica", False):
         raise ValueError(

@@ -111,6 +111,25 @@ def test_disable_gives_the_model_back(model, inputs):
         torch.testing.assert_close(gradient, want[name], rtol=0, atol=0)
 
 
+def test_a_cache_of_keys_and_values_is_refused_in_training(model, inputs):
+    cache = model(input_ids=inputs["input_ids"][:, :3], use_cache=True).past_key_values
+    framework.enable_token_selection(model)
+    with pytest.raises(ValueError, match=r"past_key_values.*whole sequences"):
+        model(**inputs, past_key_values=cache)
+    model(**inputs, past_key_values=None).loss.backward()
+
+
+@pytest.mark.parametrize("keep", [4, torch.tensor([1, 2])])
+def test_keeping_some_logits_is_refused_in_training(model, inputs, keep):
+    want = model(**inputs, logits_to_keep=0).loss
+    framework.enable_token_selection(model)
+    with pytest.raises(ValueError, match=r"logits_to_keep.*labels to -100"):
+        model(**inputs, logits_to_keep=keep)
+    torch.testing.assert_close(model(**inputs, logits_to_keep=0).loss, want.double(), rtol=1e-6, atol=0)
+    model.eval()
+    assert model(input_ids=inputs["input_ids"], logits_to_keep=keep).logits.shape[1] in (2, 4)
+
+
 @pytest.mark.parametrize("options", [{}, {"retain_linears": False}])
 def test_pickling_an_enabled_model_is_refused_with_what_to_do(model, inputs, tmp_path, options):
     framework.enable_token_selection(model, **options)
