@@ -37,7 +37,8 @@ def enable_token_selection(
     In train mode with labels, the forward value is the ordinary one, `loss` is Σ loss · weight over the selected
     supervised tokens divided by the batch's supervised tokens (or by `num_items_in_batch`), `logits` are those of the
     selected supervised tokens, `[1, rows, vocabulary]`, and `loss.backward()` sends gradient through selected tokens
-    only. In eval mode and under `no_grad` the model behaves as before. Classifiers with one label a sequence keep
+    only. Gradients of parameters go to `.grad` by `backward()`; `torch.autograd.grad` over parameters is not supported.
+    In eval mode and under `no_grad` the model behaves as before. Classifiers with one label a sequence keep
     their own loss, and the token that they pool is always selected; where they pool by a mean, `supervised` selects
     all that enter it, which is all. The model gets a config of its own, a copy, and keeps it: other models over the
     same object stay as they are. Position in the order of transforms: after adapters, before sharding.
