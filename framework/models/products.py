@@ -3,6 +3,11 @@
 A product with a matrix of m x n elements takes m * n multiply-adds a row, two floating-point operations each. Norms,
 activations, embeddings, convolutions and state-space scans are left out, as everywhere in the field: PaLM
 (arXiv 2204.02311, appendix B), Megatron-LM (arXiv 2205.05198, appendix A).
+
+Adapters are counted by the linear layers and weight matrices that they hold, which is exact for LoRA. The others are
+approximate: of gralora, oft, pvera, randlora, tinylora, unilora and vblora the matrices count as they are stored,
+whatever products are made of them; those that keep bare parameters (ia3, hra, miss; boft, delora, fourierft, hira,
+loha, lokr, shira and vera, among others) count none of their own.
 """
 
 from __future__ import annotations
