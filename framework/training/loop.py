@@ -46,6 +46,7 @@ from framework.training.run_data import load_run_data
 from framework.training.run_directory import RunDirectory
 from framework.training.schedule import scheduled_rate
 from framework.training.setup import (
+    cpu_tracker,
     in_steps,
     report_epochs,
     seed_everything,
@@ -143,15 +144,6 @@ def resume_from(
     loader.load_state_dict(state["loader"])
     restore_random_state(state["random"])
     reporter.line(f"resuming from {checkpoint.path}, step {checkpoint.step}")
-
-
-def cpu_tracker(config: Config, engine: Engine) -> CpuMemoryTracker | None:
-    """The counter of live tensor bytes, if it is asked for and the device has none of its own."""
-    if not config.logging.track_cpu_memory or engine.device.type != "cpu":
-        return None
-    tracker = CpuMemoryTracker()
-    tracker.track(engine.held_tensors())
-    return tracker
 
 
 class Run:

@@ -53,7 +53,8 @@ def train(config: Config, *, resume: str = "auto", signals: StopSignals | None =
     Args:
         config: see `framework.load_config`.
         resume: `"auto"` continues the newest complete checkpoint of the run directory, if there is one; `"none"` starts
-            over, with what the directory holds moved to `previous-N`; else the directory of a checkpoint.
+            over, with what the directory holds moved to `previous-N`; else the directory of a checkpoint, or of a run:
+            if that is another's, what this directory holds is moved as well.
         signals: handlers that are installed already; they are used instead of own ones.
 
     Returns:

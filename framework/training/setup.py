@@ -15,6 +15,7 @@ from framework.checkpoint import capture_random_state, restore_random_state
 from framework.config import Config
 from framework.data import Batch, Collate, Dataset, Loader, epochs_line, evaluation_batches
 from framework.sharding.protocol import Engine
+from framework.training.memory import CpuMemoryTracker
 from framework.training.objective import Objective
 from framework.training.progress import Reporter
 
@@ -107,3 +108,12 @@ def warm_up(engine: Engine, objective: Objective, longest: Batch) -> None:
     engine.backward(loss)
     engine.discard_gradients()
     restore_random_state(states)
+
+
+def cpu_tracker(config: Config, engine: Engine) -> CpuMemoryTracker | None:
+    """The counter of live tensor bytes, if it is asked for and the device has none of its own."""
+    if not config.logging.track_cpu_memory or engine.device.type != "cpu":
+        return None
+    tracker = CpuMemoryTracker()
+    tracker.track(engine.held_tensors())
+    return tracker
