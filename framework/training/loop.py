@@ -18,7 +18,6 @@ from framework.checkpoint import (
     capture_random_state,
     find_checkpoint,
     is_among_best,
-    restore_random_state,
     save_checkpoint,
     truncate_metrics,
     update_pointers,
@@ -40,7 +39,7 @@ from framework.training.objective import Objective
 from framework.training.optimizer import optimizer_factory
 from framework.training.plan import settings_plan
 from framework.training.progress import Reporter
-from framework.training.resuming import check_resumable, manifest_of
+from framework.training.resuming import manifest_of, resume_from
 from framework.training.run import TrainResult
 from framework.training.run_data import load_run_data
 from framework.training.run_directory import RunDirectory
@@ -126,24 +125,6 @@ def run_training(
         run.begin(checkpoint)
         run.train()
     return run.result()
-
-
-def resume_from(
-    checkpoint: Checkpoint,
-    config: Config,
-    train_data: Dataset,
-    engine: Engine,
-    loader: Loader,
-    reporter: Reporter,
-) -> None:
-    """Put engine, loader and random states where the checkpoint has them."""
-    for difference in check_resumable(checkpoint.manifest, config, train_data):
-        reporter.line(f"warning: resuming with another setting: {difference}")
-    engine.load(checkpoint.path)
-    state = checkpoint.load_state()
-    loader.load_state_dict(state["loader"])
-    restore_random_state(state["random"])
-    reporter.line(f"resuming from {checkpoint.path}, step {checkpoint.step}")
 
 
 class Run:

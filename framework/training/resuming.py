@@ -1,4 +1,4 @@
-"""What a checkpoint says beyond weights, and whether a run may continue from it."""
+"""What a checkpoint says beyond weights, whether a run may continue from it, and how it does."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from framework.checkpoint import compare_configs
+from framework.checkpoint import Checkpoint, compare_configs, restore_random_state
 from framework.config import Config
-from framework.data import Dataset
+from framework.data import Dataset, Loader
 from framework.errors import UserError
+from framework.sharding.protocol import Engine
+from framework.training.progress import Reporter
 
 # A checkpoint's tensors, or its position in the data, have no meaning under another value of these.
 BINDING = (
@@ -60,6 +62,24 @@ def manifest_of(config: Config, plan: dict[str, Any], data: Dataset, **progress:
         "config_sha256": config.sha256(),
         "plan": plan["chosen"],
     }
+
+
+def resume_from(
+    checkpoint: Checkpoint,
+    config: Config,
+    train_data: Dataset,
+    engine: Engine,
+    loader: Loader,
+    reporter: Reporter,
+) -> None:
+    """Put engine, loader and random states where the checkpoint has them."""
+    for difference in check_resumable(checkpoint.manifest, config, train_data):
+        reporter.line(f"warning: resuming with another setting: {difference}")
+    engine.load(checkpoint.path)
+    state = checkpoint.load_state()
+    loader.load_state_dict(state["loader"])
+    restore_random_state(state["random"])
+    reporter.line(f"resuming from {checkpoint.path}, step {checkpoint.step}")
 
 
 def check_resumable(manifest: dict[str, Any], config: Config, data: Dataset) -> list[str]:
