@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -47,14 +48,6 @@ def test_attention_changed_by_a_model_over_the_same_config_is_refused(model, inp
         model(**inputs)
 
 
-def test_attention_changed_in_a_part_with_a_config_of_its_own_is_refused(model, inputs):
-    model.model.config = copy.deepcopy(model.config)
-    framework.enable_token_selection(model)
-    model.model.set_attn_implementation("eager")
-    with pytest.raises(RuntimeError, match=r"LlamaModel.*'eager'.*disable_token_selection"):
-        model(**inputs)
-
-
 def gradients(model, inputs):
     model.zero_grad(set_to_none=True)
     model(**inputs).loss.backward()
@@ -65,6 +58,19 @@ def assert_equal(got, want):
     assert got.keys() == want.keys()
     for name, gradient in got.items():
         torch.testing.assert_close(gradient, want[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_attention_changed_in_a_part_with_a_config_of_its_own_is_refused_or_harmless(model, inputs):
+    model.model.config = copy.deepcopy(model.config)
+    framework.enable_token_selection(model)
+    want = gradients(model, inputs)
+    model.model.set_attn_implementation("eager")
+    try:
+        got = gradients(model, inputs)
+    except RuntimeError as error:
+        assert re.search(r"LlamaModel.*'eager'.*disable_token_selection", str(error))
+    else:  # transformers 5.17 keeps such a part's attention to the part, and its blocks as they are
+        assert_equal(got, want)
 
 
 @pytest.mark.parametrize("first_off", [0, 1])
