@@ -133,7 +133,8 @@ def _merged_model(config: Config, weights: Path, tokenizer: PreTrainedTokenizerB
     model = _loaded_model(config, weights, tokenizer)
     try:
         merged: PreTrainedModel = model.merge_and_unload()
-    except (NotImplementedError, ValueError, RuntimeError, AttributeError) as error:
+    # PEFT's ways to say so: not implemented (a RuntimeError) for a method, the rest for layers or options of one.
+    except (ValueError, RuntimeError, AttributeError) as error:
         assert config.model.adapter is not None
         raise UserError(
             f"--merge-adapter: PEFT cannot merge this {config.model.adapter.kind} adapter: {error}; export it without "

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 # What PEFT's auto classes and its generation go by; images and masked tokens have no type of their own.
 _TASK_TYPES = {"causal_lm": TaskType.CAUSAL_LM, "sequence_classification": TaskType.SEQ_CLS}
-# What PEFT raises for options of a wrong type or size, or for layers that a method does not know.
-_PEFT_ERRORS = (ValueError, TypeError, AttributeError, NotImplementedError, ImportError, RuntimeError, IndexError)
+# What PEFT raises for options of a wrong type or size, or for layers that a method does not know or implement.
+_PEFT_ERRORS = (ValueError, TypeError, AttributeError, ImportError, RuntimeError, IndexError)
 # Methods that compute indices, which the meta device cannot.
 _COMPUTED_SHAPES = ("boft", "unilora")
 

@@ -56,6 +56,7 @@ def add_tokens(model: PreTrainedModel, added: AddedTokens) -> list[int]:
     if wanted > rows:
         try:
             model.resize_token_embeddings(wanted, mean_resizing=False)
+        # What families without a resizable embedding or head raise; transformers has no type of its own for it.
         except (NotImplementedError, ValueError, TypeError) as error:
             raise UserError(f"model.added_tokens: {model.config.model_type} cannot be resized: {error}") from error
     fresh = [*ids, *range(max(rows, ids[-1] + 1), wanted)]

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import families
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainerCallback
 
 from framework.retention.reference import reference_gradients
 from framework.selection import documents_of, select, supervised_positions
@@ -162,6 +163,18 @@ def fresh_accelerate():
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    """A llama in float64, in training mode."""
+    return families.build("llama")
+
+
+@pytest.fixture
+def inputs(model: PreTrainedModel) -> Tensors:
+    """Two padded sequences for it."""
+    return families.sample_inputs(model)
 
 
 @pytest.fixture(scope="session")

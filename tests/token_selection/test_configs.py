@@ -1,32 +1,16 @@
 """The config object of a model, which says what attention it runs, and which several models may share."""
 
 import copy
-import importlib.util
 import json
 import re
-import sys
-from pathlib import Path
 
+import families
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedConfig
 
 import framework
-
-spec = importlib.util.spec_from_file_location("families", Path(__file__).parents[2] / "tools" / "families.py")
-families = sys.modules.setdefault("families", importlib.util.module_from_spec(spec))
-spec.loader.exec_module(families)
-
-
-@pytest.fixture
-def model():
-    return families.build("llama")
-
-
-@pytest.fixture
-def inputs(model):
-    return families.sample_inputs(model)
 
 
 def test_attention_changed_while_enabled_is_refused(model, inputs):

@@ -1,13 +1,11 @@
 """The Python interface in a plain loop: values, unbiasedness, refusals."""
 
 import copy
-import importlib.util
 import itertools
 import math
 import pickle
-import sys
-from pathlib import Path
 
+import families
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
@@ -16,20 +14,6 @@ from torch.nn import functional
 import framework
 from framework.selection import Selection
 from framework.training.loss import evaluation_loss, exact_loss
-
-spec = importlib.util.spec_from_file_location("families", Path(__file__).parents[2] / "tools" / "families.py")
-families = sys.modules.setdefault("families", importlib.util.module_from_spec(spec))
-spec.loader.exec_module(families)
-
-
-@pytest.fixture
-def model():
-    return families.build("llama")
-
-
-@pytest.fixture
-def inputs(model):
-    return families.sample_inputs(model)
 
 
 def gradients(model):
