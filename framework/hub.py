@@ -94,6 +94,36 @@ def how_to_get(path: str, hub: HubOptions) -> str:
     )
 
 
+@contextmanager
+def loading(
+    option: str, what: str, path: str, hub: HubOptions, *, failures: tuple[type[Exception], ...], advice: str
+) -> Iterator[None]:
+    """Within this context transformers loads something from a source; its failures become messages for people.
+
+    Args:
+        option: The config key that names the source.
+        what: What is loaded and where from, such as "a tokenizer from models/base".
+        path: A local directory, or a name on the hub.
+        hub: Revision, network and code.
+        failures: What the loading class raises.
+        advice: What to do, unless what is missing is missing from the cache.
+
+    Raises:
+        UserError: One of `failures`, with its cause and what to do.
+    """
+    try:
+        with hub.access():
+            yield
+    except failures as error:
+        if needs_its_own_code(error):
+            raise UserError(own_code_message(option, path)) from error
+        # transformers explains over many lines; the first says what happened.
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        not_cached = hub.offline and local_directory(path) is None
+        remedy = how_to_get(path, hub) if not_cached else advice
+        raise UserError(f"{option}: cannot load {what}: {reason}\n{remedy}") from error
+
+
 def needs_its_own_code(error: Exception) -> bool:
     """Whether transformers refused to run the Python files that come with a model."""
     return "trust_remote_code" in str(error)

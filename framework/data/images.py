@@ -25,15 +25,7 @@ from framework.data.formats import REPORTED_PROBLEMS
 from framework.data.readers import first_line
 from framework.data.report import DataReport
 from framework.errors import RunError, UserError
-from framework.hub import (
-    PUBLIC_MAIN,
-    HubOptions,
-    how_to_get,
-    local_directory,
-    needs_its_own_code,
-    own_code_message,
-    source_name,
-)
+from framework.hub import PUBLIC_MAIN, HubOptions, loading, source_name
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -240,22 +232,10 @@ def load_image_processor(
         size = config.image_size
         height, width = (size, size) if isinstance(size, int) else size
         return ViTImageProcessorPil(size={"height": height, "width": width})
-    try:
-        with hub.access():
-            return AutoImageProcessor.from_pretrained(source_name(path), backend="pil", **hub.keywords())
-    except (OSError, ValueError, ImportError) as error:
-        if needs_its_own_code(error):
-            raise UserError(own_code_message("model.path", path)) from error
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"model.path: cannot load an image processor from {path}: {reason}\n{_advice(path, hub)}"
-        ) from error
-
-
-def _advice(path: str, hub: HubOptions) -> str:
-    if hub.offline and local_directory(path) is None:
-        return how_to_get(path, hub)
-    return "Put the preprocessor_config.json that belongs to the model beside its weights."
+    what, failures = f"an image processor from {path}", (OSError, ValueError, ImportError)
+    advice = "Put the preprocessor_config.json that belongs to the model beside its weights."
+    with loading("model.path", what, path, hub, failures=failures, advice=advice):
+        return AutoImageProcessor.from_pretrained(source_name(path), backend="pil", **hub.keywords())
 
 
 def processed_shape(processor: BaseImageProcessor) -> tuple[int, ...]:

@@ -6,18 +6,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from framework.errors import UserError
-from framework.hub import (
-    PUBLIC_MAIN,
-    HubOptions,
-    how_to_get,
-    local_directory,
-    needs_its_own_code,
-    own_code_message,
-    source_name,
-)
+from framework.hub import PUBLIC_MAIN, HubOptions, loading, source_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+ADVICE = (
+    "Give a directory with tokenizer.json and tokenizer_config.json, or a hub name that this machine can reach "
+    "or has in its cache, as model.tokenizer (default: model.path)."
+)
 
 
 def load_tokenizer(
@@ -40,17 +38,9 @@ def load_tokenizer(
     """
     from transformers import AutoTokenizer
 
-    try:
-        with hub.access():
-            tokenizer = AutoTokenizer.from_pretrained(source_name(path), **hub.keywords())
-    except (OSError, ValueError, KeyError) as error:
-        if needs_its_own_code(error):
-            raise UserError(own_code_message("model.tokenizer", path)) from error
-        # transformers explains over many lines; the first says what happened.
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(
-            f"model.tokenizer: cannot load a tokenizer from {path!r}: {reason}\n{_advice(path, hub)}"
-        ) from error
+    what, failures = f"a tokenizer from {path!r}", (OSError, ValueError, KeyError)
+    with loading("model.tokenizer", what, path, hub, failures=failures, advice=ADVICE):
+        tokenizer = AutoTokenizer.from_pretrained(source_name(path), **hub.keywords())
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(
@@ -60,15 +50,6 @@ def load_tokenizer(
         tokenizer.pad_token = tokenizer.eos_token
     _add_tokens(tokenizer, added_tokens, path)
     return tokenizer
-
-
-def _advice(path: str, hub: HubOptions) -> str:
-    if hub.offline and local_directory(path) is None:
-        return how_to_get(path, hub)
-    return (
-        "Give a directory with tokenizer.json and tokenizer_config.json, or a hub name that this machine can reach "
-        "or has in its cache, as model.tokenizer (default: model.path)."
-    )
 
 
 def _add_tokens(tokenizer: PreTrainedTokenizerBase, added_tokens: Sequence[str], path: str) -> None:
