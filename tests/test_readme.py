@@ -29,7 +29,7 @@ def test_first_job_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     Path("first.json").write_text(job)
     config = load_config("first.json")
     assert config.resolved_ratio == "labelled"
-    assert config.gradient_accumulation == 8
+    assert config.gradient_accumulation(1) == 8
 
     shown = next(block for block in blocks("text") if block.startswith("error: "))
     Path("first.json").write_text(job.replace('"strategy": "supervised"', '"strategy": "supervised", "ration": 0.5'))

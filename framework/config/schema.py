@@ -85,10 +85,23 @@ class Config(Section):
             value = None if value is None else getattr(value, key)
         return value
 
+    def gradient_accumulation(self, ranks: int) -> int:
+        """Micro-batches per optimiser step on each of so many ranks."""
+        return self.training.global_batch_size // (self.training.micro_batch_size * ranks)
+
     @property
-    def gradient_accumulation(self) -> int:
-        """Micro-batches per optimiser step of one process."""
-        return self.training.global_batch_size // self.training.micro_batch_size
+    def described_ranks(self) -> int:
+        """Number of processes that the run is meant for: one on each accelerator, but for the single engine."""
+        return 1 if self.sharding.engine == "single" else self.hardware.nodes * self.hardware.gpus_per_node
+
+    @property
+    def zero_stage(self) -> int:
+        """What the ranks hold a part of each, as a ZeRO stage, whatever the engine."""
+        if self.sharding.engine == "single":
+            return 0
+        if self.sharding.engine == "fsdp":
+            return 3 if self.sharding.reshard_after_forward else 2
+        return 3 if self.sharding.zero_stage is None else self.sharding.zero_stage
 
     @property
     def resolved_ratio(self) -> float | Literal["labelled"]:

@@ -1,25 +1,27 @@
 """What the training loop asks of an engine.
 
-A rank is one of the data-parallel processes; every method is called on all of them.
+A rank is one of the data-parallel processes; every method is called on all of them, in the same order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from framework.sharding.fragments import Fragment, StoredTensors
+
 OptimizerFactory = Callable[[nn.Module], torch.optim.Optimizer]
+InitialTensors = Iterable[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimiser step saw.
+    """What one optimiser step saw; the same on every rank.
 
     Attributes:
         loss: the window's loss, summed over micro-batches and ranks.
@@ -37,23 +39,39 @@ class StepResult:
     loss_scale: float | None = None
 
 
+class Held(NamedTuple):
+    """The tensors that a rank holds now, without what others hold, for counting their bytes."""
+
+    weights: list[Tensor]
+    """Parameters, buffers and the optimiser's copies of parameters."""
+    gradients: list[Tensor]
+    optimizer: list[Tensor]
+
+
 class Engine(Protocol):
-    """Holds the model and the optimiser on this rank's device.
+    """Holds the model and the optimiser, or this rank's part of them, on this rank's device.
 
     Attributes:
         device: where batches must be moved to.
-        rank: of this process.
-        world_size: number of processes.
-        model: what to call for a forward pass; set by `prepare`.
+        model: what to call for a forward pass, a plain or PEFT-wrapped Hugging Face model; set by `prepare`.
+        sharded: whether `prepare` takes a model on the meta device, of which no rank ever holds the whole.
     """
 
     device: torch.device
-    rank: int
-    world_size: int
     model: nn.Module
+    sharded: bool
 
-    def prepare(self, model: nn.Module, build_optimizer: OptimizerFactory) -> None:
-        """Take over a model, the last transform: place or shard it, then build the optimiser on what results."""
+    def prepare(
+        self, model: nn.Module, build_optimizer: OptimizerFactory, initial: InitialTensors | None = None
+    ) -> None:
+        """Take over a model, the last transform: place or shard it, then build the optimiser on what results.
+
+        Args:
+            model: with weights, or with tensors on the meta device.
+            build_optimizer: called with the placed or sharded model.
+            initial: name and whole value, on the CPU, of every tensor of the model that is on the meta device, one at
+                a time in any order; the same on every rank. None for a model that has all of its weights.
+        """
         ...
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -61,7 +79,10 @@ class Engine(Protocol):
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradients of one micro-batch's loss, a scalar already divided by the window's global count."""
+        """Accumulate the gradients of one micro-batch's loss, a scalar already divided by the window's global count.
+
+        Gradients are summed, not averaged, over micro-batches and ranks.
+        """
         ...
 
     def step(self, *, loss: Tensor, max_grad_norm: float | None, learning_rate: float) -> StepResult:
@@ -75,37 +96,32 @@ class Engine(Protocol):
         ...
 
     def discard_gradients(self) -> None:
-        """Free what `backward` has accumulated without a step."""
+        """Free what `backward` has accumulated without a step; everything else is as if it had not been called."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write this rank's weights (only the trainable ones where some are frozen), optimiser and loss scale.
+    def weights(self) -> Iterator[Fragment]:
+        """What this rank is to save of the weights: only the trainable ones with an adapter, and persistent buffers.
 
-        Raises:
-            OSError: the disk is full, or another failure to write.
+        Over all ranks every element comes once. In the precision that updates are made in.
         """
         ...
 
-    def load(self, directory: Path) -> None:
-        """Take over what `save` wrote; `prepare` was called before.
+    def optimizer_state(self) -> Iterator[Fragment]:
+        """What this rank is to save of the optimiser's tensors; over all ranks every element comes once."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What else there is to save, of plain values, the same on every rank: the loss scale."""
+        ...
+
+    def load(self, weights: StoredTensors, optimizer: StoredTensors, state: Mapping[str, Any]) -> None:
+        """Take over what any engine with any number of ranks saved; `prepare` was called before.
 
         Raises:
             UserError: the tensors are not those of this model and optimiser.
         """
         ...
 
-    def sum_over_ranks(self, value: float) -> float:
-        """The sum of a number over all ranks, on every rank."""
-        ...
-
-    def any_rank(self, flag: bool) -> bool:
-        """Whether any rank raises a flag; every rank gets the same answer."""
-        ...
-
-    def held_tensors(self) -> Iterator[Tensor]:
-        """Weights, buffers and optimiser state that this rank holds now, for counting their bytes."""
-        ...
-
-    def gathered_state_dict(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and whole tensors of all weights on the CPU, one at a time, so that memory stays bounded."""
+    def held(self) -> Held:
+        """What this rank holds now."""
         ...

@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from framework.config import Config
 
 
-def settings_plan(config: Config) -> dict[str, Any]:
+def settings_plan(config: Config, ranks: int) -> dict[str, Any]:
     """`plan.json` of a run whose settings were all given: nothing is predicted, so every prediction is null."""
     chosen = {
         "engine": config.sharding.engine,
-        "zero_stage": config.sharding.zero_stage,
+        "zero_stage": config.zero_stage,
         "engine_options": {"precision": config.optimizer.precision},
         "selection": {"strategy": config.selection.strategy, "ratio": config.resolved_ratio},
         "fidelity_class": fidelity_class(config),
@@ -25,7 +25,7 @@ def settings_plan(config: Config) -> dict[str, Any]:
             "placement": "device",
         },
         "micro_batch_size": config.training.micro_batch_size,
-        "gradient_accumulation": config.gradient_accumulation,
+        "gradient_accumulation": config.gradient_accumulation(ranks),
         "offload_optimizer": config.sharding.offload_optimizer,
         "peak_allocated_bytes": None,
         "peak_reserved_bytes": None,

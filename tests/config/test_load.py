@@ -35,7 +35,7 @@ def test_defaults_train_exactly(small: Path) -> None:
         False,
     )
     assert config.optimizer.betas == (0.9, 0.95)
-    assert config.gradient_accumulation == 4
+    assert config.gradient_accumulation(1) == 4
     assert config.weights_dtype == "float32"
     assert config.training.max_grad_norm == 1.0
 

@@ -1,4 +1,4 @@
-"""Rules about selection, retention and sharding."""
+"""Rules about selection and retention."""
 
 from __future__ import annotations
 
@@ -44,13 +44,6 @@ def _retain_linears_needs_selective(policy: str, retain_linears: bool) -> tuple[
 def _kv_format_needs_selective(policy: str, kv_format: str) -> tuple[str, str] | None:
     if kv_format != "model" and policy != "selective":
         return "retention.kv_format", f'"{kv_format}" needs retention.policy "selective", which is "{policy}"'
-    return None
-
-
-@rule("sharding.engine", "sharding.offload_optimizer")
-def _single_engine_keeps_optimizer(engine: str, offload_optimizer: bool) -> tuple[str, str] | None:
-    if engine == "single" and offload_optimizer:
-        return "sharding.offload_optimizer", 'sharding.engine "single" cannot offload: set it to false'
     return None
 
 

@@ -80,5 +80,6 @@ class ModelConfig(Section):
     adapter: AdapterConfig | None = None
     """Null: all weights are trained."""
 
-    quantization: None = None
-    """Weights are not quantised."""
+    quantization: Literal["nf4"] | None = None
+    """`nf4`: with an adapter, hold the frozen linear layers of the blocks in 4 bits (QLoRA's NormalFloat, with its
+    double quantisation). Null: weights are not quantised."""

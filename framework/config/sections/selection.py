@@ -1,4 +1,4 @@
-"""Which tokens receive gradient, what blocks keep, who holds what."""
+"""Which tokens receive gradient, and what blocks keep for them."""
 
 from __future__ import annotations
 
@@ -40,16 +40,3 @@ class RetentionConfig(Section):
 
     kv_format: Literal["model", "int8"] = "model"
     """With `selective`: format of the retained keys and values; "model" is the type that the model computes in."""
-
-
-class ShardingConfig(Section):
-    """Who holds what."""
-
-    engine: Literal["single"] = "single"
-    """`single`: one process holds everything."""
-
-    zero_stage: Annotated[int, Field(ge=0, le=0)] = 0
-    """Nothing is sharded by the single engine."""
-
-    offload_optimizer: bool = False
-    """The single engine keeps the optimiser's state on its device: false only."""

@@ -42,8 +42,9 @@ class LossScaleConfig(Section):
 class OptimizerConfig(Section):
     """The update rule and the precision it works in."""
 
-    name: Literal["adamw"] = "adamw"
-    """AdamW; biases, norms and other one-dimensional parameters are not decayed."""
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW; biases, norms and other one-dimensional parameters are not decayed. `adamw_8bit` holds its moments in
+    8 bits (bitsandbytes), but for tensors of fewer than 4096 elements."""
 
     learning_rate: Annotated[float, Field(gt=0)]
     """Peak learning rate."""
@@ -148,6 +149,10 @@ class CheckpointConfig(Section):
 
     every_steps: CountOrZero = 0
     """Steps between checkpoints; 0: only at the end or when stopped."""
+
+    asynchronous: bool = False
+    """Copy what is saved to the host's memory and write it while training goes on; the checkpoint is complete some
+    steps later. Takes as much more memory on the host as its ranks save."""
 
     keep_last: Count = 2
     """Number of newest checkpoints that are kept."""

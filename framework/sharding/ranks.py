@@ -1,0 +1,148 @@
+"""The processes of a run: which one this is, and how they agree on numbers, flags and small objects."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a launcher put this process. Both `torchrun` and `deepspeed` say it in environment variables.
+
+    Attributes:
+        rank: of this process among all.
+        world_size: number of processes.
+        local_rank: of this process on its machine, which is the index of its device.
+        local_world_size: number of processes on its machine.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Place:
+        """The place that a launcher gave; that of a single process without one."""
+        world_size = int(environment.get("WORLD_SIZE", "1"))
+        # torchrun's name, then deepspeed's.
+        local_world_size = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", world_size))
+        return cls(
+            rank=int(environment.get("RANK", "0")),
+            world_size=world_size,
+            local_rank=int(environment.get("LOCAL_RANK", "0")),
+            local_world_size=int(local_world_size),
+        )
+
+    def device(self) -> torch.device:
+        """This process's CUDA device, or the CPU where there is none."""
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+class Ranks:
+    """What ranks tell each other between forward and backward passes. All methods are called by every rank.
+
+    Messages go through the hosts (gloo) on a group of their own, so that no device is waited for.
+
+    Attributes:
+        place: of this process.
+    """
+
+    def __init__(self, place: Place | None = None, group: dist.ProcessGroup | None = None) -> None:
+        """Without a group: one process that talks to nobody."""
+        self.place = place or Place()
+        self._group = group
+        assert group is not None or self.place.world_size == 1
+
+    @property
+    def rank(self) -> int:
+        """Of this process."""
+        return self.place.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.place.world_size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.place.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Sums over all ranks, element by element, in float64."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        """Maxima over all ranks, element by element."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank raises a flag."""
+        return self.max([float(flag)])[0] > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, a small picklable object, by rank."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """The first rank's value, a small picklable object."""
+        if self._group is None:
+            return value
+        box = [value if self.is_first else None]
+        dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+    def _reduced(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
+        if self._group is None:
+            return [float(value) for value in values]
+        tensor = torch.tensor([*values], dtype=torch.float64)
+        dist.all_reduce(tensor, operation, group=self._group)
+        return tensor.tolist()
+
+
+@contextmanager
+def joined_ranks(place: Place, *, timeout_seconds: int, needed: bool = True) -> Iterator[Ranks]:
+    """Within this context the processes of a launch are connected.
+
+    A rank that waits for the others longer than `timeout_seconds` (`sharding.timeout_seconds`) in one exchange ends
+    with an error.
+
+    Args:
+        place: of this process.
+        timeout_seconds: for every exchange.
+        needed: also connect where there is one process only, as sharding engines need.
+    """
+    if place.world_size == 1 and not needed:
+        yield Ranks(place)
+        return
+    timeout = timedelta(seconds=timeout_seconds)
+    device = place.device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Ranks(place, dist.new_group(backend="gloo", timeout=timeout))
+    finally:
+        dist.destroy_process_group()
