@@ -101,7 +101,7 @@ class Training:
         batch = max(1, round(arm.sequences * sizes.batch))
         self.model = model
         config = _config(arm, sizes, batch, seed)
-        self.objective = Objective(model, config)
+        self.objective = Objective(model, config, torch.device("cpu"))
         self.optimizer = optimizer_factory(config)(model)
         self.loader = Loader(
             data,

@@ -2,7 +2,7 @@
 
 from framework.retention.blocks import blocks_of
 from framework.retention.formats import KV_FORMATS
-from framework.retention.head import head_rows, rows_read_by_head, run_backbone, run_head
+from framework.retention.head import head_in_chunks, head_reads, head_rows
 from framework.retention.selective import SelectiveRetention, apply_checkpointing
 
 __all__ = [
@@ -10,8 +10,7 @@ __all__ = [
     "SelectiveRetention",
     "apply_checkpointing",
     "blocks_of",
+    "head_in_chunks",
+    "head_reads",
     "head_rows",
-    "rows_read_by_head",
-    "run_backbone",
-    "run_head",
 ]

@@ -8,7 +8,7 @@ file never notices.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -90,55 +90,107 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
     return (hidden, *output[1:])
 
 
-def run_backbone(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
-    """The backbone's output for `inputs` (without labels), last hidden states `[batch, sequence, width]` first."""
-    return model.base_model(**inputs)
+@contextlib.contextmanager
+def head_in_chunks(
+    model: PreTrainedModel, index: Tensor, chunks: int, consume: Callable[[Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Within this context the model's forward pass hands the logits of chosen rows over in parts, and returns none.
 
+    The head runs inside of the model's own forward pass, where gathered weights are at hand under any sharding. It is
+    called `chunks` times and once more, however many rows there are. For evaluation, without a graph.
 
-def run_head(model: PreTrainedModel, backbone_output: Any, rows: Tensor) -> Tensor:
-    """Logits `[rows, classes]` for rows `[rows, width]` of the backbone's last hidden states.
-
-    The model's own forward computes them from a backbone that is replaced, for this call, by these rows.
+    Args:
+        model: the Hugging Face model with its head (not a PEFT wrapper).
+        index: int64 `[rows]`, rows of the flattened `[batch * sequence]` tokens, on the model's device.
+        chunks: number of parts.
+        consume: called with the logits `[part, classes]` and where they belong, int64 `[part]`, numbers of rows.
     """
-    known = _with_hidden(backbone_output, rows[None])
-    chain = backbone_of(model).chain
-    previous = [vars(module).get("forward") for module in chain]
-    for module in chain:
-        module.forward = lambda *_, **__: known
+    chain, chunking = backbone_of(model).chain, _Chunking(model, index, chunks, consume)
+    handles = [module.register_forward_pre_hook(chunking.enter_backbone) for module in chain]
+    handles += [module.register_forward_hook(chunking.leave_backbone) for module in chain]
     try:
-        return model(input_ids=torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device)).logits[0]
+        yield
     finally:
-        for module, forward in zip(chain, previous, strict=True):
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
+        for handle in handles:
+            handle.remove()
 
 
-def rows_read_by_head(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """Which tokens of the last block's output a classifier's logits depend on, bool `[batch, tokens]`.
+class _Chunking:
+    """The hooks of one forward pass with its head in parts."""
 
-    Found by a backward pass from random weights on the logits to the last block's output. The model's mode, gradients
-    and random state stay as they are.
+    def __init__(
+        self, model: PreTrainedModel, index: Tensor, chunks: int, consume: Callable[[Tensor, Tensor], None]
+    ) -> None:
+        self.model, self.index, self.chunks, self.consume = model, index, chunks, consume
+        self.depth = 0
+        self.in_head = False
+
+    def enter_backbone(self, *_: Any) -> None:
+        self.depth += 1
+
+    def leave_backbone(self, backbone: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        self.depth -= 1
+        if self.depth or self.in_head:
+            return None
+        tokens = output[0].flatten(0, -2)
+        self.in_head = True
+        for part in torch.arange(len(self.index), device=tokens.device).tensor_split(self.chunks):
+            # Every part runs, even an empty one, on the first token then: ranks call modules equally often.
+            logits = self._head(output, tokens[self.index[part]] if len(part) else tokens[:1])
+            if len(part):
+                self.consume(logits, part)
+        self.in_head = False
+        return _with_hidden(output, tokens[None, :1])
+
+    def _head(self, output: Any, rows: Tensor) -> Tensor:
+        """Logits of rows `[part, width]`: the model's own forward, over a backbone that is replaced by these rows.
+
+        Not a call of the model, whose hooks are at work around this one.
+        """
+        known = _with_hidden(output, rows[None])
+        chain = backbone_of(self.model).chain
+        previous = [vars(module).get("forward") for module in chain]
+        for module in chain:
+            module.forward = lambda *_, **__: known
+        try:
+            ids = torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device)
+            return self.model.forward(input_ids=ids).logits[0]
+        finally:
+            for module, forward in zip(chain, previous, strict=True):
+                if forward is None:
+                    del module.forward
+                else:
+                    module.forward = forward
+
+
+@torch.no_grad()
+def head_reads(model: PreTrainedModel, inputs: dict[str, Any], rows: Tensor) -> bool:
+    """Whether a classifier's logits depend on chosen tokens of its last block's output.
+
+    Found by running the model once as it is and once with noise in these rows. The model's mode and random state stay
+    as they are.
 
     Args:
         model: The Hugging Face model with its head (not a PEFT wrapper).
         inputs: What it takes, without labels.
+        rows: bool `[batch, tokens]`, on the model's device.
     """
-    rows: list[Tensor] = []
 
-    def cut(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        rows.append((output[0] if isinstance(output, tuple) else output).detach().requires_grad_())
-        return (rows[0], *output[1:]) if isinstance(output, tuple) else rows[0]
+    def disturb(block: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        noise = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
+        changed = torch.where(rows[..., None], noise, hidden)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     training = model.training
-    handle = [*blocks_of(model).values()][-1].register_forward_hook(cut)
     model.eval()
     try:
-        logits = model(**inputs).logits
-        weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0)).to(logits)
-        (gradient,) = torch.autograd.grad((logits * weights).sum(), rows[0])
+        plain = model(**inputs).logits
+        handle = [*blocks_of(model).values()][-1].register_forward_hook(disturb)
+        try:
+            disturbed = model(**inputs).logits
+        finally:
+            handle.remove()
     finally:
         model.train(training)
-        handle.remove()
-    return gradient.abs().sum(-1) > 0
+    return not torch.equal(plain, disturbed)

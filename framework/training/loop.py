@@ -73,7 +73,7 @@ def run_training(
 
     # The order of the transforms: adapters, then selection and retention, then the engine.
     model = configured_model(config, data.tokenizer)
-    objective = Objective(model, config)
+    objective = Objective(model, config, engine.device)
     engine = SingleEngine(config.optimizer.precision, loss_scale=config.optimizer.loss_scale)
     memory = MemoryWatch(config, directory.memory, engine.device, objective.tally)
     with memory.guard("placing the model", phase="placing"):

@@ -16,7 +16,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
-from framework.retention import head_rows, run_backbone, run_head
+from framework.retention import head_in_chunks, head_rows
 from framework.selection import Selection, supervised_positions
 
 
@@ -159,14 +159,23 @@ class Evaluated(NamedTuple):
     """Samples whose class has the largest logit, int64 `[]` on the device; None for language models."""
 
 
+CHUNK_ROWS = 1024
+"""Rows whose logits exist at one time in an evaluation."""
+
+
+def chunks_for(rows: int) -> int:
+    """The number of parts in which the head sees so many rows."""
+    return max(1, -(-rows // CHUNK_ROWS))
+
+
 @torch.no_grad()
-def evaluation_loss(model: nn.Module, inputs: dict[str, Any], chunk_tokens: int = 1024) -> Evaluated:
+def evaluation_loss(model: nn.Module, inputs: dict[str, Any], chunks: int | None = None) -> Evaluated:
     """Σ cross-entropy over the labels of a batch, by the plain model; tokens' head and loss in chunks.
 
     Args:
         model: a causal or masked LM or classifier, possibly wrapped by PEFT, in eval mode.
         inputs: what the model takes, `labels` included: `[batch, sequence]`, or a classifier's class numbers `[batch]`.
-        chunk_tokens: rows whose logits exist at one time.
+        chunks: calls of a language model's head; None for `chunks_for` its rows. Ranks need to agree on it.
     """
     inner = unwrapped(model)
     arguments = {name: value for name, value in inputs.items() if name != "labels"}
@@ -175,9 +184,11 @@ def evaluation_loss(model: nn.Module, inputs: dict[str, Any], chunk_tokens: int 
         logits = _class_logits(model, arguments)
         return Evaluated(rows_loss(logits, labels), len(labels), (logits.argmax(-1) == labels).sum())
     index, targets, _ = selected_supervised_rows(labels, kind, None)
-    output = run_backbone(inner, {**arguments, "use_cache": False})
-    hidden = output[0].flatten(0, 1)[index]
-    total = torch.zeros((), device=hidden.device)
-    for rows, wanted in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-        total += rows_loss(run_head(inner, output, rows), wanted)
+    total = torch.zeros((), device=labels.device)
+
+    def add(logits: Tensor, part: Tensor) -> None:
+        total.add_(rows_loss(logits, targets[part]))
+
+    with head_in_chunks(inner, index, chunks or chunks_for(len(index)), add):
+        model(**arguments, use_cache=False)
     return Evaluated(total, len(index))

@@ -11,7 +11,7 @@ from framework.config import Config
 from framework.data import Batch
 from framework.errors import UserError
 from framework.models.products import matrix_products
-from framework.retention import apply_checkpointing, blocks_of, rows_read_by_head
+from framework.retention import apply_checkpointing, blocks_of, head_reads
 from framework.selection import Selection, select
 from framework.token_selection import enable_token_selection, fixed_selection
 from framework.training.flops import Flops, FlopTally
@@ -23,12 +23,17 @@ class Objective:
 
     Applies the config's retention policy to the model, in place: the transform after adapters, before the engine.
 
+    Args:
+        model: with its adapter; changed in place.
+        config: of the run.
+        device: that the model will compute on.
+
     Attributes:
         tally: counts the floating-point operations of the micro-batches that `loss` is called for.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, config: Config) -> None:
-        self._config = config
+    def __init__(self, model: PreTrainedModel | PeftModel, config: Config, device: torch.device) -> None:
+        self._config, self._device = config, device
         self._fallbacks: dict[str, str] = {}
         inner = unwrapped(model)
         self.tally = FlopTally(
@@ -76,14 +81,14 @@ class Objective:
         if batch.pooled is None or self._config.retention.policy != "selective":
             return
         first = {name: tensor[:1] for name, tensor in batch.inputs.items() if name != "labels"}
-        read = rows_read_by_head(unwrapped(model), move(first, next(model.parameters()).device))
-        named = batch.supervised[:1].to(read.device)
-        if bool((read & ~named).any()) or not bool((read & named).any()):
-            places = read[0].nonzero()[:, 0].tolist()
+        inner, inputs = unwrapped(model), move(first, self._device)
+        named = batch.supervised[:1].to(self._device)
+        reads_named, reads_others = head_reads(inner, inputs, named), head_reads(inner, inputs, ~named)
+        if reads_others or not reads_named:
             raise UserError(
-                f"model.task: the classifier of {unwrapped(model).config.model_type} reads other tokens than the one "
-                f"taken for its pooled token (it reads {len(places)}, the first at {places[:1]}), so their gradient "
-                'would be lost: set selection.strategy to "none" and retention.policy to "all" or "checkpoint"'
+                f"model.task: the classifier of {inner.config.model_type} reads other tokens than the one taken for "
+                'its pooled token, so their gradient would be lost: set selection.strategy to "none" and '
+                'retention.policy to "all" or "checkpoint"'
             )
 
     def flops(self) -> Flops:
@@ -100,11 +105,10 @@ class Objective:
             count: sum of `denominator` over the window, all micro-batches and ranks.
         """
         self.tally.add(batch, selection)
-        device = next(model.parameters()).device
-        inputs = move(batch.inputs, device)
+        inputs = move(batch.inputs, self._device)
         if selection is None:
             return exact_loss(model, inputs, count)
-        with fixed_selection(model, selection.to(device)):
+        with fixed_selection(model, selection.to(self._device)):
             return model(**inputs, num_items_in_batch=count).loss
 
 

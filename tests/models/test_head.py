@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from framework.errors import UserError
 from framework.models import load_model, read_architecture
 from framework.models.configuration import read_model_config
 from framework.models.head import describe_classes, known_classes, named_classes, pooling_of
-from framework.retention import rows_read_by_head
+from framework.retention import blocks_of, head_reads
 
 
 def load(values: dict[str, Any] | None, path: Path | None = None, **options: Any) -> Any:
@@ -141,6 +142,25 @@ CLASSIFIERS = [
 ]
 
 
+def tokens_read(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Which tokens the head reads, one after the other, bool `[batch, tokens]`."""
+    shapes: list[torch.Size] = []
+    last = [*blocks_of(model).values()][-1]
+    handle = last.register_forward_hook(
+        lambda _, args, out: shapes.append((out[0] if isinstance(out, tuple) else out).shape)
+    )
+    with torch.random.fork_rng(), torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    batch, tokens = shapes[0][:2]
+    read = torch.zeros(batch, tokens, dtype=torch.bool)
+    for row, token in itertools.product(range(batch), range(tokens)):
+        one = torch.zeros_like(read)
+        one[row, token] = True
+        read[row, token] = head_reads(model, inputs, one)
+    return read
+
+
 @pytest.mark.parametrize(("family", "values", "pooling"), CLASSIFIERS)
 def test_a_head_reads_what_pooling_says(family: str, values: dict[str, Any], pooling: str) -> None:
     images = "image_size" in values or "vision_config" in values
@@ -152,7 +172,7 @@ def test_a_head_reads_what_pooling_says(family: str, values: dict[str, Any], poo
         ids = torch.tensor([[5, 6, 7, 8, 9], [7, 6, 5, 0, 0]])
         inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
     random = torch.get_rng_state()
-    read = rows_read_by_head(model, inputs)
+    read = tokens_read(model, inputs)
     assert pooling_of(model) == pooling
     if pooling == "mean":
         padding = [] if images else [[1, 3], [1, 4]]

@@ -243,8 +243,8 @@ def test_exact_and_chunked_evaluation_losses_equal_the_plain_model(family):
     torch.testing.assert_close(loss, plain.loss.double(), rtol=1e-6, atol=0)
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, want[name], rtol=1e-5, atol=1e-7)
-    for chunk in (1, 3, 1000):
-        total, tokens, _ = evaluation_loss(model.eval(), inputs, chunk_tokens=chunk)
+    for chunks in (1, 3, 1000, None):
+        total, tokens, _ = evaluation_loss(model.eval(), inputs, chunks)
         assert tokens == count
         torch.testing.assert_close(total.double() / count, plain.loss.double(), rtol=1e-5, atol=0)
 

@@ -95,7 +95,7 @@ def in_our_loop(model, records, tokenizer, tmp_path, packing):
     config = load_config(tmp_path / "config.json")
     data = load_dataset(config.data.train, tokenizer=tokenizer, sequence_length=280)
     loader, _ = make_loaders(config, data, tokenizer.pad_token_id)
-    objective, engine = Objective(model.train(), config), SingleEngine("fp32", torch.device("cpu"))
+    objective, engine = Objective(model.train(), config, torch.device("cpu")), SingleEngine("fp32", torch.device("cpu"))
     engine.prepare(model, optimizer_factory(config))
     gradients = {}
     step = engine.step

@@ -37,7 +37,7 @@ def counted_by_hand(config: Config, steps: int) -> list[tuple[int, int]]:
         seed=config.run.seed,
         pad_token_id=tokenizer.pad_token_id,
     )
-    objective = Objective(configured_model(config), config)
+    objective = Objective(configured_model(config), config, torch.device("cpu"))
     counted = []
     for _ in range(steps):
         objective.tally.reset()

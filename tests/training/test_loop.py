@@ -125,7 +125,7 @@ def test_loss_and_gradients_do_not_depend_on_the_split(make_config, changes):
     for micro in (8, 4, 2, 1):
         config = make_config(training__micro_batch_size=micro, **changes)
         model, window = parts(config)
-        objective = Objective(model, config)
+        objective = Objective(model, config, torch.device("cpu"))
         engine = SingleEngine("fp32", torch.device("cpu"))
         engine.prepare(model, optimizer_factory(config))
         gradients = {}
@@ -327,7 +327,7 @@ def test_a_stop_during_the_last_evaluation_is_made_good_on_resume(make_config, m
 def test_the_warm_up_leaves_no_trace(make_config):
     config = make_config(model__adapter={"kind": "lora", "rank": 2, "alpha": 4.0, "dropout": 0.5})
     model, window = parts(config)
-    objective = Objective(model, config)
+    objective = Objective(model, config, torch.device("cpu"))
     engine = SingleEngine("fp32", torch.device("cpu"))
     engine.prepare(model, optimizer_factory(config))
     backwards = []
