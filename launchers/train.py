@@ -1,4 +1,4 @@
-"""Train a model as a config describes. Also runs under `deepspeed` and `torchrun` with one process.
+"""Train a model as a config describes, in one process or under `deepspeed` or `torchrun` in many.
 
 python launchers/train.py --config configs/tiny.json --set training.max_steps=50
 """
@@ -42,10 +42,17 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--inspect-data", type=int, nargs="?", const=3, metavar="N", help="show N samples (3) with labels and selection"
     )
+    options.add_argument(
+        "--deepspeed_config",
+        "--deepspeed-config",
+        metavar="FILE",
+        help="further options of DeepSpeed, as JSON; they must not contradict the config",
+    )
     launched = options.add_argument_group("set by launchers")
-    launched.add_argument("--local_rank", "--local-rank", type=int, default=0, metavar="N", help="accepted, not used")
+    launched.add_argument(
+        "--local_rank", "--local-rank", type=int, default=0, metavar="N", help="accepted; LOCAL_RANK says it"
+    )
     launched.add_argument("--deepspeed", action="store_true", help="accepted; sharding.engine decides")
-    launched.add_argument("--deepspeed_config", metavar="FILE", help="refused: no engine here takes one")
     return options
 
 
@@ -53,28 +60,31 @@ def main() -> int:
     """Parse, validate, then import torch and run."""
     arguments = parser().parse_args()
     config = load_config(arguments.config, arguments.overrides)
-    check_launch()
+    launch = check_launch(config, arguments.deepspeed_config, described=arguments.dry_run)
     check_trackers(config.logging.trackers)
-    if arguments.deepspeed_config is not None:
-        raise UserError(f"--deepspeed_config: sharding.engine {config.sharding.engine!r} takes no DeepSpeed config")
     if arguments.inspect_data is not None and arguments.inspect_data < 1:
         raise UserError(f"--inspect-data: {arguments.inspect_data} samples cannot be shown; give at least 1")
-    with StopSignals() as signals:
+    with StopSignals(together_seconds=launch.together_seconds) as signals:
         try:
             if arguments.dry_run:
                 from framework.training.preview import dry_run
 
-                print(dry_run(config))
+                if launch.place.rank == 0:
+                    print(dry_run(config, launch.ranks, launch.own_options))
             elif arguments.inspect_data is not None:
                 from framework.training.preview import inspect_data
 
-                inspect_data(config, arguments.inspect_data)
+                if launch.place.rank == 0:
+                    inspect_data(config, arguments.inspect_data)
             else:
                 from torch.distributed.elastic.multiprocessing.errors import record
 
-                record(train)(config, resume=arguments.resume, signals=signals)
+                record(train)(
+                    config, resume=arguments.resume, signals=signals, deepspeed_config=arguments.deepspeed_config
+                )
         except StopRequested as request:
-            print(f"stopped by {request} before training started", file=sys.stderr)
+            if launch.place.rank == 0:
+                print(f"stopped by {request} before training started", file=sys.stderr)
     return 0
 
 

@@ -95,6 +95,11 @@ class Config(Section):
         return 1 if self.sharding.engine == "single" else self.hardware.nodes * self.hardware.gpus_per_node
 
     @property
+    def shards_weights(self) -> bool:
+        """Whether no rank holds the whole model."""
+        return self.sharding.engine == "fsdp" or self.zero_stage == 3
+
+    @property
     def zero_stage(self) -> int:
         """What the ranks hold a part of each, as a ZeRO stage, whatever the engine."""
         if self.sharding.engine == "single":

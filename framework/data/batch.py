@@ -41,6 +41,9 @@ class Batch:
     """Labels that count: tokens to predict, or samples with a class."""
     pooled: Tensor | None = None
     """bool `[batch, sequence]`, classifiers only: the token of each sample that is selected whatever the strategy."""
+    counts: bool = True
+    """False for a stand-in where a rank has no batch left of an evaluation: it keeps ranks in step, and its result is
+    left out."""
 
     @property
     def tokens(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,8 @@ class Loader:
         workers: int = 0,
         pin_memory: bool = False,
         collate: Collate | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         """Start at the first sequence of epoch 0.
 
@@ -61,13 +64,15 @@ class Loader:
             pin_memory: Whether batches are page-locked, see `Batch.pinned`.
             collate: What makes a batch of the data set and draw indices; by default language modelling's, to which
                 alone packing, `sequence_length` and `pad_token_id` matter.
+            rank: Whose micro-batches are made.
+            ranks: How many share a window: each gets every so manieth micro-batch of it, of similar lengths at a time.
 
         Raises:
-            ValueError: `micro_batch_size` does not divide `global_batch_size`.
+            ValueError: `micro_batch_size` times `ranks` does not divide `global_batch_size`.
         """
-        if global_batch_size % micro_batch_size:
+        if global_batch_size % (micro_batch_size * ranks):
             raise ValueError(
-                f"training.micro_batch_size = {micro_batch_size} does not divide "
+                f"training.micro_batch_size = {micro_batch_size} on {ranks} ranks does not divide "
                 f"training.global_batch_size = {global_batch_size}"
             )
         self.dataset = dataset
@@ -77,6 +82,7 @@ class Loader:
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.workers = workers
+        self.rank, self.ranks = rank, ranks
         self._lengths = dataset.lengths
         collate = collate or language_collate(sequence_length, pad_token_id, packing=packing)
         self._collate = _collater(dataset, collate, pin_memory=pin_memory)
@@ -108,7 +114,7 @@ class Loader:
         return mixture_order(sizes, self.dataset.shares, seed=self.seed, epoch=epoch)
 
     def next_window(self) -> list[Batch]:
-        """The micro-batches of one optimiser step.
+        """This rank's micro-batches of one optimiser step.
 
         Padded rows are sorted by length within the window, longest first: what a window holds stays the same, and
         less of it is padding.
@@ -116,7 +122,7 @@ class Loader:
         Raises:
             RunError: A sample cannot be read; the message names it.
         """
-        count = self.global_batch_size // self.micro_batch_size
+        count = self.global_batch_size // (self.micro_batch_size * self.ranks)
         if self._batches is None:
             ahead = max(count, 2 * self.workers)
             rows = self._micro_batches(*self._position)
@@ -130,7 +136,7 @@ class Loader:
         return [batch for batch, _ in window]
 
     def _micro_batches(self, epoch: int, index: int) -> Iterator[tuple[Sequence, Position]]:
-        """The rows of each micro-batch from a position on, and the position behind its window."""
+        """The rows of each micro-batch of this rank from a position on, and the position behind its window."""
         while True:
             window: list = []
             while len(window) < self.global_batch_size:
@@ -142,7 +148,7 @@ class Loader:
                     epoch, index = epoch + 1, 0
             if not self.packing:
                 window.sort(key=lambda draw: -self._lengths[draw % len(self.dataset)])
-            for start in range(0, len(window), self.micro_batch_size):
+            for start in range(self.rank * self.micro_batch_size, len(window), self.micro_batch_size * self.ranks):
                 yield window[start : start + self.micro_batch_size], (epoch, index)
 
     def _make(self, item: tuple[Sequence, Position]) -> tuple[Batch, Position]:
@@ -188,10 +194,12 @@ def evaluation_batches(
     workers: int = 0,
     pin_memory: bool = False,
     collate: Collate | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[Batch]:
-    """Batches of the first `max_samples` samples, each once; the last batch may be smaller.
+    """This rank's batches of the first `max_samples` samples, each once; the last batch of all may be smaller.
 
-    Padded samples come sorted by length, longest first: little padding, and a lack of memory shows at once. Draw
+    Every rank gets as many; where one has none left, a stand-in that does not count (`Batch.counts`). Padded samples come sorted by length, longest first: little padding, and a lack of memory shows at once. Draw
     indices are sample indices.
 
     Args:
@@ -204,13 +212,21 @@ def evaluation_batches(
         workers: Threads that make batches ahead; 0: each is made when it is asked for.
         pin_memory: Whether batches are page-locked, see `Batch.pinned`.
         collate: As for `Loader`.
+        rank: Whose batches are made.
+        ranks: How many share them, in turn.
     """
     lengths = dataset.lengths[:max_samples]
     sequences: Sequence = pack(lengths, sequence_length) if packing else np.argsort(-lengths, kind="stable")
     collate = collate or language_collate(sequence_length, pad_token_id, packing=packing)
-    make = _collater(dataset, collate, pin_memory=pin_memory)
-    batches = (sequences[start : start + micro_batch_size] for start in range(0, len(sequences), micro_batch_size))
-    return ordered_map(make, batches, workers=workers, ahead=2 * workers)
+    collated = _collater(dataset, collate, pin_memory=pin_memory)
+    step = micro_batch_size * ranks
+
+    def make(start: int) -> Batch:
+        rows = sequences[start : start + micro_batch_size]
+        return collated(rows) if len(rows) else replace(collated(sequences[:1]), counts=False)
+
+    starts = (first + rank * micro_batch_size for first in range(0, len(sequences), step))
+    return ordered_map(make, starts, workers=workers, ahead=2 * workers)
 
 
 def language_collate(sequence_length: int, pad_token_id: int, *, packing: bool = False) -> Collate:

@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from framework.sharding.place import Place
 
-@dataclass(frozen=True)
-class Place:
-    """Where a launcher put this process. Both `torchrun` and `deepspeed` say it in environment variables.
 
-    Attributes:
-        rank: of this process among all.
-        world_size: number of processes.
-        local_rank: of this process on its machine, which is the index of its device.
-        local_world_size: number of processes on its machine.
-    """
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-
-    @classmethod
-    def of_environment(cls, environment: Mapping[str, str] = os.environ) -> Place:
-        """The place that a launcher gave; that of a single process without one."""
-        world_size = int(environment.get("WORLD_SIZE", "1"))
-        # torchrun's name, then deepspeed's.
-        local_world_size = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", world_size))
-        return cls(
-            rank=int(environment.get("RANK", "0")),
-            world_size=world_size,
-            local_rank=int(environment.get("LOCAL_RANK", "0")),
-            local_world_size=int(local_world_size),
-        )
-
-    def device(self) -> torch.device:
-        """This process's CUDA device, or the CPU where there is none."""
-        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+PATIENCE = timedelta(days=7)
+"""How long ranks wait for each other where they do work of very different length."""
 
 
 class Ranks:
@@ -110,6 +81,14 @@ class Ranks:
         if self._group is not None:
             dist.barrier(group=self._group)
 
+    def meet(self) -> None:
+        """Wait for all ranks, however long: before it they may have tokenised or downloaded for hours, or not at all.
+
+        A rank that ends meanwhile is noticed at once all the same.
+        """
+        if self._group is not None:
+            dist.monitored_barrier(group=self._group, timeout=PATIENCE)
+
     def _reduced(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         if self._group is None:
             return [float(value) for value in values]
@@ -123,7 +102,8 @@ def joined_ranks(place: Place, *, timeout_seconds: int, needed: bool = True) -> 
     """Within this context the processes of a launch are connected.
 
     A rank that waits for the others longer than `timeout_seconds` (`sharding.timeout_seconds`) in one exchange ends
-    with an error.
+    with an error. After an error the connections are left as they are, to be closed by the end of the process: taking
+    them down in order needs the others, which may be gone.
 
     Args:
         place: of this process.
@@ -133,16 +113,30 @@ def joined_ranks(place: Place, *, timeout_seconds: int, needed: bool = True) -> 
     if place.world_size == 1 and not needed:
         yield Ranks(place)
         return
-    timeout = timedelta(seconds=timeout_seconds)
-    device = place.device()
+    device, timeout = place.device(), timedelta(seconds=timeout_seconds)
+    backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl"
     if "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    ranks = Ranks(place, dist.new_group(backend="gloo", timeout=timeout))
     try:
-        yield Ranks(place, dist.new_group(backend="gloo", timeout=timeout))
-    finally:
-        dist.destroy_process_group()
+        yield ranks
+        # Whoever leaves first would close connections that others still read from.
+        ranks.barrier()
+    except BaseException:
+        if place.world_size == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone or does not answer; gloo's have no type of their own."""
+    signs = ("gloo/transport", "Connection closed by peer", "Connection reset by peer", "monitoredBarrier")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )

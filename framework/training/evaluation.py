@@ -9,21 +9,23 @@ from torch import Tensor
 
 from framework.data import Batch
 from framework.sharding.protocol import Engine
-from framework.training.loss import evaluation_loss
+from framework.sharding.ranks import Ranks
+from framework.training.loss import chunks_for, evaluation_loss
 from framework.training.metrics import EvalRecord
 from framework.training.objective import move
 
 
 def evaluate(
-    engine: Engine, batches: Iterable[Batch], *, step: int, interrupted: Callable[[], bool]
+    engine: Engine, ranks: Ranks, batches: Iterable[Batch], *, step: int, interrupted: Callable[[], bool]
 ) -> EvalRecord | None:
     """Evaluate the engine's model, which is in training mode before and after.
 
     Args:
         engine: holds the model.
-        batches: this rank's share of the evaluation set.
+        ranks: that share the evaluation set.
+        batches: this rank's share, as many as every other rank's.
         step: optimiser steps done.
-        interrupted: asked before each batch whether to give up; must answer the same on every rank.
+        interrupted: asked before each batch whether this rank wants to give up; all do if one does.
 
     Returns:
         The means over all ranks' batches; None if it was given up.
@@ -33,18 +35,23 @@ def evaluate(
     engine.model.eval()
     try:
         for batch in batches:
-            if interrupted():
+            give_up, rows = ranks.max([float(interrupted()), batch.supervised_tokens])
+            if give_up:
                 return None
             with engine.autocast():
-                result = evaluation_loss(engine.model, move(batch.inputs, engine.device))
+                result = evaluation_loss(engine.model, move(batch.inputs, engine.device), chunks_for(int(rows)))
+            if not batch.counts:
+                continue
             total += result.loss
             count += result.labels
             if result.correct is not None:
                 correct = result.correct if correct is None else correct + result.correct
     finally:
         engine.model.train()
-    if interrupted():
+    if ranks.any(interrupted()):
         return None
-    count = int(engine.sum_over_ranks(count))
-    accuracy = None if correct is None else engine.sum_over_ranks(float(correct)) / count
-    return EvalRecord(step, engine.sum_over_ranks(float(total)) / count, count, accuracy)
+    # A rank may have had nothing but stand-ins.
+    loss, labels, found, classifies = ranks.sum(
+        [float(total), count, 0.0 if correct is None else float(correct), float(correct is not None)]
+    )
+    return EvalRecord(step, loss / labels, int(labels), found / labels if classifies else None)

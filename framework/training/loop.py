@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch.profiler import record_function
 
@@ -20,16 +21,15 @@ from framework.checkpoint import (
     is_among_best,
     save_checkpoint,
     truncate_metrics,
-    update_pointers,
 )
 from framework.config import Config
 from framework.data import Batch, Dataset, Loader
 from framework.errors import RunError
-from framework.models import configured_model, count_parameters
 from framework.sharding.protocol import Engine
-from framework.sharding.single import SingleEngine
+from framework.sharding.ranks import Ranks
 from framework.training.early_stopping import EarlyStopping
 from framework.training.evaluation import evaluate
+from framework.training.flops import Flops
 from framework.training.insight import Insight
 from framework.training.memory import CpuMemoryTracker, device_peak_memory, reset_device_peak
 from framework.training.memory_report import MemoryWatch
@@ -38,15 +38,17 @@ from framework.training.non_finite import SkippedSteps, describe_non_finite
 from framework.training.objective import Objective
 from framework.training.optimizer import optimizer_factory
 from framework.training.plan import settings_plan
+from framework.training.prepared import PreparedModel, placed
 from framework.training.progress import Reporter
 from framework.training.resuming import manifest_of, resume_from
 from framework.training.run import TrainResult
-from framework.training.run_data import load_run_data
+from framework.training.run_data import shared_run_data
 from framework.training.run_directory import RunDirectory
 from framework.training.schedule import scheduled_rate
 from framework.training.setup import (
     cpu_tracker,
     in_steps,
+    open_directory,
     report_epochs,
     seed_everything,
     use_deterministic_kernels,
@@ -59,54 +61,70 @@ EvaluationBatches = Callable[..., Iterator[Batch]]
 
 
 def run_training(
-    config: Config, *, resume: str, directory: RunDirectory, signals: StopSignals, reporter: Reporter
+    config: Config,
+    *,
+    resume: str,
+    own_options: dict[str, Any] | None,
+    ranks: Ranks,
+    directory: RunDirectory,
+    signals: StopSignals,
+    reporter: Reporter,
 ) -> TrainResult:
-    """Do what `framework.train` promises, the end marker aside. See there for arguments and errors."""
+    """Do what `framework.train` promises, the end marker aside. See there for errors.
+
+    Args:
+        config: of the run.
+        resume: as there.
+        own_options: a user's own options of DeepSpeed.
+        ranks: connected.
+        directory: of the run.
+        signals: that ask to stop.
+        reporter: for people.
+    """
     if config.training.deterministic:
         use_deterministic_kernels()
 
-    data = load_run_data(config, reporter.line)
+    data = shared_run_data(config, ranks, reporter.line)
     config, train_data, eval_data = data.config, data.train, data.eval
-    loader, evaluation_batches = data.loaders()
+    loader, evaluation_batches = data.loaders(ranks.place)
     if config.training.epochs is not None:
         config = in_steps(config, loader, reporter)
 
     # The order of the transforms: adapters, then selection and retention, then the engine.
-    model = configured_model(config, data.tokenizer)
-    objective = Objective(model, config, engine.device)
-    engine = SingleEngine(config.optimizer.precision, loss_scale=config.optimizer.loss_scale)
+    prepared = PreparedModel.build(config, data.tokenizer, ranks, own_options)
+    engine, objective = prepared.engine, prepared.objective
     memory = MemoryWatch(config, directory.memory, engine.device, objective.tally)
+    ranks.meet()
     with memory.guard("placing the model", phase="placing"):
-        engine.prepare(model, optimizer_factory(config, reporter.line))
-    parameters, trainable = count_parameters(model)
-    reporter.line(f"model: {parameters:,} parameters, {trainable:,} trained, on {engine.device}")
-    seed_everything(config.run.seed)
+        engine.prepare(prepared.model, optimizer_factory(config, reporter.line), prepared.initial)
+    reporter.line(f"model: {prepared.counts}, {placed(engine, ranks)}")
+    seed_everything(config.run.seed, ranks.rank)
 
     checkpoint = find_checkpoint(directory.path, resume)
     if checkpoint is not None:
-        resume_from(checkpoint, config, train_data, engine, loader, reporter)
+        resume_from(checkpoint, config, train_data, engine, ranks, loader, reporter)
     step = checkpoint.step if checkpoint else 0
-    continues = checkpoint is not None and directory.holds(checkpoint.path)
-    if (moved := directory.set_aside(after_step=step if continues else 0)) is not None:
-        reporter.line(f"what this run does not continue was moved to {moved}")
-    update_pointers(directory.path, keep_best=config.checkpoint.keep_best, best_metric=config.checkpoint.best_metric)
-    plan = settings_plan(config)
-    directory.begin(config.to_json(), plan)
-    truncate_metrics(directory.metrics, step)
-
+    plan = settings_plan(config, ranks.world_size, prepared.options)
+    ranks.barrier()
+    if ranks.is_first:
+        continues = checkpoint is not None and directory.holds(checkpoint.path)
+        open_directory(directory, config, plan, after_step=step if continues else 0, reporter=reporter)
+        truncate_metrics(directory.metrics, step)
+    ranks.barrier()
     report_epochs(config, loader, reporter)
 
     signals.defer()
     with (
         closing(loader),
-        MetricsFile(directory.metrics) as metrics,
-        Insight(config, directory, engine, objective, memory, reporter, step=step, plan=plan) as insight,
+        MetricsFile(directory.metrics if ranks.is_first else None) as metrics,
+        Insight(config, directory, engine, ranks, objective, memory, reporter, step=step, plan=plan) as insight,
         cpu_tracker(config, engine) or nullcontext() as tracker,
     ):
-        longest = next(evaluation_batches(train_data))
+        longest = next(evaluation_batches(train_data, rank=0, ranks=1))
         with memory.guard("longest batch"):
             objective.check(engine.model, longest)
-            warm_up(engine, objective, longest)
+            if engine.device.type == "cuda":
+                warm_up(engine, ranks, objective, longest)
         evaluation = partial(evaluation_batches, eval_data) if eval_data is not None else None
         run = Run(
             config=config,
@@ -114,6 +132,7 @@ def run_training(
             signals=signals,
             reporter=reporter,
             engine=engine,
+            ranks=ranks,
             objective=objective,
             loader=loader,
             train_data=train_data,
@@ -121,6 +140,7 @@ def run_training(
             metrics=metrics,
             tracker=tracker,
             insight=insight,
+            plan=plan,
         )
         run.begin(checkpoint)
         run.train()
@@ -145,6 +165,7 @@ class Run:
         signals: StopSignals,
         reporter: Reporter,
         engine: Engine,
+        ranks: Ranks,
         objective: Objective,
         loader: Loader,
         train_data: Dataset,
@@ -152,9 +173,11 @@ class Run:
         metrics: MetricsFile,
         tracker: CpuMemoryTracker | None,
         insight: Insight,
+        plan: dict[str, Any],
     ) -> None:
         self.config, self.directory, self.signals, self.reporter = config, directory, signals, reporter
-        self.engine, self.objective, self.loader, self.train_data = engine, objective, loader, train_data
+        self.engine, self.ranks, self.objective = engine, ranks, objective
+        self.loader, self.train_data, self.plan = loader, train_data, plan
         self.evaluation_batches, self.metrics = evaluation_batches, metrics
         self.tracker, self.insight = tracker, insight
         self.step = self.tokens = 0
@@ -228,24 +251,24 @@ class Run:
         with record_function("data"):
             window = self.loader.next_window()
         rate = scheduled_rate(self.config, step)
-        result, selected = train_window(self.engine, self.objective, window, rate, settings.max_grad_norm)
+        result, selected = train_window(self.engine, self.ranks, self.objective, window, rate, settings.max_grad_norm)
         self.skipped.count(result)
         seconds = time.perf_counter() - started
-        tokens = self._sum(batch.tokens for batch in window)
-        peak = device_peak_memory(self.engine.device)
+        tokens, supervised, selected, flops = self._totals(window, selected)
+        allocated, reserved = self._peaks()
         record = TrainRecord(
             step=step,
             loss=result.loss,
             learning_rate=rate,
             grad_norm=result.grad_norm,
             tokens=tokens,
-            supervised_tokens=self._sum(batch.supervised_tokens for batch in window),
-            selected_tokens=self._sum([selected]),
+            supervised_tokens=supervised,
+            selected_tokens=selected,
             step_seconds=seconds,
             tokens_per_second=tokens / seconds,
-            peak_memory_bytes=peak.allocated if peak else self.tracker.peak if self.tracker else None,
-            peak_reserved_bytes=peak.reserved if peak else None,
-            **self.insight.utilisation(seconds),
+            peak_memory_bytes=allocated,
+            peak_reserved_bytes=reserved,
+            **self.insight.utilisation(flops, seconds),
             loss_scale=result.loss_scale,
             skipped=result.skipped,
             skipped_steps=self.skipped.total,
@@ -254,7 +277,7 @@ class Run:
         if _due(step, self.config.logging.every_steps) or step == settings.max_steps or result.skipped:
             self.report(record)
         if not result.finite:
-            self.answer_non_finite(describe_non_finite(step, result, window, self.train_data))
+            self.answer_non_finite(describe_non_finite(step, result, window, self.train_data, self.ranks))
 
     def answer_non_finite(self, what: str) -> None:
         """Let a step that is not finite be skipped, which the engine did already, or stop the run.
@@ -292,7 +315,7 @@ class Run:
         """
         batches = self.evaluation_batches(max_samples=self.config.training.eval_max_samples)
         with self.insight.evaluation(self.step):
-            record = evaluate(self.engine, batches, step=self.step, interrupted=self.stopping)
+            record = evaluate(self.engine, self.ranks, batches, step=self.step, interrupted=self.asked_to_stop)
         if record is None:
             return False
         self.evaluation, self.eval_loss = record.figures(), record.loss
@@ -311,7 +334,10 @@ class Run:
         if self.evaluation is None:
             return False
         figure = self.evaluation[settings.best_metric]
-        return is_among_best(self.directory.path, figure, settings.best_metric, settings.keep_best)
+        # The first rank's view of the disk decides.
+        return self.ranks.broadcast(
+            self.ranks.is_first and is_among_best(self.directory.path, figure, settings.best_metric, settings.keep_best)
+        )
 
     def report(self, record: TrainRecord | EvalRecord) -> None:
         """Hand a record to everything that follows the run: the metrics file, and what a person sees."""
@@ -337,12 +363,12 @@ class Run:
             },
             manifest=manifest_of(
                 self.config,
-                settings_plan(self.config),
+                self.plan,
                 self.train_data,
                 tokens=self.tokens,
                 evaluation=self.evaluation,
                 loader=position,
-                world_size=self.engine.world_size,
+                world_size=self.ranks.world_size,
             ),
             keep_last=self.config.checkpoint.keep_last,
             keep_best=self.config.checkpoint.keep_best,
@@ -353,7 +379,11 @@ class Run:
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop."""
-        return self.engine.any_rank(self.signals.requested(self.directory.stop_file) is not None)
+        return self.ranks.any(self.asked_to_stop())
+
+    def asked_to_stop(self) -> bool:
+        """Whether this rank was asked to stop."""
+        return self.signals.requested(self.directory.stop_file) is not None
 
     def result(self) -> TrainResult:
         """How the run ended."""
@@ -370,8 +400,20 @@ class Run:
             best_checkpoint=best.path if best is not None and self.config.checkpoint.keep_best else None,
         )
 
-    def _sum(self, values: Iterable[int]) -> int:
-        return int(self.engine.sum_over_ranks(sum(values)))
+    def _totals(self, window: list[Batch], selected: int) -> tuple[int, int, int, Flops]:
+        """Tokens, supervised and selected ones, and floating-point operations of a step, over all ranks."""
+        own = self.objective.flops()
+        tokens, supervised = (sum(getattr(batch, name) for batch in window) for name in ("tokens", "supervised_tokens"))
+        totals = self.ranks.sum([tokens, supervised, selected, own.model, own.hardware])
+        counted = [int(total) for total in totals]
+        return counted[0], counted[1], counted[2], Flops(*counted[3:])
+
+    def _peaks(self) -> tuple[int | None, int | None]:
+        """Peak bytes allocated and reserved, of the rank with most; None where nobody counts them."""
+        if (peak := device_peak_memory(self.engine.device)) is not None:
+            allocated, reserved = self.ranks.max(peak)
+            return int(allocated), int(reserved)
+        return (None if self.tracker is None else int(self.ranks.max([self.tracker.peak])[0])), None
 
     def _kept(self) -> str:
         if self.checkpoint is None:

@@ -25,8 +25,9 @@ class TrainRecord:
         selected_tokens: tokens of them that received gradient; all of them in exact training.
         step_seconds: wall time of the step with its data, without evaluation and saving.
         tokens_per_second: `tokens / step_seconds`.
-        peak_memory_bytes: CUDA: peak bytes of live tensors; CPU: the same by the tracker if it is on, else None.
-        peak_reserved_bytes: CUDA: peak bytes held by the allocator; None elsewhere, and then not written.
+        peak_memory_bytes: CUDA: peak bytes of live tensors, of the rank with most; CPU: the same by the tracker if it is on,
+            else None.
+        peak_reserved_bytes: CUDA: peak bytes held by the allocator, of the rank with most; None elsewhere, and then not written.
         predicted_peak_memory_bytes: by the plan, None where there is none.
         model_flops: floating-point operations that the chosen gradient needs, all ranks; see `training.flops`.
         hardware_flops: those that ran, padding and recomputation included.
@@ -95,19 +96,24 @@ class EvalRecord:
 
 
 class MetricsFile:
-    """Appends records to `metrics.jsonl`; every line is with the operating system before the next step starts."""
+    """Appends records to `metrics.jsonl`; every line is with the operating system before the next step starts.
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+    Without a path, on ranks that do not write, records go nowhere.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._file = None if path is None else path.open("a", encoding="utf-8")
 
     def write(self, record: TrainRecord | EvalRecord) -> None:
         """Append one line."""
-        self._file.write(json.dumps(json_values(record.to_json()), allow_nan=False) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(json_values(record.to_json()), allow_nan=False) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Put everything written so far on disk, which a checkpoint relies on."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -115,7 +121,8 @@ class MetricsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def json_values(record: dict[str, Any]) -> dict[str, Any]:

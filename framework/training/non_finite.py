@@ -9,6 +9,7 @@ import torch
 
 from framework.data import Batch, Dataset
 from framework.sharding.protocol import StepResult
+from framework.sharding.ranks import Ranks
 
 
 @dataclass
@@ -32,16 +33,18 @@ class SkippedSteps:
             self.in_a_row = 0
 
 
-def describe_non_finite(step: int, result: StepResult, window: list[Batch], data: Dataset) -> str:
+def describe_non_finite(step: int, result: StepResult, window: list[Batch], data: Dataset, ranks: Ranks) -> str:
     """What was seen of a step, with its samples as their sources count them, which is what a person can look up.
 
     Args:
         step: its number.
         result: of the step.
-        window: its micro-batches.
+        window: this rank's micro-batches of it.
         data: the training set.
+        ranks: that share the window; all call this.
     """
-    draws = torch.cat([batch.documents.flatten() for batch in window]).unique().tolist()
+    own = torch.cat([batch.documents.flatten() for batch in window]).unique().tolist()
+    draws = sorted({draw for drawn in ranks.gather(own) for draw in drawn})
     listed = data.named(draw % len(data) for draw in draws if draw >= 0)
     scale = ""
     if result.loss_scale is not None and math.isfinite(result.loss):

@@ -10,12 +10,18 @@ if TYPE_CHECKING:
     from framework.config import Config
 
 
-def settings_plan(config: Config, ranks: int) -> dict[str, Any]:
-    """`plan.json` of a run whose settings were all given: nothing is predicted, so every prediction is null."""
+def settings_plan(config: Config, ranks: int, options: dict[str, Any]) -> dict[str, Any]:
+    """`plan.json` of a run whose settings were all given: nothing is predicted, so every prediction is null.
+
+    Args:
+        config: of the run.
+        ranks: number of processes.
+        options: the engine's, from `engine_options`.
+    """
     chosen = {
         "engine": config.sharding.engine,
         "zero_stage": config.zero_stage,
-        "engine_options": {"precision": config.optimizer.precision},
+        "engine_options": options,
         "selection": {"strategy": config.selection.strategy, "ratio": config.resolved_ratio},
         "fidelity_class": fidelity_class(config),
         "retention": {

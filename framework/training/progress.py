@@ -15,10 +15,10 @@ KEPT_LINES = 20
 
 
 class Reporter:
-    """Prints messages and steps; `last_lines` keeps the newest for the end marker."""
+    """Prints messages and steps; `last_lines` keeps the newest for the end marker. A quiet one only keeps them."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True, quiet=quiet)
         self._bar: Progress | None = None
         self.last_lines: deque[str] = deque(maxlen=KEPT_LINES)
 
@@ -30,7 +30,7 @@ class Reporter:
 
     def start(self, step: int, max_steps: int) -> None:
         """Show the bar, on a terminal."""
-        if self._console.is_terminal:
+        if self._console.is_terminal and not self._console.quiet:
             columns = (
                 TextColumn("step"),
                 MofNCompleteColumn(),

@@ -69,6 +69,7 @@ def resume_from(
     config: Config,
     train_data: Dataset,
     engine: Engine,
+    ranks: Ranks,
     loader: Loader,
     reporter: Reporter,
 ) -> None:

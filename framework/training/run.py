@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Never
 
 from framework.errors import RunError, UserError
+from framework.sharding.deepspeed_config import read_own_options
+from framework.sharding.place import Place, check_ranks
 from framework.training.run_directory import COMPLETED, FAILED, STOPPED, RunDirectory
 from framework.training.signals import StopRequested, StopSignals
 from framework.training.tracking import check_trackers
 
 if TYPE_CHECKING:
     from framework.config import Config
+
+TOGETHER_SECONDS = 2.0
+"""Signals that a launcher and a terminal send for the same reason reach a process within this time."""
+
+LOST_RANK_SECONDS = 3.0
+"""How long a rank that has lost another one lets it tell its own error first."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +52,14 @@ class TrainResult:
     best_checkpoint: Path | None = None
 
 
-def train(config: Config, *, resume: str = "auto", signals: StopSignals | None = None) -> TrainResult:
-    """Run a config to its end or until it is asked to stop.
+def train(
+    config: Config,
+    *,
+    resume: str = "auto",
+    signals: StopSignals | None = None,
+    deepspeed_config: str | None = None,
+) -> TrainResult:
+    """Run a config to its end or until it is asked to stop; with several ranks, called on each of them.
 
     Writes the run directory `config.run.output_dir` as README's "A run directory" says. SIGINT, SIGTERM, SIGUSR2 and a
     file `STOP` in it finish the step, save and return; a second signal ends the process at once.
@@ -56,76 +70,161 @@ def train(config: Config, *, resume: str = "auto", signals: StopSignals | None =
             over, with what the directory holds moved to `previous-N`; else the directory of a checkpoint, or of a run:
             if that is another's, what this directory holds is moved as well.
         signals: handlers that are installed already; they are used instead of own ones.
+        deepspeed_config: a JSON file with further options of DeepSpeed, for the engine of that name.
 
     Returns:
         How it ended.
 
     Raises:
-        UserError: config, data or model do not go together; nothing was started.
+        UserError: config, data, model and the launch do not go together; nothing was started.
         RunError: a failure while running; saved checkpoints stay as they are and the marker `FAILED` is written.
     """
-    check_launch()
+    launch = check_launch(config, deepspeed_config)
     check_trackers(config.logging.trackers)
-    directory = RunDirectory(config.run.output_dir)
+    run = _Run(config, resume, launch)
     if signals is None:
-        with StopSignals() as own:
-            return _train(config, resume, directory, own)
-    return _train(config, resume, directory, signals)
+        with StopSignals(together_seconds=launch.together_seconds) as installed:
+            return run.to_its_end(installed)
+    return run.to_its_end(signals)
 
 
-def check_launch() -> None:
-    """Refuse more processes than the engine has use for.
+@dataclass(frozen=True)
+class Launch:
+    """What a run is told besides its config.
+
+    Attributes:
+        place: of this process.
+        ranks: number of processes that the run has, or would have.
+        own_options: a user's own options of DeepSpeed.
+    """
+
+    place: Place
+    ranks: int
+    own_options: dict[str, Any] | None
+
+    @property
+    def together_seconds(self) -> float:
+        """Within what time two signals are one request."""
+        return TOGETHER_SECONDS if self.place.world_size > 1 else 0.0
+
+
+def check_launch(config: Config, deepspeed_config: str | None, *, described: bool = False) -> Launch:
+    """Check that a config goes with what launched this process.
+
+    Args:
+        config: of the run.
+        deepspeed_config: path of a JSON file with further options of DeepSpeed.
+        described: without a launcher, take the run to have the processes that `hardware` describes.
 
     Raises:
-        UserError: a launcher started several processes.
+        UserError: the run cannot be split over as many ranks; the file is not DeepSpeed's or of no use to the engine.
     """
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
+    place = Place.of_environment()
+    ranks = config.described_ranks if described and not place.is_launched else place.world_size
+    check_ranks(config, ranks)
+    if deepspeed_config is None:
+        return Launch(place, ranks, None)
+    if config.sharding.engine != "deepspeed":
         raise UserError(
-            f"sharding.engine: 'single' runs in one process, but the launcher started {processes} (WORLD_SIZE); "
-            "start one process: --num_gpus 1 for deepspeed, --nproc-per-node 1 for torchrun"
+            f"--deepspeed_config: sharding.engine is {config.sharding.engine!r}; set it to 'deepspeed', or leave the "
+            "file out"
         )
+    return Launch(place, ranks, read_own_options(deepspeed_config))
 
 
-def _train(config: Config, resume: str, directory: RunDirectory, signals: StopSignals) -> TrainResult:
-    def second(name: str, code: int) -> None:
-        message = f"second signal ({name}): ended at once"
-        directory.mark(FAILED, code=code, message=message, rank=0, last_lines=[])
+class _Run:
+    """A call of `train`."""
 
-    signals.on_second = second
-    # Whatever happens from here on, the marker of an earlier start must not be read as the end of this one.
-    directory.clear_markers()
-    try:
+    def __init__(self, config: Config, resume: str, launch: Launch) -> None:
+        self.config, self.resume, self.own_options, self.place = config, resume, launch.own_options, launch.place
+        self.directory = RunDirectory(config.run.output_dir)
+
+    def to_its_end(self, signals: StopSignals) -> TrainResult:
+        """Train, and leave an end marker."""
+
+        def second(name: str, code: int) -> None:
+            self.mark(FAILED, code, f"second signal ({name}): ended at once")
+
+        signals.on_second = second
+        # Whatever happens from here on, the marker of an earlier start must not be read as the end of this one.
+        if self.place.rank == 0:
+            self.directory.clear_markers()
+        try:
+            result, last_lines = self.train(signals)
+        except StopRequested as request:
+            if self.place.rank == 0:
+                self.mark(STOPPED, 0, f"{request} before training started")
+            return TrainResult("stopped", 0, self.directory.path, None, None, None)
+        except UserError as error:
+            # Nothing was started: a directory is not made just to say so.
+            if self.directory.path.is_dir():
+                self.mark_failed(error, error.exit_code)
+            raise
+        except Exception as error:
+            self.fail(error)
+        if self.place.rank == 0:
+            self.mark(*_ending(result), last_lines)
+        return result
+
+    def train(self, signals: StopSignals) -> tuple[TrainResult, list[str]]:
+        """The run itself, with the ranks connected; its result and the last lines that it printed."""
+        from framework.sharding.ranks import joined_ranks
         from framework.training.loop import run_training
         from framework.training.progress import Reporter
 
-        with Reporter() as reporter:
-            result = run_training(config, resume=resume, directory=directory, signals=signals, reporter=reporter)
-    except StopRequested as request:
-        message = f"{request} before training started"
-        directory.mark(STOPPED, code=0, message=message, rank=0, last_lines=[])
-        return TrainResult("stopped", 0, directory.path, None, None, None)
-    except UserError as error:
-        # Nothing was started: a directory is not made just to say so.
-        if directory.path.is_dir():
-            _mark_failed(directory, error, code=error.exit_code)
-        raise
-    except Exception as error:
-        _mark_failed(directory, error, code=1)
+        sharding = self.config.sharding
+        with (
+            joined_ranks(
+                self.place, timeout_seconds=sharding.timeout_seconds, needed=sharding.engine != "single"
+            ) as ranks,
+            Reporter(quiet=not ranks.is_first) as reporter,
+        ):
+            if ranks.world_size > 1:
+                # From here on no rank may leave by itself: they agree at the first step boundary.
+                signals.defer()
+            result = run_training(
+                self.config,
+                resume=self.resume,
+                own_options=self.own_options,
+                ranks=ranks,
+                directory=self.directory,
+                signals=signals,
+                reporter=reporter,
+            )
+        return result, list(reporter.last_lines)
+
+    def fail(self, error: Exception) -> Never:
+        """Say in the marker what ended the run, and raise it."""
+        from framework.sharding.ranks import is_lost_connection
+
+        if self.place.world_size > 1 and is_lost_connection(error):
+            time.sleep(LOST_RANK_SECONDS)
+            lost = RunError(
+                "another rank has ended, or has not answered within sharding.timeout_seconds = "
+                f"{self.config.sharding.timeout_seconds}; what it said, if it could, is above and in "
+                f"{self.directory.path / FAILED} ({str(error).splitlines()[0]})"
+            )
+            self.mark_failed(lost, 1)
+            raise lost from error
+        self.mark_failed(error, 1)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise RunError(f"the disk is full: cannot write to {directory.path}; free space and start again") from error
-        raise
-    marker, message = (
-        (COMPLETED, f"completed {result.step} steps" + (f": {result.reason}" if result.reason else ""))
-        if result.status == "completed"
-        else (STOPPED, f"stopped after step {result.step}")
-    )
-    directory.mark(marker, code=0, message=message, rank=0, last_lines=list(reporter.last_lines))
-    return result
+            full = f"the disk is full: cannot write to {self.directory.path}; free space and start again"
+            raise RunError(full) from error
+        raise error
+
+    def mark(self, marker: str, code: int, message: str, last_lines: list[str] | None = None) -> None:
+        """Write an end marker, unless another rank has written one of this name."""
+        self.directory.mark(marker, code=code, message=message, rank=self.place.rank, last_lines=last_lines or [])
+
+    def mark_failed(self, error: Exception, code: int) -> None:
+        """Write the marker; on a full disk even that may be impossible, and the error itself is what matters then."""
+        lines = traceback.format_exc().splitlines()[-20:]
+        with contextlib.suppress(OSError):
+            self.mark(FAILED, code, str(error) or type(error).__name__, lines)
 
 
-def _mark_failed(directory: RunDirectory, error: Exception, code: int) -> None:
-    """Write the marker; on a full disk even that may be impossible, and the error itself is what matters then."""
-    lines = traceback.format_exc().splitlines()[-20:]
-    with contextlib.suppress(OSError):
-        directory.mark(FAILED, code=code, message=str(error) or type(error).__name__, rank=0, last_lines=lines)
+def _ending(result: TrainResult) -> tuple[str, int, str]:
+    """Marker, exit code and message of a run that ended well."""
+    if result.status == "completed":
+        return COMPLETED, 0, f"completed {result.step} steps" + (f": {result.reason}" if result.reason else "")
+    return STOPPED, 0, f"stopped after step {result.step}"

@@ -41,7 +41,9 @@ from framework.models import (
     configured_tokenizer,
 )
 from framework.models.head import known_classes
-from framework.training.setup import make_loaders
+from framework.sharding.place import Place
+from framework.sharding.ranks import Ranks
+from framework.training.setup import ALONE, make_loaders
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,20 +71,42 @@ class RunData:
     evaluation_collate: Collate
     tokenizer: PreTrainedTokenizerBase | None
 
-    def loaders(self) -> tuple[Loader, Callable[..., Iterator[Batch]]]:
-        """See `make_loaders`."""
+    def loaders(self, place: Place = ALONE) -> tuple[Loader, Callable[..., Iterator[Batch]]]:
+        """See `make_loaders`, for the rank at `place`."""
         return make_loaders(
             self.config,
             self.train,
             self.pad_token_id,
             collate=self.collate,
             evaluation_collate=self.evaluation_collate,
+            place=place,
         )
 
     @property
     def pad_token_id(self) -> int | None:
         """The tokenizer's padding token; None for images."""
         return None if self.tokenizer is None else self.tokenizer.pad_token_id
+
+
+def shared_run_data(config: Config, ranks: Ranks, report: Report) -> RunData:
+    """The same on every rank. With a token cache one rank of each machine fills it, which the others then read.
+
+    Args:
+        config: Of the run.
+        ranks: Of the run.
+        report: Takes a line for the log.
+
+    Raises:
+        UserError: See `load_run_data`.
+    """
+    cached = config.data.cache_dir is not None
+    if cached and ranks.place.local_rank > 0:
+        ranks.meet()
+    data = load_run_data(config, report)
+    if cached and ranks.place.local_rank == 0:
+        ranks.meet()
+    ranks.meet()
+    return data
 
 
 def load_run_data(config: Config, report: Report) -> RunData:

@@ -47,7 +47,7 @@ class RunDirectory:
         write_json(self.path / "plan.json", plan)
 
     def mark(self, marker: str, *, code: int, message: str, rank: int, last_lines: Sequence[str]) -> None:
-        """Write the end marker, which job scripts trust more than exit codes.
+        """Write the end marker, which job scripts trust more than exit codes. Of several, the first stays.
 
         Args:
             marker: one of `MARKERS`.
@@ -58,7 +58,16 @@ class RunDirectory:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         record = {"code": code, "message": message, "rank": rank, "last_lines": list(last_lines)}
-        write_json(self.path / marker, record)
+        own = self.path / f".{marker}.{rank}"
+        write_json(own, record)
+        try:
+            os.link(own, self.path / marker)
+        except FileExistsError:
+            pass
+        except OSError:
+            # A file system without hard links.
+            own.replace(self.path / marker)
+        own.unlink(missing_ok=True)
 
     def holds(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of this run's, not one of another run's or one that was set aside."""

@@ -7,17 +7,23 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 
-from framework.checkpoint import capture_random_state, restore_random_state
+from framework.checkpoint import capture_random_state, restore_random_state, update_pointers
 from framework.config import Config
 from framework.data import Batch, Collate, Dataset, Loader, epochs_line, evaluation_batches
+from framework.sharding.place import Place
 from framework.sharding.protocol import Engine
+from framework.sharding.ranks import Ranks
 from framework.training.memory import CpuMemoryTracker
 from framework.training.objective import Objective
 from framework.training.progress import Reporter
+from framework.training.run_directory import RunDirectory
+
+ALONE = Place()
 
 
 def make_loaders(
@@ -27,6 +33,7 @@ def make_loaders(
     *,
     collate: Collate | None = None,
     evaluation_collate: Collate | None = None,
+    place: Place = ALONE,
 ) -> tuple[Loader, Callable[..., Iterator[Batch]]]:
     """The training loader, and `evaluation_batches` with the config's options, a data set still to be given.
 
@@ -36,6 +43,7 @@ def make_loaders(
         pad_token_id: What fills rows up; None for images.
         collate: Makes training batches; a causal language model's by default.
         evaluation_collate: Makes evaluation batches; a causal language model's by default.
+        place: Of this rank, which gets its share of all batches.
     """
     options = {
         "sequence_length": config.data.sequence_length,
@@ -44,6 +52,8 @@ def make_loaders(
         "pad_token_id": pad_token_id,
         "workers": config.data.workers,
         "pin_memory": torch.cuda.is_available(),
+        "rank": place.rank,
+        "ranks": place.world_size,
     }
     loader = Loader(
         train_data,
@@ -74,11 +84,22 @@ def in_steps(config: Config, loader: Loader, reporter: Reporter) -> Config:
     return config.with_max_steps(steps)
 
 
-def seed_everything(seed: int) -> None:
-    """Seed what draws without a seed of its own, such as dropout."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+def open_directory(
+    directory: RunDirectory, config: Config, plan: dict[str, Any], *, after_step: int, reporter: Reporter
+) -> None:
+    """Make the run directory ready for a run that starts from `after_step`; what it does not continue is moved."""
+    if (moved := directory.set_aside(after_step=after_step)) is not None:
+        reporter.line(f"what this run does not continue was moved to {moved}")
+    update_pointers(directory.path, keep_best=config.checkpoint.keep_best, best_metric=config.checkpoint.best_metric)
+    directory.begin(config.to_json(), plan)
+
+
+def seed_everything(seed: int, rank: int = 0) -> None:
+    """Seed what draws without a seed of its own, such as dropout, differently on every rank."""
+    own = seed if rank == 0 else int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
 
 
 def use_deterministic_kernels() -> None:
@@ -93,16 +114,14 @@ def use_deterministic_kernels() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def warm_up(engine: Engine, objective: Objective, longest: Batch) -> None:
+def warm_up(engine: Engine, ranks: Ranks, objective: Objective, longest: Batch) -> None:
     """Run the longest batch forward and backward, so that a lack of memory shows before hours have passed.
 
-    Does nothing on the CPU, where memory fails late and slowly anyway. Gradients and random states are as before.
+    Every rank runs the same batch. Gradients and random states are as before.
     """
-    if engine.device.type != "cuda":
-        return
     states = capture_random_state()
     selection = objective.select(longest)
-    count = max(1, objective.denominator(longest, selection))
+    count = max(1, objective.denominator(longest, selection) * ranks.world_size)
     with engine.autocast():
         loss = objective.loss(engine.model, longest, selection, count)
     engine.backward(loss)
@@ -115,5 +134,6 @@ def cpu_tracker(config: Config, engine: Engine) -> CpuMemoryTracker | None:
     if not config.logging.track_cpu_memory or engine.device.type != "cpu":
         return None
     tracker = CpuMemoryTracker()
-    tracker.track(engine.held_tensors())
+    for tensors in engine.held():
+        tracker.track(tensors)
     return tracker

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -25,13 +27,16 @@ class StopSignals:
 
     Before `defer` a signal raises `StopRequested` where the program is: set-up has nothing worth finishing. After it, a
     signal only sets the flag. A second signal ends the process at once, with 128 + its number as the shell's convention
-    is, after `on_second` was called with the signal's name and that code.
+    is, after `on_second` was called with the signal's name and that code. One that follows within `together_seconds`
+    is part of the same request: launchers pass on what the terminal has sent to every process already.
 
     Outside the main thread no handler can be installed; the file `STOP` still works there.
     """
 
-    def __init__(self, on_second: Callable[[str, int], None] | None = None) -> None:
+    def __init__(self, on_second: Callable[[str, int], None] | None = None, *, together_seconds: float = 0.0) -> None:
         self.on_second = on_second
+        self._together_seconds = together_seconds
+        self._first_at = -math.inf
         self._requested: str | None = None
         self._deferred = False
         self._previous: dict[signal.Signals, Any] = {}
@@ -61,10 +66,12 @@ class StopSignals:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if self._requested in {known.name for known in SIGNALS}:
+            if time.monotonic() - self._first_at < self._together_seconds:
+                return
             code = 128 + number
             if self.on_second is not None:
                 self.on_second(name, code)
             os._exit(code)
-        self._requested = name
+        self._requested, self._first_at = name, time.monotonic()
         if not self._deferred:
             raise StopRequested(name)

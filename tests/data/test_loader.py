@@ -343,7 +343,7 @@ def test_a_state_of_other_data_is_refused() -> None:
 
 
 def test_a_micro_batch_that_does_not_divide_the_window_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"training\.micro_batch_size = 3 does not divide"):
+    with pytest.raises(ValueError, match=r"training\.micro_batch_size = 3 on 1 ranks does not divide"):
         make_loader(micro=3)
 
 
@@ -369,3 +369,30 @@ def test_evaluation_takes_the_first_samples_once(packing: bool) -> None:
     assert draws(batches) == draws(batches)
     if not packing:
         assert draws(batches) == [1, 6, 4, 2, 5, 0, 3]  # longest first
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_ranks_share_a_window_and_the_split_changes_no_draw(packing):
+    dataset = make_dataset([3, 9, 5, 7, 4, 8, 6, 2, 9, 5, 3, 7, 4])
+    options = {"sequence_length": 10, "packing": packing, "global_batch_size": 4, "seed": 5, "pad_token_id": PAD}
+    whole = Loader(dataset, micro_batch_size=1, **options)
+    parts = [Loader(dataset, micro_batch_size=1, **options, rank=rank, ranks=2) for rank in (0, 1)]
+    for _ in range(6):
+        window = whole.next_window()
+        split = [part.next_window() for part in parts]
+        for number, batch in enumerate(window):
+            torch.testing.assert_close(split[number % 2][number // 2].documents, batch.documents, rtol=0, atol=0)
+        assert parts[0].state_dict() == parts[1].state_dict() == whole.state_dict()
+    with pytest.raises(ValueError, match="micro_batch_size = 1 on 3 ranks does not divide"):
+        Loader(dataset, micro_batch_size=1, **options, rank=0, ranks=3)
+
+
+@pytest.mark.parametrize(("samples", "ranks"), [(13, 2), (13, 4), (3, 4), (8, 2)])
+def test_ranks_share_an_evaluation_and_stay_in_step(samples, ranks):
+    dataset = make_dataset([3 + index % 5 for index in range(samples)])
+    options = {"sequence_length": 10, "micro_batch_size": 2, "pad_token_id": PAD}
+    per_rank = [[*evaluation_batches(dataset, **options, rank=rank, ranks=ranks)] for rank in range(ranks)]
+    assert {len(batches) for batches in per_rank} == {-(-samples // (2 * ranks))}
+    counted = [batch for batches in per_rank for batch in batches if batch.counts]
+    drawn = sorted(draw for batch in counted for draw in batch.documents[batch.documents >= 0].unique().tolist())
+    assert drawn == [*range(samples)]

@@ -455,7 +455,9 @@ def test_a_resumed_run_keeps_its_classes(make: Any) -> None:
 
 def test_a_head_that_reads_more_than_it_is_known_for_is_refused(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(framework.models.architecture, "pooling_of", lambda model: "first")
-    with pytest.raises(UserError, match=r"the classifier of dinov2 reads other tokens than the one taken for its pooled token"):
+    with pytest.raises(
+        UserError, match=r"the classifier of dinov2 reads other tokens than the one taken for its pooled token"
+    ):
         framework.train(make("image_classification", "dinov2"))
     assert framework.train(make("image_classification", "dinov2", "exact", training__max_steps=1)).step == 1
 

@@ -11,7 +11,7 @@ def _stages_are_deepspeeds(engine: str, zero_stage: int | None) -> tuple[str, st
         return "sharding.zero_stage", f'{zero_stage} needs sharding.engine "deepspeed", which is "single"'
     if engine == "fsdp" and zero_stage is not None:
         return "sharding.zero_stage", (
-            "has no effect with sharding.engine \"fsdp\", which shards weights, gradients and the optimiser's state: "
+            'has no effect with sharding.engine "fsdp", which shards weights, gradients and the optimiser\'s state: '
             "leave it out; sharding.reshard_after_forward says when gathered weights are freed"
         )
     return None
