@@ -199,8 +199,9 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """This rank's batches of the first `max_samples` samples, each once; the last batch of all may be smaller.
 
-    Every rank gets as many; where one has none left, a stand-in that does not count (`Batch.counts`). Padded samples come sorted by length, longest first: little padding, and a lack of memory shows at once. Draw
-    indices are sample indices.
+    Every rank gets as many; where one has none left, a stand-in that does not count (`Batch.counts`). Padded samples
+    come sorted by length, longest first: little padding, and a lack of memory shows at once. Draw indices are sample
+    indices.
 
     Args:
         dataset: Samples of at most `sequence_length` tokens.

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from framework.sharding.place import Place
 
-
 PATIENCE = timedelta(days=7)
 """How long ranks wait for each other where they do work of very different length."""
 
@@ -99,7 +98,7 @@ class Ranks:
 
 @contextmanager
 def joined_ranks(place: Place, *, timeout_seconds: int, needed: bool = True) -> Iterator[Ranks]:
-    """Within this context the processes of a launch are connected.
+    """Within this context the processes of a launch are connected; connections that exist already are used.
 
     A rank that waits for the others longer than `timeout_seconds` (`sharding.timeout_seconds`) in one exchange ends
     with an error. After an error the connections are left as they are, to be closed by the end of the process: taking
@@ -113,7 +112,24 @@ def joined_ranks(place: Place, *, timeout_seconds: int, needed: bool = True) -> 
     if place.world_size == 1 and not needed:
         yield Ranks(place)
         return
-    device, timeout = place.device(), timedelta(seconds=timeout_seconds)
+    timeout, found = timedelta(seconds=timeout_seconds), dist.is_initialized()
+    if not found:
+        _connect(place, timeout)
+    ranks = Ranks(place, dist.new_group(backend="gloo", timeout=timeout))
+    try:
+        yield ranks
+        # Whoever leaves first would close connections that others still read from.
+        ranks.barrier()
+    except BaseException:
+        if place.world_size == 1 and not found:
+            dist.destroy_process_group()
+        raise
+    if not found:
+        dist.destroy_process_group()
+
+
+def _connect(place: Place, timeout: timedelta) -> None:
+    device = place.device()
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -122,16 +138,6 @@ def joined_ranks(place: Place, *, timeout_seconds: int, needed: bool = True) -> 
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    ranks = Ranks(place, dist.new_group(backend="gloo", timeout=timeout))
-    try:
-        yield ranks
-        # Whoever leaves first would close connections that others still read from.
-        ranks.barrier()
-    except BaseException:
-        if place.world_size == 1:
-            dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()
 
 
 def is_lost_connection(error: BaseException) -> bool:

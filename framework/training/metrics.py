@@ -25,9 +25,10 @@ class TrainRecord:
         selected_tokens: tokens of them that received gradient; all of them in exact training.
         step_seconds: wall time of the step with its data, without evaluation and saving.
         tokens_per_second: `tokens / step_seconds`.
-        peak_memory_bytes: CUDA: peak bytes of live tensors, of the rank with most; CPU: the same by the tracker if it is on,
-            else None.
-        peak_reserved_bytes: CUDA: peak bytes held by the allocator, of the rank with most; None elsewhere, and then not written.
+        peak_memory_bytes: of the rank with most; CUDA: peak bytes of live tensors; CPU: the same by the tracker if it
+            is on, else None.
+        peak_reserved_bytes: of the rank with most; CUDA: peak bytes held by the allocator; None elsewhere, and then not
+            written.
         predicted_peak_memory_bytes: by the plan, None where there is none.
         model_flops: floating-point operations that the chosen gradient needs, all ranks; see `training.flops`.
         hardware_flops: those that ran, padding and recomputation included.

@@ -12,6 +12,7 @@ from framework.config import Config
 from framework.data import Dataset, Loader
 from framework.errors import UserError
 from framework.sharding.protocol import Engine
+from framework.sharding.ranks import Ranks
 from framework.training.progress import Reporter
 
 # A checkpoint's tensors, or its position in the data, have no meaning under another value of these.
