@@ -63,9 +63,9 @@ def table(found: dict[int, dict[str, dict[str, int]]], command: str) -> str:
     lines = [
         "# What a rank holds",
         "",
-        f"Written by `{command}`; MiB of the rank with most, float32, full fine-tuning, token-selective blocks. Weights "
-        "are parameters and buffers, gradients what a rank holds of them before the update, optimiser state AdamW's two "
-        "moments; the peak is that of a whole step, activations and gathered weights included.",
+        f"Written by `{command}`; MiB of the rank with most, float32, full fine-tuning, selective blocks. Weights "
+        "are parameters and buffers, gradients what a rank holds before the update, optimiser state the two moments of "
+        "AdamW; the peak is that of a whole step, activations and gathered weights included.",
         "",
         f"| engine | ranks | {' | '.join(KINDS)} |",
         "| --- " * (len(KINDS) + 2) + "|",
