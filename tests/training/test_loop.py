@@ -15,6 +15,7 @@ from framework.data import Loader, load_dataset, load_tokenizer
 from framework.errors import UserError
 from framework.models import configured_model
 from framework.selection import supervised_positions
+from framework.sharding.ranks import Ranks
 from framework.sharding.single import SingleEngine
 from framework.training import evaluation, loop
 from framework.training.objective import Objective, draw_selection
@@ -135,7 +136,7 @@ def test_loss_and_gradients_do_not_depend_on_the_split(make_config, changes):
             return type(engine).step(engine, loss=loss, max_grad_norm=max_grad_norm, learning_rate=learning_rate)
 
         engine.step = keep
-        result, selected = loop.train_window(engine, objective, window, 0.01, None)
+        result, selected = loop.train_window(engine, Ranks(), objective, window, 0.01, None)
         outcomes.append((result.loss, selected, gradients))
     loss, selected, gradients = outcomes[0]
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients.values())
@@ -310,9 +311,9 @@ def test_a_stop_during_the_last_evaluation_is_made_good_on_resume(make_config, m
     directory = Path(config.run.output_dir)
     plain = evaluation.evaluation_loss
 
-    def stop_here(model, inputs):
+    def stop_here(*arguments):
         (directory / "STOP").touch()
-        return plain(model, inputs)
+        return plain(*arguments)
 
     monkeypatch.setattr(evaluation, "evaluation_loss", stop_here)
     stopped = framework.train(config)
@@ -333,11 +334,7 @@ def test_the_warm_up_leaves_no_trace(make_config):
     backwards = []
     engine.backward = lambda loss: (backwards.append(loss), type(engine).backward(engine, loss))
     state = torch.get_rng_state()
-    warm_up(engine, objective, window[0])
-    assert not backwards
-    # The model stays where it is: what the warm-up asks for is only whether memory can run out at once.
-    engine.device = torch.device("cuda")
-    warm_up(engine, objective, window[0])
+    warm_up(engine, Ranks(), objective, window[0])
     assert len(backwards) == 1 and math.isfinite(backwards[0].item())
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None for p in model.parameters()) and not engine.optimizer.state

@@ -37,7 +37,7 @@ def pointer(run_dir: Path, name: str) -> int:
 def scripted(monkeypatch):
     """Evaluations with losses that are set beforehand, by step, in place of the model's."""
 
-    def evaluate(engine, batches, *, step, interrupted):
+    def evaluate(engine, ranks, batches, *, step, interrupted):
         return None if interrupted() else EvalRecord(step, LOSSES[step], 7)
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
@@ -199,7 +199,7 @@ def test_the_model_evaluates_as_in_evaluation_mode_and_trains_on(make_config, mo
     seen = []
     plain = evaluation.evaluation_loss
     monkeypatch.setattr(
-        evaluation, "evaluation_loss", lambda model, inputs: (seen.append(model.training), plain(model, inputs))[1]
+        evaluation, "evaluation_loss", lambda model, *rest: (seen.append(model.training), plain(model, *rest))[1]
     )
     training = []
     window = loop.train_window

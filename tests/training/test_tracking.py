@@ -201,9 +201,9 @@ def test_an_evaluation_owed_from_before_the_resume_is_sent(make_config, monkeypa
     config = make_config(logging__trackers=["wandb"])
     plain = evaluation.evaluation_loss
 
-    def stop_here(model, inputs):
+    def stop_here(*arguments):
         (Path(config.run.output_dir) / "STOP").touch()
-        return plain(model, inputs)
+        return plain(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "evaluation_loss", stop_here)
