@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from framework.config.rules.registry import rule
+from framework.config.sections import LossScaleConfig
 
 
 @rule("sharding.engine", "sharding.zero_stage")
@@ -41,4 +45,54 @@ def _offload_has_an_engine(
         return "sharding.offload_parameters", f"needs sharding.zero_stage 3, which is {zero_stage}"
     if engine == "deepspeed" and offload_optimizer and zero_stage == 0:
         return "sharding.offload_optimizer", "needs a sharding.zero_stage of at least 1, which is 0"
+    return None
+
+
+@rule(
+    "sharding.engine",
+    "sharding.zero_stage",
+    "sharding.offload_optimizer",
+    "optimizer.name",
+    "optimizer.precision",
+)
+def _zero_has_the_optimizer(
+    engine: str, zero_stage: int | None, offload_optimizer: bool, name: str, precision: str
+) -> tuple[str, str] | None:
+    if engine != "deepspeed":
+        return None
+    if name == "adamw_8bit" and zero_stage != 0:
+        return "optimizer.name", (
+            '"adamw_8bit" scales moments by blocks of a parameter, and ZeRO cuts parameters into partitions: use '
+            "sharding.zero_stage 0 or another engine"
+        )
+    if precision == "pure_bf16" and offload_optimizer:
+        return "sharding.offload_optimizer", (
+            'DeepSpeed does not offload bf16 weights without a master: use optimizer.precision "fp32_master"'
+        )
+    return None
+
+
+@rule("sharding.engine", "sharding.zero_stage", "model.quantization")
+def _quantized_weights_stay_whole(
+    engine: str, zero_stage: int | None, quantization: str | None
+) -> tuple[str, str] | None:
+    if engine == "deepspeed" and quantization is not None and zero_stage in (None, 3):
+        return "model.quantization", (
+            f'DeepSpeed does not shard "{quantization}" weights: use a sharding.zero_stage up to 2, or '
+            'sharding.engine "fsdp"'
+        )
+    return None
+
+
+@rule("sharding.engine", "optimizer.loss_scale")
+def _deepspeed_scales_by_powers_of_two(engine: str, scale: Any) -> tuple[str, str] | None:
+    if engine != "deepspeed" or scale is None or isinstance(scale, float | int):
+        return None
+    options = LossScaleConfig.model_validate(scale)
+    if math.frexp(options.initial)[0] != 0.5:
+        return "optimizer.loss_scale", (
+            f"DeepSpeed starts with a power of two, and initial is {options.initial}: set it to one, such as 65536"
+        )
+    if options.minimum < 1 or options.minimum != int(options.minimum):
+        return "optimizer.loss_scale", f"DeepSpeed's minimum is a whole number of at least 1, not {options.minimum}"
     return None
