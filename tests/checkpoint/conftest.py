@@ -14,7 +14,7 @@ from framework.checkpoint import (
     Checkpoint,
     save_checkpoint,
 )
-from framework.checkpoint.weights import write_tensors
+from framework.checkpoint.tensor_files import write_tensors
 
 
 @pytest.fixture
@@ -31,8 +31,10 @@ def save() -> Callable[..., Path]:
     ) -> Path:
         value = 1000 + step if value is None else value
 
-        def write_shards(directory: Path) -> None:
-            write_tensors(directory / "model.safetensors", {"value": torch.full((size,), float(value))})
+        def write_shards(directory: Path) -> list[Path]:
+            path = directory / "model.safetensors"
+            write_tensors(path, {"value": torch.full((size,), float(value))})
+            return [path]
 
         return save_checkpoint(
             run_dir,

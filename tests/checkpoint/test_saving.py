@@ -48,7 +48,7 @@ def test_state_that_could_not_be_loaded_is_refused_while_saving(
     save(tmp_path, 1)
     with pytest.raises(Exception, match="weights_only"):
         save_checkpoint(
-            tmp_path, 2, write_shards=lambda directory: None, state={"bad": object()}, manifest={}, keep_last=1
+            tmp_path, 2, write_shards=lambda directory: [], state={"bad": object()}, manifest={}, keep_last=1
         )
     assert names(tmp_path) == ["latest", "step-00000001"]
 
@@ -68,8 +68,9 @@ def test_nothing_is_pruned_before_the_new_one_is_complete(
     save(tmp_path, 1, keep_last=1)
     seen: list[list[str]] = []
 
-    def write_shards(directory: Path) -> None:
+    def write_shards(directory: Path) -> list[Path]:
         seen.append(names(tmp_path))
+        return []
 
     save_checkpoint(tmp_path, 2, write_shards=write_shards, state={}, manifest={}, keep_last=1)
     assert seen == [[".step-00000002.tmp", "latest", "step-00000001"]]
@@ -95,7 +96,7 @@ def test_after_going_back_the_newest_save_counts_and_not_the_highest_step(
 def test_other_failure_of_the_disk_is_a_run_error_without_leftovers(
     tmp_path: Path, names: Callable[[Path], list[str]]
 ) -> None:
-    def broken(directory: Path) -> None:
+    def broken(directory: Path) -> list[Path]:
         (directory / "half").write_bytes(b"x")
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -105,7 +106,7 @@ def test_other_failure_of_the_disk_is_a_run_error_without_leftovers(
 
 
 def test_bug_in_an_engine_keeps_its_type_and_leaves_nothing(tmp_path: Path, names: Callable[[Path], list[str]]) -> None:
-    def broken(directory: Path) -> None:
+    def broken(directory: Path) -> list[Path]:
         (directory / "half").write_bytes(b"x")
         raise KeyError("bug")
 
@@ -116,7 +117,7 @@ def test_bug_in_an_engine_keeps_its_type_and_leaves_nothing(tmp_path: Path, name
 
 def test_run_directory_that_cannot_be_written(tmp_path: Path, save: Callable[..., Path]) -> None:
     (tmp_path / "checkpoints").write_text("a file is in the way")
-    with pytest.raises(RunError, match="cannot save to"):
+    with pytest.raises(RunError, match="cannot save step 1 to"):
         save(tmp_path, 1)
 
 

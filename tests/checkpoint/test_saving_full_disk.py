@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 
 from framework.checkpoint import (
     find_checkpoint,
+    publishing,
     save_checkpoint,
-    saving,
 )
 from framework.errors import RunError
 
@@ -99,11 +99,11 @@ def test_full_disk_is_recognised_through_the_libraries(
     if not small_disk.is_mount():
         fill()
 
-        def failing(path: Path) -> None:
+        def failing(path: Path) -> list[Path]:
             write(path)
             os.fsync(0)
 
-        write_shards: Callable[[Path], None] = failing
+        write_shards: Callable[[Path], Any] = failing
     else:
         write_shards = write
     save(small_disk, 1)
@@ -122,7 +122,7 @@ def test_full_disk_at_each_later_write(
     names: Callable[[Path], list[str]],
 ) -> None:
     save(tmp_path, 1)
-    original = saving.write_synced
+    original = publishing.write_synced
 
     def full(path: Path, data: bytes) -> None:
         if path.name == name:
@@ -130,7 +130,7 @@ def test_full_disk_at_each_later_write(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         original(path, data)
 
-    monkeypatch.setattr(saving, "write_synced", full)
+    monkeypatch.setattr(publishing, "write_synced", full)
     with pytest.raises(RunError, match="the disk is full"):
         save(tmp_path, 2)
     assert content(find_checkpoint(tmp_path)) == ((2, 1002) if name == ".latest.tmp" else (1, 1001))

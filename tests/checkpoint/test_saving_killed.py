@@ -16,12 +16,13 @@ import torch
 from framework.checkpoint import (
     find_best,
     find_checkpoint,
+    publishing,
     remove_leftovers,
     save_checkpoint,
     saving,
     update_pointers,
 )
-from framework.checkpoint.weights import write_tensors
+from framework.checkpoint.tensor_files import write_tensors
 
 NEW_IS_LOST = [
     "while writing a shard",
@@ -43,17 +44,19 @@ NEW_IS_KEPT = [
 ]
 
 
-def patch_to_die(point: str, step: int) -> Callable[[Path], None]:
+def patch_to_die(point: str, step: int) -> Callable[[Path], list[Path]]:
     """Make this process, a child, die at one point of the save; gives its `write_shards`."""
 
     def die(*_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def write_shards(directory: Path) -> None:
-        write_tensors(directory / "model.safetensors", {"value": torch.full((64,), 2000.0 + step)})
+    def write_shards(directory: Path) -> list[Path]:
+        path = directory / "model.safetensors"
+        write_tensors(path, {"value": torch.full((64,), 2000.0 + step)})
         if point == "while writing a shard":
             (directory / "optimizer.safetensors").write_bytes(b"half of it")
             die()
+        return [path]
 
     def half_manifest(path: Path, data: bytes) -> None:
         write_synced(path, data[: len(data) // 2] if path.name == "manifest.json" else data)
@@ -75,22 +78,22 @@ def patch_to_die(point: str, step: int) -> Callable[[Path], None]:
         original_prune(*arguments)
         die()
 
-    write_synced, original_prune = saving.write_synced, saving._prune
+    write_synced, original_prune = publishing.write_synced, saving.prune
     original_rename, original_replace = Path.rename, Path.replace
     patches: dict[str, tuple[Any, str, Any]] = {
-        "while writing a shard": (saving, "_LIBRARIES", ()),
-        "before the state": (saving, "_write_state", die),
-        "before the manifest": (saving, "_write_manifest", die),
-        "while writing the manifest": (saving, "write_synced", half_manifest),
-        "before the rename": (saving, "_publish", die),
+        "while writing a shard": (publishing, "_LIBRARIES", ()),
+        "before the state": (saving, "write_state", die),
+        "before the manifest": (saving, "write_manifest", die),
+        "while writing the manifest": (publishing, "write_synced", half_manifest),
+        "before the rename": (saving, "publish", die),
         "between the renames": (Path, "rename", rename),
-        "after the rename, before latest": (saving, "_move_latest", die),
+        "after the rename, before latest": (saving, "move_latest", die),
         "while moving latest": (Path, "replace", replace),
-        "before best": (saving, "_move_best", die),
+        "before best": (saving, "move_best", die),
         "while moving best": (Path, "replace", replace),
-        "before pruning": (saving, "_prune", die),
+        "before pruning": (saving, "prune", die),
         "while pruning": (shutil, "rmtree", rmtree),
-        "after everything": (saving, "_prune", prune_and_die),
+        "after everything": (saving, "prune", prune_and_die),
     }
     setattr(*patches[point])
     return write_shards
