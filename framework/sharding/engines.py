@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from framework.config import Config
+from framework.models import Architecture
 from framework.sharding.deepspeed_config import ModelSizes, deepspeed_options
 from framework.sharding.protocol import Engine
 from framework.sharding.ranks import Ranks
 from framework.sharding.single import SingleEngine
+
+
+def model_sizes(architecture: Architecture) -> ModelSizes:
+    """What DeepSpeed's buffers are sized by."""
+    found = architecture
+    return ModelSizes(found.parameters, found.blocks, found.hidden_size, found.vocab_size)
 
 
 def engine_options(config: Config, sizes: ModelSizes, ranks: int, own: dict[str, Any] | None) -> dict[str, Any]:

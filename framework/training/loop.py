@@ -15,11 +15,12 @@ from torch.profiler import record_function
 
 from framework.checkpoint import (
     Checkpoint,
+    CheckpointSaver,
     best_checkpoint,
     capture_random_state,
     find_checkpoint,
     is_among_best,
-    save_checkpoint,
+    seed_generators,
     truncate_metrics,
 )
 from framework.config import Config
@@ -50,7 +51,6 @@ from framework.training.setup import (
     in_steps,
     open_directory,
     report_epochs,
-    seed_everything,
     use_deterministic_kernels,
     warm_up,
 )
@@ -98,7 +98,7 @@ def run_training(
     with memory.guard("placing the model", phase="placing"):
         engine.prepare(prepared.model, optimizer_factory(config, reporter.line), prepared.initial)
     reporter.line(f"model: {prepared.counts}, {placed(engine, ranks)}")
-    seed_everything(config.run.seed, ranks.rank)
+    seed_generators(config.run.seed, rank=ranks.rank)
 
     checkpoint = find_checkpoint(directory.path, resume)
     if checkpoint is not None:
@@ -119,6 +119,7 @@ def run_training(
         MetricsFile(directory.metrics if ranks.is_first else None) as metrics,
         Insight(config, directory, engine, ranks, objective, memory, reporter, step=step, plan=plan) as insight,
         cpu_tracker(config, engine) or nullcontext() as tracker,
+        closing(CheckpointSaver(directory.path, config.checkpoint, ranks)) as saver,
     ):
         longest = next(evaluation_batches(train_data, rank=0, ranks=1))
         with memory.guard("longest batch"):
@@ -140,6 +141,7 @@ def run_training(
             metrics=metrics,
             tracker=tracker,
             insight=insight,
+            saver=saver,
             plan=plan,
         )
         run.begin(checkpoint)
@@ -173,13 +175,14 @@ class Run:
         metrics: MetricsFile,
         tracker: CpuMemoryTracker | None,
         insight: Insight,
+        saver: CheckpointSaver,
         plan: dict[str, Any],
     ) -> None:
         self.config, self.directory, self.signals, self.reporter = config, directory, signals, reporter
         self.engine, self.ranks, self.objective = engine, ranks, objective
         self.loader, self.train_data, self.plan = loader, train_data, plan
         self.evaluation_batches, self.metrics = evaluation_batches, metrics
-        self.tracker, self.insight = tracker, insight
+        self.tracker, self.insight, self.saver = tracker, insight, saver
         self.step = self.tokens = 0
         self.complete = False
         self.evaluation: dict[str, float | None] | None = None
@@ -189,7 +192,7 @@ class Run:
         self.eval_loss: float | None = None
         self.checkpoint: Path | None = None
         self._saved_step = 0
-        self._saved_while_skipping = False
+        self._saved_while_skipping = self._skipping_at_save = False
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Take over the counters of a checkpoint."""
@@ -220,12 +223,14 @@ class Run:
         while not self.finished() and not self.stopping():
             with self.insight.step(self.step + 1):
                 self.one_step()
+            self.saved(self.saver.poll())
             if self.evaluation_is_due():
                 self.evaluate()
             if _due(self.step, self.config.checkpoint.every_steps) or self.is_among_best():
                 self.save()
         self.complete = self.finished() and not self.evaluation_is_due()
         self.save()
+        self.saved(self.saver.wait())
         cause = "done" if self.complete else f"stopped by {self.signals.requested(self.directory.stop_file)}"
         result = self.result()
         details = {
@@ -285,16 +290,17 @@ class Run:
         Raises:
             RunError: the config says to stop, or this was the last of the steps in a row that it lets pass.
         """
-        settings, kept = self.config.training, self._kept()
+        settings = self.config.training
         if settings.non_finite == "stop":
             raise RunError(
-                f"{what}; {kept}; lower optimizer.learning_rate, or set training.non_finite to 'skip' to leave such "
-                "steps out"
+                f"{what}; {self._kept()}; lower optimizer.learning_rate, or set training.non_finite to 'skip' to leave "
+                "such steps out"
             )
         if self.skipped.in_a_row >= settings.max_skipped_steps:
             raise RunError(
                 f"{what}; it is the last of {self.skipped.in_a_row} such steps in a row (training.max_skipped_steps): "
-                f"the run has diverged; {kept}; lower optimizer.learning_rate, or go on from an earlier checkpoint"
+                f"the run has diverged; {self._kept()}; lower optimizer.learning_rate, or go on from an earlier "
+                "checkpoint"
             )
         self.reporter.line(f"warning: skipped {what}")
 
@@ -352,30 +358,29 @@ class Run:
         self.metrics.sync()
         self.insight.flush()
         position = self.loader.state_dict()
-        self.checkpoint = save_checkpoint(
-            self.directory.path,
+        # The one before is complete from here on.
+        self.saved(self.saver.wait())
+        self._saved_step, self._skipping_at_save = self.step, self.skipped.in_a_row > 0
+        path = self.saver.save(
             self.step,
-            write_shards=self.engine.save,
+            weights=self.engine.weights(),
+            optimizer=self.engine.optimizer_state(),
             state={
+                "engine": self.engine.state_dict(),
                 "loader": position,
-                "random": capture_random_state(),
+                "random": self.ranks.gather(capture_random_state()),
                 "run": {"early_stopping": self.early_stopping.state_dict(), "skipped": asdict(self.skipped)},
             },
             manifest=manifest_of(
-                self.config,
-                self.plan,
-                self.train_data,
-                tokens=self.tokens,
-                evaluation=self.evaluation,
-                loader=position,
-                world_size=self.ranks.world_size,
+                self.config, self.plan, self.train_data, tokens=self.tokens, evaluation=self.evaluation, loader=position
             ),
-            keep_last=self.config.checkpoint.keep_last,
-            keep_best=self.config.checkpoint.keep_best,
-            best_metric=self.config.checkpoint.best_metric,
         )
-        self._saved_step = self.step
-        self._saved_while_skipping = self.skipped.in_a_row > 0
+        self.saved(path)
+
+    def saved(self, path: Path | None) -> None:
+        """Take note of a checkpoint that became complete, if one did."""
+        if path is not None:
+            self.checkpoint, self._saved_while_skipping = path, self._skipping_at_save
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop."""
@@ -416,6 +421,7 @@ class Run:
         return (None if self.tracker is None else int(self.ranks.max([self.tracker.peak])[0])), None
 
     def _kept(self) -> str:
+        self.saved(self.saver.wait())
         if self.checkpoint is None:
             return "no checkpoint was saved yet"
         skipping = " (saved while steps were being skipped)" if self._saved_while_skipping else ""

@@ -9,10 +9,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from framework.config import Config
-from framework.models import configured_model, count_parameters, sharded_model
+from framework.models import configured_model, count_parameters
+from framework.models.architecture import describe
 from framework.sharding.engines import engine_options, make_engine, model_sizes
 from framework.sharding.protocol import Engine, InitialTensors
 from framework.sharding.ranks import Ranks
+from framework.training.loss import unwrapped
 from framework.training.objective import Objective
 
 if TYPE_CHECKING:
@@ -59,11 +61,9 @@ class PreparedModel:
             UserError: the model cannot be had, or something does not go with it.
         """
         initial: InitialTensors | None = None
-        if config.shards_weights:
-            model, initial = sharded_model(config, tokenizer)
-        else:
-            model = configured_model(config, tokenizer)
-        options = engine_options(config, model_sizes(model), ranks.world_size, own_options)
+        model = configured_model(config, tokenizer)
+        sizes = model_sizes(describe(unwrapped(model), task=config.model.task))
+        options = engine_options(config, sizes, ranks.world_size, own_options)
         engine = make_engine(config, ranks, options)
         parameters, trainable = count_parameters(model)
         counts = f"{parameters:,} parameters, {trainable:,} trained"

@@ -129,7 +129,7 @@ def check_launch(config: Config, deepspeed_config: str | None, *, described: boo
             f"--deepspeed_config: sharding.engine is {config.sharding.engine!r}; set it to 'deepspeed', or leave the "
             "file out"
         )
-    return Launch(place, ranks, read_own_options(deepspeed_config))
+    return Launch(place, ranks, read_own_options(Path(deepspeed_config)))
 
 
 class _Run:

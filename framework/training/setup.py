@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from framework.checkpoint import capture_random_state, restore_random_state, update_pointers
@@ -92,14 +90,6 @@ def open_directory(
         reporter.line(f"what this run does not continue was moved to {moved}")
     update_pointers(directory.path, keep_best=config.checkpoint.keep_best, best_metric=config.checkpoint.best_metric)
     directory.begin(config.to_json(), plan)
-
-
-def seed_everything(seed: int, rank: int = 0) -> None:
-    """Seed what draws without a seed of its own, such as dropout, differently on every rank."""
-    own = seed if rank == 0 else int(np.random.SeedSequence([seed, rank]).generate_state(1)[0])
-    random.seed(own)
-    np.random.seed(own % 2**32)
-    torch.manual_seed(own)
 
 
 def use_deterministic_kernels() -> None:
