@@ -79,10 +79,10 @@ def test_stopped_and_resumed_it_ends_early_at_the_same_step(make_config, setting
     directory = Path(settings["run"]["output_dir"])
     plain = loop.evaluate
 
-    def stop_here(engine, batches, *, step, interrupted):
+    def stop_here(engine, ranks, batches, *, step, interrupted):
         if step == stop_at:
             (directory / "STOP").touch()
-        return plain(engine, batches, step=step, interrupted=interrupted)
+        return plain(engine, ranks, batches, step=step, interrupted=interrupted)
 
     monkeypatch.setattr(loop, "evaluate", stop_here)
     stopped = framework.train(make_config(**STOPPING))
