@@ -91,8 +91,32 @@ def _with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 def run_backbone(model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
-    """The backbone's output for `inputs` (without labels), last hidden states `[batch, sequence, width]` first."""
-    return model.base_model(**inputs)
+    """The backbone's output for `inputs` (without labels), last hidden states `[batch, sequence, width]` first.
+
+    It runs inside the model's own forward, whose hooks gather sharded weights; the head sees a single row.
+    """
+    chain, depth, outputs = backbone_of(model).chain, 0, []
+
+    def enter(*_: Any) -> None:
+        nonlocal depth
+        depth += 1
+
+    def leave(backbone: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        nonlocal depth
+        depth -= 1
+        if depth > 0:
+            return None
+        outputs.append(output)
+        return _with_hidden(output, output[0][:1, :1])
+
+    handles = [module.register_forward_pre_hook(enter) for module in chain]
+    handles += [module.register_forward_hook(leave) for module in chain]
+    try:
+        model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs[0]
 
 
 def run_head(model: PreTrainedModel, backbone_output: Any, rows: Tensor) -> Tensor:
