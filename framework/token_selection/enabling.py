@@ -12,12 +12,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from framework.models.wrapping import unwrapped
 from framework.retention import SelectiveRetention
 from framework.selection import Selection, check_options
 from framework.token_selection.configs import give_own_configs
 from framework.token_selection.state import TokenSelection
 from framework.token_selection.trainers import refuse_foreign_forward
-from framework.training.loss import unwrapped
 
 _ATTRIBUTE = "_token_selection"
 

@@ -10,12 +10,12 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
+from framework.models.wrapping import unwrapped
 from framework.retention import head_in_chunks, head_rows
 from framework.selection import Selection, supervised_positions
 
@@ -61,20 +61,6 @@ def loss_kind(model: PreTrainedModel) -> LossKind:
     if model._auto_class in _KINDS_OF_AUTO_CLASSES:
         return _KINDS_OF_AUTO_CLASSES[model._auto_class]
     raise ValueError(f"{name} is no supported kind of model: causal LM, masked LM, token, sequence or image classifier")
-
-
-def unwrapped(model: nn.Module) -> PreTrainedModel:
-    """The Hugging Face model inside a PEFT wrapper, or the model itself.
-
-    Raises:
-        ValueError: there is no Hugging Face model inside.
-    """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    if not isinstance(inner, PreTrainedModel):
-        raise ValueError(
-            f"{type(model).__name__} is not a Hugging Face model (PreTrainedModel) nor a PEFT wrapper of one"
-        )
-    return inner
 
 
 def token_targets(labels: Tensor, kind: LossKind) -> Tensor:

@@ -11,11 +11,12 @@ from framework.config import Config
 from framework.data import Batch
 from framework.errors import UserError
 from framework.models.products import matrix_products
+from framework.models.wrapping import unwrapped
 from framework.retention import apply_checkpointing, blocks_of, head_reads
 from framework.selection import Selection, select
 from framework.token_selection import enable_token_selection, fixed_selection
 from framework.training.flops import Flops, FlopTally
-from framework.training.loss import exact_loss, unwrapped
+from framework.training.loss import exact_loss
 
 
 class Objective:

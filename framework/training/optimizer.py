@@ -74,7 +74,8 @@ class StochasticAdamW(torch.optim.Optimizer):
     Bytes per parameter: weight 2, gradient 2, moments 2 + 2, together 8 (torch's AdamW on float32: 16). Float32
     parameters, which adapters may have, are updated without rounding and have float32 moments.
 
-    The noise of step t is drawn from a generator seeded by (seed, t): nothing about it needs saving.
+    The noise of step t is drawn from a generator seeded by (seed, t, shard): nothing about it needs saving. `shard` is
+    what an engine that shards parameters writes into the groups, so that each shard has noise of its own; 0 without.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class StochasticAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
         state["step"] += 1
         step, (beta1, beta2) = int(state["step"]), group["betas"]
-        generator = self._generator(parameter.device, step)
+        generator = self._generator(parameter.device, step, group.get("shard", 0))
         assert parameter.grad is not None
         stored = (parameter, state["exp_avg"], state["exp_avg_sq"])
         views = (*(tensor.view(-1) for tensor in stored), parameter.grad.reshape(-1))
@@ -116,10 +117,10 @@ class StochasticAdamW(torch.optim.Optimizer):
             for target, value in ((weight, new_weight), (mean, new_mean), (square, new_square)):
                 target.copy_(round_stochastically(value, generator) if target.dtype == torch.bfloat16 else value)
 
-    def _generator(self, device: torch.device, step: int) -> torch.Generator:
+    def _generator(self, device: torch.device, step: int, shard: int) -> torch.Generator:
         """One stream of noise per device and step, shared by the parameters in their order."""
         if device not in self._generators:
             # Mixed, because torch's CPU generator looks at 32 bits of its seed only.
-            mixed = int(np.random.SeedSequence([self._seed, step]).generate_state(1)[0])
+            mixed = int(np.random.SeedSequence([self._seed, step, shard]).generate_state(1)[0])
             self._generators[device] = torch.Generator(device).manual_seed(mixed)
         return self._generators[device]

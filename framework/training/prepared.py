@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 from framework.config import Config
 from framework.models import configured_model, count_parameters
 from framework.models.architecture import describe
+from framework.models.wrapping import unwrapped
 from framework.sharding.engines import engine_options, make_engine, model_sizes
 from framework.sharding.protocol import Engine, InitialTensors
 from framework.sharding.ranks import Ranks
-from framework.training.loss import unwrapped
 from framework.training.objective import Objective
 
 if TYPE_CHECKING:

@@ -1,0 +1,333 @@
+"""The engine of PyTorch's FSDP2: every rank holds its rows of every weight, gradient and moment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+
+from framework.config import LossScaleConfig
+from framework.errors import UserError
+from framework.models.wrapping import unwrapped
+from framework.sharding.fragments import Fragment, StoredTensors, whole
+from framework.sharding.groups import check_parameters, gathered_modules
+from framework.sharding.local_shards import LocalShards, local_tensor
+from framework.sharding.loss_scale import LossScale
+from framework.sharding.precision import PRECISIONS
+from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
+from framework.sharding.ranks import Ranks
+from framework.sharding.shards import Shard, check_states, check_weights, received, state_fragments
+
+_SHARD, _REPLICA = "shard", "replica"
+
+
+class FsdpEngine:
+    """Shards each parameter by rows; a block's weights are gathered for its passes only.
+
+    Parameters are float32 but in `pure_bf16`. With `fp32_master` and `fp16` they are gathered in the lower precision,
+    in which everything computes that does not ask for float32 itself (norms and the loss do), and gradients are summed
+    in float32. There is no autocast.
+
+    A trained parameter that had no gradient on this rank counts as one with a gradient of zeros, so that all ranks
+    exchange the same tensors whatever their data; its moments and weight decay go on.
+    """
+
+    sharded = True
+    model: nn.Module
+
+    def __init__(
+        self,
+        precision: str,
+        ranks: Ranks,
+        *,
+        reshard_after_forward: bool,
+        replicas: int,
+        offload: bool,
+        loss_scale: float | LossScaleConfig | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Lay out the ranks; their processes must be connected (`joined_ranks`).
+
+        Args:
+            precision: a key of `PRECISIONS`.
+            ranks: of the run.
+            reshard_after_forward: free a block's gathered weights between its forward and its backward pass.
+            replicas: number of copies of the model, each sharded over neighbouring ranks.
+            offload: hold shards and the optimiser in the host's memory, and update there.
+            loss_scale: of fp16: a constant, or how it follows the gradients; None for the latter's defaults.
+            device: for computing; None for the place's.
+
+        Raises:
+            UserError: `replicas` does not divide the number of ranks.
+        """
+        if ranks.world_size % replicas:
+            raise UserError(f"sharding.replicas: {replicas} does not divide the number of ranks, {ranks.world_size}")
+        self.device = device or ranks.place.device()
+        self._ranks = ranks
+        self._precision = PRECISIONS[precision]
+        self._scale = LossScale(loss_scale) if self._precision.loss_scaling else None
+        self._reshard_after_forward, self._offload = reshard_after_forward, offload
+        self._shard_count = ranks.world_size // replicas
+        self._replica, self._shard_index = divmod(ranks.rank, self._shard_count)
+        self._mesh = _mesh(self.device, replicas, self._shard_count)
+
+    def prepare(
+        self, model: nn.Module, build_optimizer: OptimizerFactory, initial: InitialTensors | None = None
+    ) -> None:
+        """See `Engine.prepare`; weights that the model has must be equal on all ranks.
+
+        Raises:
+            UserError: the model has parameters that cannot be sharded, or tensors without a value.
+        """
+        self._shard(model)
+        self.model = model
+        self._shards = self._shards_of(model)
+        self._fill(initial or ())
+        # From now on the same objects: FSDP2 puts others into the modules while weights are gathered.
+        self._shards = self._shards_of(model)
+        self._names = _every_name(model)
+        self.optimizer = build_optimizer(model)
+        self._local = LocalShards(self.optimizer, self._shard_index)
+        by_parameter = {shard.parameter: shard for shard in self._shards.values()}
+        self._trained = {plain: by_parameter[sharded] for plain, sharded in self._local.sharded.items()}
+
+    def _shards_of(self, model: nn.Module) -> dict[str, Shard]:
+        return {n: Shard(n, p, self._shard_index, self._shard_count) for n, p in model.named_parameters()}
+
+    def _shard(self, model: nn.Module) -> None:
+        """Make the model's parameters this rank's shards, on the meta device where they are there."""
+        inner = unwrapped(model)
+        modules = gathered_modules(inner)
+        check_parameters(model, inner, modules)
+        options: dict[str, Any] = {
+            "mesh": self._mesh,
+            "mp_policy": self._mixed_precision(),
+            "offload_policy": self._offload_policy(),
+        }
+        head, embedding = inner.get_output_embeddings(), inner.get_input_embeddings()
+        # From the last to the first: blocks inside of others come before these.
+        for module in reversed(modules.values()):
+            # The head's backward pass follows at once, and evaluations call it as often as their data wants.
+            reshard = module is not head and self._reshard_after_forward
+            fully_shard(module, reshard_after_forward=reshard, **options)
+        fully_shard(inner, **options)
+        if isinstance(embedding, FSDPModule):
+            embedding.set_unshard_in_backward(False)
+        for module in inner.modules():
+            if isinstance(module, FSDPModule):
+                # Sums: the loss is divided by the global count already.
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        inner.set_reduce_scatter_unused_params(True)
+
+    def _mixed_precision(self) -> MixedPrecisionPolicy:
+        compute = self._precision.autocast
+        dtype = None if compute is None else getattr(torch, compute)
+        return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+
+    def _offload_policy(self) -> OffloadPolicy:
+        return CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if self._offload else OffloadPolicy()
+
+    @torch.no_grad()
+    def _fill(self, initial: InitialTensors) -> None:
+        """Give tensors on the meta device their memory and their values, of which this rank keeps its rows."""
+        buffers = dict(self.model.named_buffers())
+        places = _places(self.model)
+        empty = {name for name, shard in self._shards.items() if shard.parameter.is_meta}
+        empty |= {name for name, buffer in buffers.items() if buffer.is_meta}
+        for name, value in initial:
+            if name not in empty:
+                raise ValueError(f"{name}: a value for a tensor that has one, or that the model does not have")
+            empty.remove(name)
+            if name in buffers:
+                filled: Tensor = torch.empty_like(buffers[name], device=self.device).copy_(value)
+                held = buffers[name]
+            else:
+                held = self._shards[name].parameter
+                home = torch.device("cpu") if self._offload else self.device
+                filled = nn.Parameter(torch.empty_like(held, device=home), requires_grad=held.requires_grad)
+                Shard(name, filled, self._shard_index, self._shard_count).take(value)
+            for module, attribute in places[held]:
+                setattr(module, attribute, filled)
+            # Before the next one comes.
+            del value
+        if empty:
+            raise UserError(f"model.path: no values for {', '.join(sorted(empty)[:8])}; {len(empty)} tensors lack them")
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Nothing: weights are gathered in the precision that computes."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine.backward`; scaled in fp16."""
+        (loss if self._scale is None else loss * self._scale.value).backward()
+
+    def step(self, *, loss: Tensor, max_grad_norm: float | None, learning_rate: float) -> StepResult:
+        """See `Engine.step`."""
+        gradients = self._local.take_gradients()
+        scale = 1.0 if self._scale is None else self._scale.value
+        loss_value, norm = self._agree(loss, gradients)
+        norm /= scale
+        loss_finite, norm_finite = math.isfinite(loss_value), math.isfinite(norm)
+        finite = loss_finite and norm_finite
+        if finite:
+            clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
+            if gradients and clip != scale:
+                torch._foreach_mul_(gradients, clip / scale)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate * group.get("learning_rate_scale", 1.0)
+            self.optimizer.step()
+        too_large = self._scale is not None and self._scale.follow(
+            loss_finite=loss_finite, gradients_finite=norm_finite
+        )
+        del gradients
+        self.discard_gradients()
+        return StepResult(
+            loss_value,
+            norm,
+            finite=finite or too_large,
+            skipped=not finite,
+            loss_scale=None if self._scale is None else scale,
+        )
+
+    @torch.no_grad()
+    def _agree(self, loss: Tensor, gradients: list[Tensor]) -> tuple[float, float]:
+        """The loss summed over ranks, and the global norm in float32; the step's one wait for the device."""
+        device = torch.device("cpu") if self._offload else self.device
+        numbers = torch.zeros(2, dtype=torch.float64, device=device)
+        numbers[0] = loss.detach()
+        # Copies of the model have equal gradients: one of them counts.
+        if gradients and self._replica == 0:
+            norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients])
+            numbers[1] = norms.double().square().sum()
+        dist.all_reduce(numbers)
+        loss_value, norm = torch.stack((numbers[0], numbers[1].sqrt())).float().tolist()
+        return loss_value, norm
+
+    def discard_gradients(self) -> None:
+        """See `Engine.discard_gradients`."""
+        self._local.drop_gradients()
+
+    def weights(self) -> Iterator[Fragment]:
+        """See `Engine.weights`."""
+        for name in self._stored_parameters():
+            shard = self._shards[name]
+            if self._replica == 0 and shard.local.numel() > 0:
+                yield shard.fragment(name, shard.local)
+        if self._ranks.is_first:
+            for name, buffer in _persistent_buffers(self.model).items():
+                yield whole(name, buffer.contiguous())
+
+    def optimizer_state(self) -> Iterator[Fragment]:
+        """See `Engine.optimizer_state`."""
+        if self._replica == 0:
+            yield from state_fragments(self._trained, self.optimizer.state, scalars=self._ranks.is_first)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Engine.state_dict`."""
+        return {} if self._scale is None else {"loss_scale": self._scale.state_dict()}
+
+    @torch.no_grad()
+    def load(self, weights: StoredTensors, optimizer: StoredTensors, state: Mapping[str, Any]) -> None:
+        """See `Engine.load`."""
+        buffers = _persistent_buffers(self.model)
+        check_weights(weights, self._names, [*self._stored_parameters(), *buffers])
+        trained = {shard.name: tuple(shard.parameter.shape) for shard in self._shards.values() if shard.trained}
+        states = check_states(optimizer, trained)
+        self._reshard()
+        by_tensor: dict[int, Shard] = {id(shard.parameter): shard for shard in self._shards.values()}
+        for name in weights.names():
+            tensor = self._names[name]
+            if id(tensor) in by_tensor:
+                shard = by_tensor[id(tensor)]
+                shard.local.copy_(shard.read(weights, name))
+            else:
+                tensor.copy_(weights.read(name).view(tensor.shape))
+        self._load_states(optimizer, states)
+        if self._scale is not None and "loss_scale" in state:
+            self._scale.load_state_dict(state["loss_scale"])
+
+    def _load_states(self, stored: StoredTensors, states: Mapping[str, list[str]]) -> None:
+        fused = {p: group.get("fused", False) for group in self.optimizer.param_groups for p in group["params"]}
+        for plain, shard in self._trained.items():
+            self.optimizer.state.pop(plain, None)
+            for key in states[shard.name]:
+                name = f"{key}.{shard.name}"
+                if stored.shape(name) == ():
+                    # Where torch keeps a step counter: on the device for fused updates only.
+                    value = stored.read(name).view(()).clone()
+                    value = value.to(plain.device) if fused[plain] else value
+                else:
+                    value = received(shard.read(stored, name), like=plain)
+                self.optimizer.state[plain][key] = value
+
+    def held(self) -> Held:
+        """See `Engine.held`; without the weights that are gathered at the time."""
+        parameters = [shard.parameter for shard in self._shards.values()]
+        return Held(
+            weights=[*map(local_tensor, parameters), *self.model.buffers()],
+            gradients=[local_tensor(p.grad) for p in parameters if p.grad is not None],
+            optimizer=[value for state in self.optimizer.state.values() for value in state.values()],
+        )
+
+    def _stored_parameters(self) -> list[str]:
+        """Names of the parameters that are saved: all, or the trained ones of a model with an adapter."""
+        adapted = isinstance(self.model, PeftModel)
+        return [name for name, shard in self._shards.items() if shard.trained or not adapted]
+
+    def _reshard(self) -> None:
+        """Free gathered weights, which an evaluation leaves behind: they would not see a change of the shards."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _mesh(device: torch.device, replicas: int, shards: int) -> DeviceMesh:
+    """The ranks in their order, neighbours in one copy of the model."""
+    if replicas == 1:
+        return init_device_mesh(device.type, (shards,), mesh_dim_names=(_SHARD,))
+    return init_device_mesh(device.type, (replicas, shards), mesh_dim_names=(_REPLICA, _SHARD))
+
+
+def _places(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
+    """Where each parameter and buffer of a model is registered: module and attribute."""
+    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                places.setdefault(tensor, []).append((module, attribute))
+    return places
+
+
+def _every_name(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer of a model under every name it has."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are saved, by their first name."""
+    buffers: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and id(buffer) not in seen:
+                seen.add(id(buffer))
+                buffers[f"{prefix}.{name}" if prefix else name] = buffer
+    return buffers
