@@ -105,6 +105,33 @@ def start_training(count: int, directory: Path, options: Sequence[str], patch: s
     return start(count, directory, train, [*options], patch)
 
 
+def patched(target: str, call: int, ranks: Sequence[int], action: str) -> str:
+    """Code that makes some ranks do something just before a function is called for the so manieth time.
+
+    Args:
+        target: `package.module:Class.function`.
+        call: counted from 1, on each rank.
+        ranks: that do it.
+        action: a statement; `os`, `signal`, `time` and `rank` are there.
+    """
+    module, _, path = target.partition(":")
+    *owners, name = path.split(".")
+    return f"""
+import functools, importlib
+owner = functools.reduce(getattr, {owners}, importlib.import_module("{module}"))
+plain, calls = getattr(owner, "{name}"), []
+def patched(*args, **kwargs):
+    calls.append(1)
+    if rank in {[*ranks]} and len(calls) == {call}:
+        {action}
+    return plain(*args, **kwargs)
+setattr(owner, "{name}", patched)
+"""
+
+
+KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
 def train(options: list[str], patch: str = "") -> None:
     """`launchers/train.py` in this process."""
     exec(patch, {"os": os, "signal": signal, "time": time, "rank": int(os.environ["RANK"])})
