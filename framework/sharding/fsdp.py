@@ -27,6 +27,7 @@ from framework.sharding.fragments import Fragment, StoredTensors, whole
 from framework.sharding.groups import check_parameters, gathered_modules
 from framework.sharding.local_shards import LocalShards, local_tensor
 from framework.sharding.loss_scale import LossScale
+from framework.sharding.older_torch import FILLS_GRADIENTS, fill_gradients, keep_integers
 from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
 from framework.sharding.ranks import Ranks
@@ -132,7 +133,11 @@ class FsdpEngine:
                 # Sums: the loss is divided by the global count already.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        inner.set_reduce_scatter_unused_params(True)
+        if FILLS_GRADIENTS:
+            inner.set_reduce_scatter_unused_params(True)
+        else:
+            keep_integers(inner)
+            fill_gradients(inner)
 
     def _mixed_precision(self) -> MixedPrecisionPolicy:
         compute = self._precision.autocast
