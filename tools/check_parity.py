@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from chat_tokenizer import save_tokenizer, train_sentencepiece
-from parity_cases import ARMS, ENGINES, RANKS, Case, pairwise_cover, whole_matrix
+from parity_cases import ACCUMULATION, ADAPTERS, ARMS, ENGINES, RANKS, Case, pairwise_cover, whole_matrix
 
 WORKER = Path(__file__).with_name("parity_worker.py")
 LIMITS = {"fp32": 1e-5, "fp32_master": 2e-2, "pure_bf16": 2e-2, "fp16": 5e-3}
@@ -99,27 +100,27 @@ def table(found: dict[Case, float], limit: float, steps: int, command: str) -> s
         f"that takes the whole batch at once. Largest relative difference of a loss; the limit is {limit:g}. "
         f"{sum(value <= limit for value in found.values())} of {len(found)} runs are within it.",
         "",
-        *_grid(found, "ranks", RANKS, lambda case: case.ranks),
+        *_grid(found, "ranks", RANKS),
         "",
-        *_grid(found, "", ARMS, lambda case: case.arm),
+        *_grid(found, "accumulation", ACCUMULATION),
         "",
-        *_grid(found, "", ("full", "LoRA"), lambda case: case.adapter),
+        *_grid(found, "arm", ARMS),
         "",
-        *_grid(found, "accumulation", (1, 4), lambda case: case.accumulation),
+        *_grid(found, "adapter", ADAPTERS),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _grid(found: dict[Case, float], title: str, columns: Iterable, column_of) -> list[str]:
-    columns = [column for column in columns if any(column_of(case) == column for case in found)]
+def _grid(found: dict[Case, float], setting: str, values: Iterable) -> list[str]:
+    """A table of the worst differences, a row for each engine and a column for each value of a setting."""
+    columns = [value for value in values if any(getattr(case, setting) == value for case in found)]
     engines = [engine for engine in ENGINES if any(case.engine == engine for case in found)]
-    lines = [f"| engine | {' | '.join(f'{column} {title}'.strip() for column in columns)} |"]
-    lines.append("| --- " * (len(columns) + 1) + "|")
+    lines = [f"| {setting}: | {' | '.join(map(str, columns))} |", "| --- " * (len(columns) + 1) + "|"]
     for engine in engines:
         cells = []
         for column in columns:
-            values = [v for case, v in found.items() if case.engine == engine and column_of(case) == column]
-            cells.append(f"{max(values):.1e}" if values else "")
+            own = [v for case, v in found.items() if case.engine == engine and getattr(case, setting) == column]
+            cells.append(f"{max(own):.1e}" if own else "")
         lines.append(f"| {engine} | {' | '.join(cells)} |")
     return lines
 
@@ -144,7 +145,7 @@ def main() -> int:
         run_cases([*baselines, *cases], directory, arguments.steps)
         found = differences(cases, directory, arguments.steps)
     limit = LIMITS[arguments.precision]
-    text = table(found, limit, arguments.steps, " ".join(["python tools/check_parity.py", *sys.argv[1:]]))
+    text = table(found, limit, arguments.steps, f"python tools/check_parity.py {shlex.join(sys.argv[1:])}".strip())
     print(text)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
