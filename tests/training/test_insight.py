@@ -67,7 +67,7 @@ def test_selection_needs_fewer_operations(make_config):
 
 
 def test_utilisation_where_the_peak_is_known(make_config, monkeypatch, capsys):
-    monkeypatch.setattr(insight, "device_peak", lambda config, engine: 1e9)
+    monkeypatch.setattr(insight, "device_peak", lambda config, device, count: 1e9)
     record = train_records(framework.train(make_config(training__max_steps=1)).run_dir)[0]
     assert record["mfu"] == pytest.approx(record["model_flops"] / record["step_seconds"] / 1e9)
     assert record["hfu"] == pytest.approx(record["hardware_flops"] / record["step_seconds"] / 1e9)

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import framework
-from framework.checkpoint import export_run, find_best
+from framework.checkpoint import CheckpointSaver, export_run, find_best
 from framework.errors import RunError
 from framework.training import evaluation, loop
 from framework.training.metrics import EvalRecord
@@ -118,11 +118,11 @@ def test_the_best_checkpoints_are_saved_when_they_are_evaluated(make_config, scr
 
 def test_no_step_is_saved_for_an_evaluation_that_is_not_among_the_best(make_config, scripted, monkeypatch):
     saved = []
-    plain = loop.save_checkpoint
+    plain = CheckpointSaver.save
     monkeypatch.setattr(
-        loop,
-        "save_checkpoint",
-        lambda run_dir, step, **options: (saved.append(step), plain(run_dir, step, **options))[1],
+        CheckpointSaver,
+        "save",
+        lambda saver, step, **options: (saved.append(step), plain(saver, step, **options))[1],
     )
     framework.train(make_config(**EVERY, checkpoint__keep_best=1))
     assert saved == [1, 2, 5, 6]
