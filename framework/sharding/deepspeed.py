@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch import Tensor, nn
 
+from framework.config import LossScaleConfig
 from framework.errors import UserError
 from framework.sharding.fragments import Fragment, StoredTensors, whole
 from framework.sharding.loss_scale import LossScale
 from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
 from framework.sharding.ranks import Ranks
+from framework.sharding.weight_names import WeightNames, saved_tensors
 from framework.sharding.zero_filling import Masters, Partitioner, fill, partition_range, whole_masters
-from framework.sharding.zero_loading import StoredNames, load_state
-from framework.sharding.zero_stages import FlatPartitions, PartitionedParameters, Piece, WholeParameters
+from framework.sharding.zero_loading import load_state, state_of
+from framework.sharding.zero_stages import FlatPartitions, PartitionedParameters, WholeParameters
 
 _HELD_DTYPES = {"fp32_master": torch.bfloat16, "pure_bf16": torch.bfloat16, "fp16": torch.float16}
 _SUM_DTYPES = {"pure_bf16": torch.bfloat16}
@@ -134,11 +135,9 @@ class DeepSpeedEngine:
             self._holder.update(held_norm, max_grad_norm, divisor)
         else:
             self._holder.discard()
-        too_large = math.isfinite(loss_value) and not finite and self._scale is not None and self._scale.can_fall
-        if self._scale is not None and finite:
-            self._scale.grow()
-        elif self._scale is not None and too_large:
-            self._scale.fall()
+        too_large = self._scale is not None and self._scale.follow(
+            loss_finite=math.isfinite(loss_value), gradients_finite=math.isfinite(norm)
+        )
         return StepResult(
             loss_value,
             norm,
@@ -167,23 +166,23 @@ class DeepSpeedEngine:
         names = _first_names(self.model)
         for piece in self._holder.pieces():
             yield Fragment(names[piece.parameter], shape_of(piece.parameter), piece.start, piece.values)
-        for name, parameter in self._frozen():
-            if self._stage == 3:
-                start, count = partition_range(parameter)
+        for name, tensor in self._other_tensors():
+            if self._is_partitioned(tensor):
+                start, count = partition_range(tensor)
                 if count:
-                    yield Fragment(name, shape_of(parameter), start, parameter.ds_tensor[:count])
+                    yield Fragment(name, shape_of(tensor), start, tensor.ds_tensor[:count])
             elif self._ranks.is_first:
-                yield whole(name, parameter)
-        if self._ranks.is_first:
-            for name, buffer in _persistent_buffers(self.model).items():
-                yield whole(name, buffer)
+                yield whole(name, tensor)
 
     def optimizer_state(self) -> Iterator[Fragment]:
         """See `Engine.optimizer_state`; a scalar comes from the rank with a parameter's first element."""
         names = _first_names(self.model)
+        states: dict[Tensor, Mapping[str, Any]] = {}
         for piece in self._holder.pieces():
             name, shape = names[piece.parameter], shape_of(piece.parameter)
-            for key, value in self._optimizer.state.get(piece.owner, {}).items():
+            if piece.owner not in states:
+                states = {piece.owner: state_of(self._optimizer, piece.owner)}
+            for key, value in states[piece.owner].items():
                 if value.dim() > 0:
                     part = value.view(-1)[piece.offset : piece.offset + piece.count]
                     yield Fragment(f"{key}.{name}", shape, piece.start, part)
@@ -192,37 +191,29 @@ class DeepSpeedEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """See `Engine.state_dict`."""
-        return {} if self._scale is None else self._scale.state_dict()
+        return {} if self._scale is None else {"loss_scale": self._scale.state_dict()}
 
     @torch.no_grad()
     def load(self, weights: StoredTensors, optimizer: StoredTensors, state: Mapping[str, Any]) -> None:
         """See `Engine.load`."""
-        aliases = _aliases(self.model)
-        shapes = {name: shape_of(parameter) for parameter, name in _first_names(self.model).items()}
-        buffers = _persistent_buffers(self.model)
-        shapes |= {name: tuple(buffer.shape) for name, buffer in buffers.items()}
-        trained = {name for parameter, name in _first_names(self.model).items() if parameter.requires_grad}
-        needed = {*trained, *(name for name, _ in self._frozen()), *buffers}
-        stored = StoredNames(weights, aliases, shapes, needed)
-        names = _first_names(self.model)
+        model = WeightNames.of(self.model, shape_of)
+        model.check(weights)
+        places = {model.first[name]: name for name in weights.names()}
         pieces = [*self._holder.all_pieces()]
+        names = _first_names(self.model)
+        trained = {parameter: name for parameter, name in names.items() if parameter.requires_grad}
+        load_state(self._optimizer, pieces, trained, model, optimizer)
         for piece in pieces:
-            piece.values.copy_(stored.read(names[piece.parameter], piece.start, piece.count))
-        for name, parameter in self._frozen():
-            self._load_frozen(parameter, stored, name)
-        for name, buffer in buffers.items():
-            buffer.copy_(stored.read(name).view(buffer.shape))
-        load_state(self._optimizer, pieces, names, {name: shapes[name] for name in trained}, aliases, optimizer)
-        if self._scale is not None:
-            self._scale.load_state_dict(state)
+            piece.values.copy_(weights.read(places[names[piece.parameter]], piece.start, piece.count))
+        for name, tensor in self._other_tensors():
+            if self._is_partitioned(tensor):
+                start, count = partition_range(tensor)
+                tensor.ds_tensor[:count].copy_(weights.read(places[name], start, count))
+            else:
+                tensor.copy_(weights.read(places[name]).view(tensor.shape))
+        if self._scale is not None and "loss_scale" in state:
+            self._scale.load_state_dict(state["loss_scale"])
         self._holder.refresh()
-
-    def _load_frozen(self, parameter: nn.Parameter, stored: StoredNames, name: str) -> None:
-        if self._stage == 3:
-            start, count = partition_range(parameter)
-            parameter.ds_tensor[:count].copy_(stored.read(name, start, count))
-        else:
-            parameter.copy_(stored.read(name).view(parameter.shape))
 
     def held(self) -> Held:
         """See `Engine.held`; master weights count as weights."""
@@ -232,36 +223,21 @@ class DeepSpeedEngine:
         weights = [*self._holder.weights(), *self.model.buffers()]
         return Held(weights, self._holder.gradients(), optimizer)
 
-    def _frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Frozen parameters that are saved: those of a model without an adapter."""
-        if not isinstance(self.model, PeftModel):
-            yield from ((name, p) for name, p in self.model.named_parameters() if not p.requires_grad)
+    def _other_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What is saved beside trained parameters: buffers, and without an adapter frozen parameters."""
+        return ((name, tensor) for name, tensor in saved_tensors(self.model).items() if not tensor.requires_grad)
+
+    def _is_partitioned(self, tensor: Tensor) -> bool:
+        return self._stage == 3 and isinstance(tensor, nn.Parameter)
 
 
-def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
-    """Of the whole parameter, also where ZeRO-3 has partitioned it."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Of the whole tensor, also where ZeRO-3 has partitioned it."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 def _first_names(model: nn.Module) -> dict[nn.Parameter, str]:
     return {parameter: name for name, parameter in model.named_parameters()}
-
-
-def _aliases(model: nn.Module) -> dict[str, str]:
-    """Every name of a parameter or buffer, and the first one it has."""
-    first: dict[int, str] = {}
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: first.setdefault(id(tensor), name) for name, tensor in named}
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    first = {id(tensor): name for name, tensor in model.named_buffers()}
-    kept: dict[str, Tensor] = {}
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set:
-                kept[first[id(buffer)]] = buffer
-    return kept
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -271,8 +247,14 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
 
 def _loss_scale(fp16: Mapping[str, Any]) -> LossScale:
     if fp16["loss_scale"]:
-        return LossScale(fp16["loss_scale"])
-    return LossScale(2.0 ** fp16["initial_scale_power"], fp16["min_loss_scale"], fp16["loss_scale_window"])
+        return LossScale(float(fp16["loss_scale"]))
+    return LossScale(
+        LossScaleConfig(
+            initial=2.0 ** fp16["initial_scale_power"],
+            growth_interval=fp16["loss_scale_window"],
+            minimum=float(fp16["min_loss_scale"]),
+        )
+    )
 
 
 def _package(ranks: Ranks, device: torch.device, options: dict[str, Any]) -> Any:

@@ -1,51 +1,64 @@
-"""The loss scale of float16, as plain numbers on the host; it moves as `torch.amp.GradScaler` does."""
+"""The factor that keeps small gradients of float16 from being lost, and how it follows the gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+
+from framework.config import LossScaleConfig
 
 
-@dataclass
 class LossScale:
-    """What losses are multiplied with, the same on every rank.
+    """What losses are multiplied with before their backward pass, and gradients are divided by after it.
+
+    Doubled after `growth_interval` updates in a row without overflow, halved by an overflow, down to `minimum`, as
+    torch's `GradScaler` does. It decides on the host, from numbers that all ranks share, so it is the same on each.
+
+    Args:
+        setting: `optimizer.loss_scale`: a constant, or how the scale moves; None for the defaults of the latter.
 
     Attributes:
-        value: now.
-        minimum: it falls no lower.
-        growth_interval: steps in a row without overflow after which it is doubled; None for a constant scale.
-        steady: such steps so far.
+        value: the factor now.
     """
 
-    value: float
-    minimum: float = 1.0
-    growth_interval: int | None = None
-    steady: int = 0
+    def __init__(self, setting: float | LossScaleConfig | None = None) -> None:
+        self._moves = not isinstance(setting, float)
+        self._config = setting if isinstance(setting, LossScaleConfig) else LossScaleConfig()
+        self.value = setting if isinstance(setting, float) else self._config.initial
+        self._steps_without_overflow = 0
 
-    @property
-    def can_fall(self) -> bool:
-        """Whether a smaller scale is an answer to gradients that overflow."""
-        return self.growth_interval is not None and self.value > self.minimum
+    def follow(self, *, loss_finite: bool, gradients_finite: bool) -> bool:
+        """Move on after a step, and say whether a smaller scale is the answer to its gradients.
 
-    def grow(self) -> None:
-        """A step without overflow."""
-        if self.growth_interval is None:
-            return
-        self.steady += 1
-        if self.steady == self.growth_interval:
-            self.value, self.steady = 2 * self.value, 0
+        A loss that is not finite is no matter of the scale and leaves it as it is, as an overflow does that finds the
+        scale constant or at its minimum.
 
-    def fall(self) -> None:
-        """A step whose overflow the scale answers."""
-        self.value, self.steady = max(self.value / 2, self.minimum), 0
+        Args:
+            loss_finite: whether the step's loss was.
+            gradients_finite: whether the global norm of its gradients was.
 
-    def state_dict(self) -> dict[str, Any]:
-        """In the words of `GradScaler.state_dict`."""
-        return {"scale": self.value, "_growth_tracker": self.steady}
+        Returns:
+            True if the gradients overflowed and the scale has become smaller.
+        """
+        if not self._moves or not loss_finite:
+            return False
+        if gradients_finite:
+            self._steps_without_overflow += 1
+            if self._steps_without_overflow >= self._config.growth_interval:
+                self.value *= 2
+                self._steps_without_overflow = 0
+            return False
+        if self.value <= self._config.minimum:
+            return False
+        self.value = max(self.value / 2, self._config.minimum)
+        self._steps_without_overflow = 0
+        return True
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a checkpoint has got to; how the scale moves, or that it is constant, is this run's setting."""
-        if self.growth_interval is not None and "scale" in state:
-            self.value = max(state["scale"], self.minimum)
-            self.steady = state["_growth_tracker"]
+    def state_dict(self) -> dict[str, float]:
+        """Where the scale has got to, by the names of `GradScaler`."""
+        return {"scale": self.value, "_growth_tracker": self._steps_without_overflow}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from where a scale has got to; how it moves stays this run's setting."""
+        if self._moves:
+            self.value = max(state["scale"], self._config.minimum)
+            self._steps_without_overflow = int(state["_growth_tracker"])
