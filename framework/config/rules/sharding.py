@@ -48,38 +48,11 @@ def _offload_has_an_engine(
     return None
 
 
-@rule(
-    "sharding.engine",
-    "sharding.zero_stage",
-    "sharding.offload_optimizer",
-    "optimizer.name",
-    "optimizer.precision",
-)
-def _zero_has_the_optimizer(
-    engine: str, zero_stage: int | None, offload_optimizer: bool, name: str, precision: str
-) -> tuple[str, str] | None:
-    if engine != "deepspeed":
-        return None
-    if name == "adamw_8bit" and zero_stage != 0:
-        return "optimizer.name", (
-            '"adamw_8bit" scales moments by blocks of a parameter, and ZeRO cuts parameters into partitions: use '
-            "sharding.zero_stage 0 or another engine"
-        )
-    if precision == "pure_bf16" and offload_optimizer:
+@rule("sharding.engine", "sharding.offload_optimizer", "optimizer.precision")
+def _deepspeed_offloads_masters(engine: str, offload_optimizer: bool, precision: str) -> tuple[str, str] | None:
+    if engine == "deepspeed" and precision == "pure_bf16" and offload_optimizer:
         return "sharding.offload_optimizer", (
             'DeepSpeed does not offload bf16 weights without a master: use optimizer.precision "fp32_master"'
-        )
-    return None
-
-
-@rule("sharding.engine", "sharding.zero_stage", "model.quantization")
-def _quantized_weights_stay_whole(
-    engine: str, zero_stage: int | None, quantization: str | None
-) -> tuple[str, str] | None:
-    if engine == "deepspeed" and quantization is not None and zero_stage in (None, 3):
-        return "model.quantization", (
-            f'DeepSpeed does not shard "{quantization}" weights: use a sharding.zero_stage up to 2, or '
-            'sharding.engine "fsdp"'
         )
     return None
 

@@ -1,0 +1,286 @@
+"""The engine that shards with DeepSpeed's ZeRO, in stages 0 to 3."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from framework.config import LossScaleConfig
+from framework.errors import UserError
+from framework.sharding.fragments import Fragment, StoredTensors, whole
+from framework.sharding.loss_scale import LossScale
+from framework.sharding.precision import PRECISIONS
+from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
+from framework.sharding.ranks import Ranks
+from framework.sharding.weight_names import WeightNames, saved_tensors
+from framework.sharding.zero_filling import Masters, Partitioner, fill, partition_range, whole_masters
+from framework.sharding.zero_loading import load_state, state_of
+from framework.sharding.zero_stages import FlatPartitions, PartitionedParameters, WholeParameters
+
+_HELD_DTYPES = {"fp32_master": torch.bfloat16, "pure_bf16": torch.bfloat16, "fp16": torch.float16}
+_SUM_DTYPES = {"pure_bf16": torch.bfloat16}
+
+
+class DeepSpeedEngine:
+    """ZeRO: ranks share out the optimiser's state (stage 1), gradients too (2) and weights too (3).
+
+    From stage 1 on, `fp32_master` holds weights in bfloat16 and `fp16` in float16, in which passes run; the optimiser's
+    ranks hold float32 master weights of the trainable ones, and gradients are summed over micro-batches in float32.
+    `pure_bf16` has no master. Stage 0 holds what the single engine does: float32 weights under autocast, or bfloat16.
+
+    A parameter without a gradient is updated with zeros, because it is part of a flat partition.
+    """
+
+    def __init__(
+        self, precision: str, ranks: Ranks, options: dict[str, Any], *, device: torch.device | None = None
+    ) -> None:
+        """Find DeepSpeed.
+
+        Args:
+            precision: a key of `PRECISIONS`.
+            ranks: connected, also where there is one only.
+            options: DeepSpeed's JSON, from `deepspeed_options`.
+            device: instead of the place's own.
+
+        Raises:
+            UserError: DeepSpeed is not installed, or does not support the precision on this device.
+        """
+        self.device = device or ranks.place.device()
+        self._ranks = ranks
+        self._options = options
+        self._stage = options["zero_optimization"]["stage"]
+        self.sharded = self._stage == 3
+        self._precision = PRECISIONS[precision]
+        self._dtype = _HELD_DTYPES.get(precision, torch.float32) if self._stage > 0 else None
+        self._sum_dtype = _SUM_DTYPES.get(precision, torch.float32)
+        self._scale = _loss_scale(options["fp16"]) if self._precision.loss_scaling else None
+        self._deepspeed = _package(ranks, self.device, options)
+
+    def prepare(
+        self, model: nn.Module, build_optimizer: OptimizerFactory, initial: InitialTensors | None = None
+    ) -> None:
+        """See `Engine.prepare`.
+
+        The optimiser is built before anything is partitioned, while parameters have their shapes. In stage 3 they are
+        partitioned one by one, so that the host holds one whole tensor at a time beside its partitions.
+        """
+        self._deepspeed.init_distributed()
+        optimizer = build_optimizer(model)
+        masters: Masters = {}
+        if self._stage == 3:
+            assert self._dtype is not None
+            partitioner = Partitioner(self._deepspeed.zero, self._options, self._dtype)
+            fill(model, initial, partitioner)
+            _move_buffers(model, self.device)
+            masters = partitioner.masters
+        else:
+            fill(model, initial, lambda _: None)
+            if self._dtype not in (None, torch.float32):
+                whole_masters(model.parameters(), self._dtype, masters)
+        self._engine = self._deepspeed.initialize(
+            model=model, optimizer=optimizer, config=copy.deepcopy(self._options)
+        )[0]
+        self.model = model
+        self._optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
+        self._holder = self._made_holder()
+        self._restore_masters(masters)
+
+    def _made_holder(self) -> WholeParameters | FlatPartitions | PartitionedParameters:
+        if self._stage == 0:
+            return WholeParameters(self._engine)
+        if self._stage == 3:
+            return PartitionedParameters(self._engine)
+        return FlatPartitions(self._engine, self._sum_dtype)
+
+    @torch.no_grad()
+    def _restore_masters(self, masters: Masters) -> None:
+        """Give the master weights back what DeepSpeed, which made them of the 16-bit weights, has rounded off."""
+        for piece in self._holder.all_pieces():
+            master = masters.get(piece.parameter)
+            if master is not None and piece.flat.dtype == torch.float32:
+                start = 0 if self._stage == 3 else piece.start
+                piece.values.copy_(master[start : start + piece.count])
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Autocast in stage 0, as the single engine does; nothing where the weights have the precision themselves."""
+        if self._stage > 0 or self._precision.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=getattr(torch, self._precision.autocast))
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine.backward`; scaled in fp16."""
+        self._holder.backward(loss if self._scale is None else loss * self._scale.value)
+
+    def step(self, *, loss: Tensor, max_grad_norm: float | None, learning_rate: float) -> StepResult:
+        """See `Engine.step`."""
+        scale = 1.0 if self._scale is None else self._scale.value
+        divisor = scale / self._ranks.world_size if self._holder.averages else scale
+        self._holder.reduce()
+        loss_value, held_norm = self._totals(loss)
+        norm = held_norm / divisor
+        finite = math.isfinite(loss_value) and math.isfinite(norm)
+        if finite:
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate * group.get("learning_rate_scale", 1.0)
+            self._holder.update(held_norm, max_grad_norm, divisor)
+        else:
+            self._holder.discard()
+        too_large = self._scale is not None and self._scale.follow(
+            loss_finite=math.isfinite(loss_value), gradients_finite=math.isfinite(norm)
+        )
+        return StepResult(
+            loss_value,
+            norm,
+            finite=finite or too_large,
+            skipped=not finite,
+            loss_scale=None if self._scale is None else scale,
+        )
+
+    def _totals(self, loss: Tensor) -> tuple[float, float]:
+        """Loss and norm of the gradients as they are held, over all ranks: the step's one wait for the device."""
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in self._holder.gradients() if g.numel()]
+        square = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
+        if self._holder.replicated and not self._ranks.is_first:
+            square = torch.zeros_like(square)
+        totals = torch.stack((loss.detach().double().to(self.device), square.to(self.device)))
+        dist.all_reduce(totals)
+        loss_value, square_value = totals.tolist()
+        return loss_value, math.sqrt(square_value) if square_value >= 0 else math.nan
+
+    def discard_gradients(self) -> None:
+        """See `Engine.discard_gradients`."""
+        self._holder.discard()
+
+    def weights(self) -> Iterator[Fragment]:
+        """See `Engine.weights`; the master weights where there are any."""
+        names = _first_names(self.model)
+        for piece in self._holder.pieces():
+            yield Fragment(names[piece.parameter], shape_of(piece.parameter), piece.start, piece.values)
+        for name, tensor in self._other_tensors():
+            if self._is_partitioned(tensor):
+                start, count = partition_range(tensor)
+                if count:
+                    yield Fragment(name, shape_of(tensor), start, tensor.ds_tensor[:count])
+            elif self._ranks.is_first:
+                yield whole(name, tensor)
+
+    def optimizer_state(self) -> Iterator[Fragment]:
+        """See `Engine.optimizer_state`; a scalar comes from the rank with a parameter's first element."""
+        names = _first_names(self.model)
+        states: dict[Tensor, Mapping[str, Any]] = {}
+        for piece in self._holder.pieces():
+            name, shape = names[piece.parameter], shape_of(piece.parameter)
+            if piece.owner not in states:
+                states = {piece.owner: state_of(self._optimizer, piece.owner)}
+            for key, value in states[piece.owner].items():
+                if value.dim() > 0:
+                    part = value.view(-1)[piece.offset : piece.offset + piece.count]
+                    yield Fragment(f"{key}.{name}", shape, piece.start, part)
+                elif piece.start == 0:
+                    yield Fragment(f"{key}.{name}", (), 0, value.view(1))
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Engine.state_dict`."""
+        return {} if self._scale is None else {"loss_scale": self._scale.state_dict()}
+
+    @torch.no_grad()
+    def load(self, weights: StoredTensors, optimizer: StoredTensors, state: Mapping[str, Any]) -> None:
+        """See `Engine.load`."""
+        model = WeightNames.of(self.model, shape_of)
+        model.check(weights)
+        places = {model.first[name]: name for name in weights.names()}
+        pieces = [*self._holder.all_pieces()]
+        names = _first_names(self.model)
+        trained = {parameter: name for parameter, name in names.items() if parameter.requires_grad}
+        load_state(self._optimizer, pieces, trained, model, optimizer)
+        for piece in pieces:
+            piece.values.copy_(weights.read(places[names[piece.parameter]], piece.start, piece.count))
+        for name, tensor in self._other_tensors():
+            if self._is_partitioned(tensor):
+                start, count = partition_range(tensor)
+                tensor.ds_tensor[:count].copy_(weights.read(places[name], start, count))
+            else:
+                tensor.copy_(weights.read(places[name]).view(tensor.shape))
+        if self._scale is not None and "loss_scale" in state:
+            self._scale.load_state_dict(state["loss_scale"])
+        self._holder.refresh()
+
+    def held(self) -> Held:
+        """See `Engine.held`; master weights count as weights."""
+        optimizer = [
+            value for states in self._optimizer.state.values() for value in states.values() if torch.is_tensor(value)
+        ]
+        weights = [*self._holder.weights(), *self.model.buffers()]
+        return Held(weights, self._holder.gradients(), optimizer)
+
+    def _other_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What is saved beside trained parameters: buffers, and without an adapter frozen parameters."""
+        return ((name, tensor) for name, tensor in saved_tensors(self.model).items() if not tensor.requires_grad)
+
+    def _is_partitioned(self, tensor: Tensor) -> bool:
+        return self._stage == 3 and isinstance(tensor, nn.Parameter)
+
+
+def shape_of(tensor: Tensor) -> tuple[int, ...]:
+    """Of the whole tensor, also where ZeRO-3 has partitioned it."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
+def _first_names(model: nn.Module) -> dict[nn.Parameter, str]:
+    return {parameter: name for name, parameter in model.named_parameters()}
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+def _loss_scale(fp16: Mapping[str, Any]) -> LossScale:
+    if fp16["loss_scale"]:
+        return LossScale(float(fp16["loss_scale"]))
+    return LossScale(
+        LossScaleConfig(
+            initial=2.0 ** fp16["initial_scale_power"],
+            growth_interval=fp16["loss_scale_window"],
+            minimum=float(fp16["min_loss_scale"]),
+        )
+    )
+
+
+def _package(ranks: Ranks, device: torch.device, options: dict[str, Any]) -> Any:
+    """The package, quiet, for this device and without compiling anything."""
+    # DeepSpeed chooses its device by what the machine has, and warns where that is none.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # What launchers set; a process that was started without one is alone on its machine.
+    os.environ.setdefault("LOCAL_RANK", str(ranks.place.local_rank))
+    try:
+        import deepspeed
+        from deepspeed.accelerator import get_accelerator
+    except ImportError as error:
+        raise UserError(
+            f'sharding.engine: "deepspeed" needs the package deepspeed ({error}): pip install "selectrain[deepspeed]"'
+        ) from None
+    # DeepSpeed 0.19 calls these names of torch, once an exchange.
+    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
+        warnings.filterwarnings("ignore", f".*torch.distributed.{name}. is deprecated", FutureWarning)
+    if "log_level" not in options:
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+    # An operator for exchanges between processes on CPUs, which would be compiled now; gloo does the same.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for key, supported in (("fp16", "is_fp16_supported"), ("bf16", "is_bf16_supported")):
+        if options[key]["enabled"] and not getattr(get_accelerator(), supported)():
+            raise UserError(
+                f"optimizer.precision: DeepSpeed does not support {key} on {device.type}: use another precision, or "
+                "sharding.zero_stage 0"
+            )
+    return deepspeed
