@@ -93,7 +93,7 @@ def run_training(
     # The order of the transforms: adapters, then selection and retention, then the engine.
     prepared = PreparedModel.build(config, data.tokenizer, ranks, own_options)
     engine, objective = prepared.engine, prepared.objective
-    memory = MemoryWatch(config, directory.memory, engine.device, objective.tally)
+    memory = MemoryWatch(config, directory.memory, engine.device, objective.tally, ranks.rank)
     ranks.meet()
     with memory.guard("placing the model", phase="placing"):
         engine.prepare(prepared.model, optimizer_factory(config, reporter.line), prepared.initial)

@@ -80,13 +80,15 @@ class MemoryWatch:
         directory: where reports and snapshots go.
         device: that the run computes on.
         tally: knows the last micro-batch.
+        rank: of this process; the files of others than the first have it in their names.
 
     Raises:
         UserError: a snapshot is asked for on a device that has none.
     """
 
-    def __init__(self, config: Config, directory: Path, device: torch.device, tally: FlopTally) -> None:
+    def __init__(self, config: Config, directory: Path, device: torch.device, tally: FlopTally, rank: int = 0) -> None:
         self._config, self._directory, self._device, self._tally = config, directory, device, tally
+        self._suffix = f"-rank-{rank}" if rank else ""
         self._allocator = allocator = allocator_of(device)
         self._snapshot = config.logging.memory_snapshot
         if self._snapshot:
@@ -100,7 +102,7 @@ class MemoryWatch:
         """Write the snapshot that was asked for after this step."""
         if self._allocator is not None and self._snapshot is not True and step == self._snapshot:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._allocator.dump(self._directory / f"step-{step:08}.pickle")
+            self._allocator.dump(self._directory / f"step-{step:08}{self._suffix}.pickle")
 
     @contextmanager
     def guard(self, place: str, phase: str = "step") -> Iterator[None]:
@@ -138,7 +140,7 @@ class MemoryWatch:
 
     def _write(self, place: str, what: str, error: torch.OutOfMemoryError) -> list[str]:
         """Leave what can be known in files; a full disk must not hide the error itself."""
-        name = f"out-of-memory-{place.replace(' ', '-')}"
+        name = f"out-of-memory-{place.replace(' ', '-')}{self._suffix}"
         lines = []
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -174,6 +176,7 @@ def options_to_change(config: Config, phase: str = "step") -> list[str]:
             options.append('retention.kv_format "int8"')
         if not selective:
             options.append('selection.strategy "supervised" with retention.policy "selective"')
+    options += _sharding_options(config)
     if config.optimizer.precision != "pure_bf16":
         options.append('optimizer.precision "pure_bf16"')
     if config.model.adapter is None and phase == "step":
@@ -182,6 +185,27 @@ def options_to_change(config: Config, phase: str = "step") -> list[str]:
         return [*options, "a smaller model, or another process on this device that can end"]
     options.append(f"data.sequence_length below {config.data.sequence_length}")
     options.append("if far more is reserved than allocated: PYTORCH_ALLOC_CONF=expandable_segments:True")
+    return options
+
+
+def _sharding_options(config: Config) -> list[str]:
+    sharding = config.sharding
+    if sharding.engine == "single":
+        return ['sharding.engine "fsdp" or "deepspeed" over several devices (same result)']
+    options = []
+    if sharding.engine == "deepspeed" and config.zero_stage < 3:
+        options.append(f"sharding.zero_stage 3 instead of {config.zero_stage} (same result)")
+    if not sharding.reshard_after_forward:
+        options.append("sharding.reshard_after_forward true (same result, more traffic)")
+    if sharding.replicas > 1:
+        options.append(f"sharding.replicas 1 instead of {sharding.replicas} (same result, more traffic)")
+    if not sharding.offload_optimizer:
+        both = (
+            "sharding.offload_optimizer and offload_parameters"
+            if config.shards_weights
+            else "sharding.offload_optimizer"
+        )
+        options.append(f"{both} true (same result, slower)")
     return options
 
 

@@ -170,6 +170,21 @@ def no_space_for(name, plain):
             ["data.sequence_length", "PYTORCH_ALLOC_CONF"],
             ["training.micro_batch_size", "retention.", "optimizer.precision", "model.adapter", "selection.strategy"],
         ),
+        ({}, ['sharding.engine "fsdp" or "deepspeed" over several devices'], ["sharding.zero_stage", "offload"]),
+        (
+            {"sharding__engine": "deepspeed", "sharding__zero_stage": 2},
+            ["sharding.zero_stage 3 instead of 2 (same result)", "sharding.offload_optimizer true (same result"],
+            ["offload_parameters", "sharding.engine"],
+        ),
+        (
+            {"sharding__engine": "fsdp", "sharding__replicas": 2, "sharding__reshard_after_forward": False},
+            [
+                "sharding.reshard_after_forward true",
+                "sharding.replicas 1 instead of 2",
+                "sharding.offload_optimizer and offload_parameters true (same result, slower)",
+            ],
+            ["sharding.zero_stage", "sharding.engine"],
+        ),
     ],
 )
 def test_advice_names_what_this_config_can_still_change(make_config, changes, expected, unexpected):
