@@ -1,0 +1,331 @@
+"""Tensors that are recorded now and computed later, one by one: how a model is built without room for all of it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+_CPU = torch.device("cpu")
+# Draws that write all of what they are given, whatever it held.
+_FILLS = {"normal_", "uniform_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
+_FILLS |= {"zero_", "fill_", "copy_"}
+
+
+@dataclass(frozen=True)
+class _View:
+    """Where a recorded tensor lies in its storage."""
+
+    storage: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The same place in computed storage, which is flat."""
+        return whole.view(self.dtype).as_strided(self.size, self.stride, self.offset)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One recorded operator: its arguments with views for recorded tensors, and the storages that it makes or writes.
+
+    `state` is the CPU generator's before a draw.
+    """
+
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reads: frozenset[int]
+    makes: tuple[int, ...]
+    state: Tensor | None
+
+
+class Deferred(TorchDispatchMode):
+    """Inside `with deferred:`, large tensors on the CPU are recorded instead of computed.
+
+    A factory's tensor of at least `smallest` elements lives on the meta device, though it says that it is on the CPU,
+    and so does what operators make of it; every operator that makes or writes one is written down, a draw with the
+    state of the CPU's generator, which moves on as by the draw itself. `value` repeats what one tensor needs, in the
+    recorded order, so that it gets the same bits. Smaller tensors are computed at once, as is what Python asks of
+    values (`bool(tensor)`, `torch.equal`).
+
+    Memory: recording holds one drawn tensor at a time; `value` holds the tensor that it computes and what one of the
+    operators on the way to it takes and gives.
+    """
+
+    def __init__(self, *, smallest: int) -> None:
+        """Record nothing yet.
+
+        Args:
+            smallest: elements of the smallest tensor that is recorded.
+        """
+        super().__init__()
+        self._smallest = smallest
+        # Also keeps each storage alive, so that no other one gets its address.
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._steps: list[_Step] = []
+        self._written_by: defaultdict[int, list[int]] = defaultdict(list)
+        self._last_read: dict[int, int] = {}
+        self._functions = _OnTheCpu(self)
+
+    def __enter__(self) -> Deferred:
+        """Start to record."""
+        super().__enter__()
+        self._functions.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Stop to record; `value` works still."""
+        self._functions.__exit__(*exception)
+        super().__exit__(*exception)
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is recorded and not computed."""
+        return _address(tensor) in self._storages
+
+    def source(self, read: Callable[[], Tensor], size: Iterable[int], dtype: torch.dtype) -> Tensor:
+        """A recorded tensor whose values `read` gives whenever they are needed.
+
+        Args:
+            read: gives a dense CPU tensor of `size` and `dtype`, always the same.
+            size: of the tensor.
+            dtype: of the tensor.
+        """
+        with torch._C.DisableTorchFunction():
+            tensor = torch.empty(tuple(size), dtype=dtype, device="meta")
+            self._add(read, (), {}, made=[tensor])
+        return tensor
+
+    def value(self, tensor: Tensor) -> Tensor:
+        """The values of a recorded tensor, `[*tensor.shape]` on the CPU, computed anew at each call.
+
+        The process's random state is left as it was.
+        """
+        with torch._C.DisableTorchFunction(), torch.random.fork_rng(devices=[]), torch.no_grad():
+            (computed,) = self._values([tensor])
+        return computed
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator, or write it down."""
+        with torch._C.DisableTorchFunction():
+            return self._dispatch(func, args, kwargs or {})
+
+    def _dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        given = list(_tensors((args, kwargs)))
+        if not any(self.holds(tensor) for tensor in given):
+            return self._first(func, args, kwargs, given)
+        written = _written(func, args, kwargs)
+        if func is torch.ops.aten._to_copy.default and _changes_nothing(args[0], kwargs):
+            return torch.ops.aten.alias.default(args[0])
+        if not _gives_tensors(func) or any(not self.holds(tensor) for tensor in written):
+            return self._at_once(func, args, kwargs)
+        state = _advance(func, args, kwargs)
+        try:
+            result = func(*tree_map(_shape_only, args), **_on_meta(tree_map(_shape_only, kwargs)))
+        except NotImplementedError:
+            # Operators whose shape depends on values, such as `nonzero`.
+            if written:
+                raise
+            return self._at_once(func, args, kwargs)
+        made = [t for t in _tensors(result) if not self.holds(t)]
+        if written or made:
+            self._add(func, args, kwargs, made=made, written=written, state=state)
+        return result
+
+    def _first(self, func: Any, args: Any, kwargs: dict[str, Any], given: list[Tensor]) -> Any:
+        """An operator on computed tensors only: recorded if it is a factory of a large tensor on the CPU."""
+        device = kwargs.get("device")
+        if func is torch.ops.aten._to_copy.default and device is not None and device.type == "meta":
+            # An index that follows the tensor which it is for.
+            constant = args[0].detach().clone()
+            return self.source(lambda: constant, constant.shape, constant.dtype) if not _meta(args[0]) else args[0]
+        takes_device = any(argument.name == "device" for argument in func._schema.arguments)
+        if not takes_device or (device or _CPU).type != "cpu" or not all(_meta(t) for t in given):
+            return func(*args, **kwargs)
+        if given and device is None:
+            return func(*args, **kwargs)
+        empty = func(*args, **{**kwargs, "device": torch.device("meta")})
+        if not isinstance(empty, Tensor) or empty.numel() < self._smallest:
+            return func(*args, **kwargs)
+        self._add(func, args, kwargs, made=[empty], state=_advance(func, args, kwargs))
+        return empty
+
+    def _at_once(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        held = [tensor for tensor in _tensors((args, kwargs)) if self.holds(tensor)]
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            computed = dict(zip(map(id, held), self._values(held), strict=True))
+        return func(*tree_map(lambda a: computed.get(id(a), a), args), **tree_map(lambda a: computed.get(id(a), a), kwargs))
+
+    def _add(
+        self,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: dict[str, Any],
+        *,
+        made: list[Tensor],
+        written: list[Tensor] | None = None,
+        state: Tensor | None = None,
+    ) -> None:
+        """Write a step down, and forget earlier ones on a storage that it fills whole."""
+        views = tree_map(self._view, (tuple(args), kwargs))
+        reads = frozenset(view.storage for view in _views(views))
+        for tensor in made:
+            storage = tensor.untyped_storage()
+            self._storages[storage._cdata] = storage
+        index = len(self._steps)
+        if written and _fills(func, args):
+            self._forget(_address(args[0]))
+        self._steps.append(_Step(func, *views, reads=reads, makes=tuple(map(_address, made)), state=state))
+        own = {_address(tensor) for tensor in [*made, *(written or [])]}
+        self._last_read.update(dict.fromkeys(reads - own, index))
+        for storage in own:
+            self._written_by[storage].append(index)
+
+    def _forget(self, storage: int) -> None:
+        """Drop what was written to a storage and never read, but not the step that made it."""
+        made, *later = self._written_by[storage]
+        read = self._last_read.get(storage, -1)
+        self._written_by[storage] = [made, *(index for index in later if index < read)]
+
+    def _view(self, value: Any) -> Any:
+        """What a step keeps of an argument: of a computed tensor a copy, since it may be written later."""
+        if not isinstance(value, Tensor):
+            return value
+        if self.holds(value):
+            return _View(_address(value), value.size(), value.stride(), value.storage_offset(), value.dtype)
+        return value if _meta(value) else value.detach().clone()
+
+    def _values(self, tensors: list[Tensor]) -> list[Tensor]:
+        wanted = {_address(tensor) for tensor in tensors}
+        needed = self._needed(wanted)
+        last = {}
+        for index in needed:
+            step = self._steps[index]
+            last.update(dict.fromkeys((*step.reads, *step.makes), index))
+        flat: dict[int, Tensor] = {}
+        for index in needed:
+            _run(self._steps[index], flat)
+            for storage in [s for s in flat if last[s] == index and s not in wanted]:
+                del flat[storage]
+        return [self._view(tensor).of(flat[_address(tensor)]) for tensor in tensors]
+
+    def _needed(self, storages: set[int]) -> list[int]:
+        """The steps that lead to the last state of storages, in order."""
+        needed: set[int] = set()
+        pending = [(storage, len(self._steps)) for storage in storages]
+        while pending:
+            storage, end = pending.pop()
+            for index in self._written_by[storage]:
+                if index < end and index not in needed:
+                    needed.add(index)
+                    pending += [(read, index) for read in self._steps[index].reads]
+        return sorted(needed)
+
+
+class _OnTheCpu(TorchFunctionMode):
+    """Lets recorded tensors say that they are on the CPU, where their values will be."""
+
+    def __init__(self, deferred: Deferred) -> None:
+        super().__init__()
+        self._deferred = deferred
+        self._answers = {
+            torch.Tensor.device.__get__: _CPU,
+            torch.Tensor.is_meta.__get__: False,
+            torch.Tensor.is_cpu.__get__: True,
+        }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._answers and self._deferred.holds(args[0]):
+            return self._answers[func]
+        return func(*args, **(kwargs or {}))
+
+
+def _run(step: _Step, flat: dict[int, Tensor]) -> None:
+    """Repeat a step on computed storages, each of which is kept as a flat tensor of all of its elements."""
+    args, kwargs = tree_map(lambda a: a.of(flat[a.storage]) if isinstance(a, _View) else a, (step.args, step.kwargs))
+    if step.state is not None:
+        torch.set_rng_state(step.state)
+    result = step.func(*args, **kwargs)
+    if not step.makes:
+        return
+    known = {whole.untyped_storage()._cdata for whole in flat.values()}
+    fresh = [t for t in _tensors(result) if t.untyped_storage()._cdata not in known]
+    for storage, tensor in zip(step.makes, fresh, strict=True):
+        flat[storage] = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+
+
+def _advance(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+    """The generator's state before a draw, and the generator moved on as by the draw."""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return None
+    state = torch.get_rng_state()
+    func(*tree_map(_scratch, args), **tree_map(_scratch, kwargs))
+    return state
+
+
+def _scratch(value: Any) -> Any:
+    """Room like a recorded tensor's."""
+    if isinstance(value, Tensor) and _meta(value):
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype)
+    return value
+
+
+def _shape_only(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, Tensor) and not _meta(value) else value
+
+
+def _on_meta(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {**kwargs, "device": torch.device("meta")} if kwargs.get("device") is not None else kwargs
+
+
+def _changes_nothing(tensor: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether a copy to the CPU would be of what is there already."""
+    options = {name: value for name, value in kwargs.items() if name not in ("device", "non_blocking")}
+    return kwargs.get("device") is not None and options.pop("dtype", None) in (None, tensor.dtype) and not any(options.values())
+
+
+def _fills(func: Any, args: Any) -> bool:
+    """Whether an operator overwrites all of the storage of its first argument."""
+    whole = args[0].numel() * args[0].element_size() == args[0].untyped_storage().nbytes()
+    name = func._schema.name.removeprefix("aten::")
+    return name in _FILLS and whole and all(_address(t) != _address(args[0]) for t in _tensors(args[1:]))
+
+
+def _gives_tensors(func: Any) -> bool:
+    return any("Tensor" in str(result.type) for result in func._schema.returns)
+
+
+def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors that an operator writes."""
+    written: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            written += _tensors(value)
+    return written
+
+
+def _meta(tensor: Tensor) -> bool:
+    return tensor.device.type == "meta"
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    """The tensors in arguments or results."""
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _views(value: Any) -> Iterable[_View]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, _View)]
