@@ -17,6 +17,8 @@ _CPU = torch.device("cpu")
 # Draws that write all of what they are given, whatever it held.
 _FILLS = {"normal_", "uniform_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
 _FILLS |= {"zero_", "fill_", "copy_"}
+_INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+_SCALARS = (torch.ops.aten.full.default, torch.ops.aten.scalar_tensor.default)
 
 
 @dataclass(frozen=True)
@@ -38,15 +40,16 @@ class _View:
 class _Step:
     """One recorded operator: its arguments with views for recorded tensors, and the storages that it makes or writes.
 
-    `state` is the CPU generator's before a draw.
+    `state` is the generator's before a draw, `default` the default dtype.
     """
 
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     reads: frozenset[int]
-    makes: tuple[int, ...]
+    makes: tuple[_View, ...]
     state: Tensor | None
+    default: torch.dtype
 
 
 class Deferred(TorchDispatchMode):
@@ -147,7 +150,14 @@ class Deferred(TorchDispatchMode):
         if func is torch.ops.aten._to_copy.default and device is not None and device.type == "meta":
             # An index that follows the tensor which it is for.
             constant = args[0].detach().clone()
-            return self.source(lambda: constant, constant.shape, constant.dtype) if not _meta(args[0]) else args[0]
+            return self.source(lambda: constant.clone(), constant.shape, constant.dtype) if not _meta(args[0]) else args[0]
+        if func in _SCALARS and device is not None and device.type == "meta":
+            # A number that is written to a recorded tensor.
+            empty = func(*args, **kwargs)
+            if empty.dim():
+                return empty
+            number = func(*args, **{**kwargs, "device": _CPU})
+            return self.source(lambda: number.clone(), (), number.dtype)
         takes_device = any(argument.name == "device" for argument in func._schema.arguments)
         if not takes_device or (device or _CPU).type != "cpu" or not all(_meta(t) for t in given):
             return func(*args, **kwargs)
@@ -176,7 +186,11 @@ class Deferred(TorchDispatchMode):
         state: Tensor | None = None,
     ) -> None:
         """Write a step down, and forget earlier ones on a storage that it fills whole."""
-        views = tree_map(self._view, (tuple(args), kwargs))
+        if not _makes_like(func) and any(_meta(t) and not self.holds(t) for t in _tensors((args, kwargs))):
+            raise NotImplementedError(f"{func} on a tensor of the meta device, whose values nobody has recorded")
+        # An operator on recorded tensors may name the meta device too (`type_as`).
+        on_cpu = {name: _CPU if name == "device" and value is not None else value for name, value in kwargs.items()}
+        views = tree_map(self._view, (tuple(args), on_cpu))
         reads = frozenset(view.storage for view in _views(views))
         for tensor in made:
             storage = tensor.untyped_storage()
@@ -184,7 +198,8 @@ class Deferred(TorchDispatchMode):
         index = len(self._steps)
         if written and _fills(func, args):
             self._forget(_address(args[0]))
-        self._steps.append(_Step(func, *views, reads=reads, makes=tuple(map(_address, made)), state=state))
+        makes = tuple(map(_place, made))
+        self._steps.append(_Step(func, *views, reads, makes, state, torch.get_default_dtype()))
         own = {_address(tensor) for tensor in [*made, *(written or [])]}
         self._last_read.update(dict.fromkeys(reads - own, index))
         for storage in own:
@@ -201,7 +216,7 @@ class Deferred(TorchDispatchMode):
         if not isinstance(value, Tensor):
             return value
         if self.holds(value):
-            return _View(_address(value), value.size(), value.stride(), value.storage_offset(), value.dtype)
+            return _place(value)
         return value if _meta(value) else value.detach().clone()
 
     def _values(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -210,7 +225,7 @@ class Deferred(TorchDispatchMode):
         last = {}
         for index in needed:
             step = self._steps[index]
-            last.update(dict.fromkeys((*step.reads, *step.makes), index))
+            last.update(dict.fromkeys((*step.reads, *(made.storage for made in step.makes)), index))
         flat: dict[int, Tensor] = {}
         for index in needed:
             _run(self._steps[index], flat)
@@ -246,30 +261,57 @@ class _OnTheCpu(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in self._answers and self._deferred.holds(args[0]):
             return self._answers[func]
+        if func in _INDEXING and self._deferred.holds(args[0]):
+            # PyTorch would make tensors of lists on the meta device, and lose them.
+            args = (args[0], _as_tensors(args[1]), *args[2:])
         return func(*args, **(kwargs or {}))
+
+
+def _as_tensors(index: Any) -> Any:
+    """An index with tensors for lists."""
+    if isinstance(index, tuple):
+        return tuple(map(_as_tensors, index))
+    return torch.tensor(index) if isinstance(index, list) else index
 
 
 def _run(step: _Step, flat: dict[int, Tensor]) -> None:
     """Repeat a step on computed storages, each of which is kept as a flat tensor of all of its elements."""
     args, kwargs = tree_map(lambda a: a.of(flat[a.storage]) if isinstance(a, _View) else a, (step.args, step.kwargs))
     if step.state is not None:
-        torch.set_rng_state(step.state)
-    result = step.func(*args, **kwargs)
+        generator = kwargs.get("generator")
+        if generator is None:
+            torch.set_rng_state(step.state)
+        else:
+            kwargs["generator"] = torch.Generator().set_state(step.state)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(step.default)
+    try:
+        result = step.func(*args, **kwargs)
+    finally:
+        torch.set_default_dtype(default)
     if not step.makes:
         return
-    known = {whole.untyped_storage()._cdata for whole in flat.values()}
-    fresh = [t for t in _tensors(result) if t.untyped_storage()._cdata not in known]
-    for storage, tensor in zip(step.makes, fresh, strict=True):
-        flat[storage] = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    known = {_address(whole) for whole in flat.values()}
+    fresh = [tensor for tensor in _tensors(result) if _address(tensor) not in known]
+    for place, tensor in zip(step.makes, fresh, strict=True):
+        if tensor.stride() != place.stride:
+            # Some operators (SVD) lay their results out in another way on the meta device.
+            tensor = torch.empty_strided(place.size, place.stride, dtype=place.dtype).copy_(tensor)
+        flat[place.storage] = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
 
 
 def _advance(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
     """The generator's state before a draw, and the generator moved on as by the draw."""
     if torch.Tag.nondeterministic_seeded not in func.tags:
         return None
-    state = torch.get_rng_state()
+    generator = kwargs.get("generator") or torch.default_generator
+    state = generator.get_state()
     func(*tree_map(_scratch, args), **tree_map(_scratch, kwargs))
     return state
+
+
+def _place(tensor: Tensor) -> _View:
+    return _View(_address(tensor), tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
 
 
 def _scratch(value: Any) -> Any:
@@ -298,6 +340,12 @@ def _fills(func: Any, args: Any) -> bool:
     whole = args[0].numel() * args[0].element_size() == args[0].untyped_storage().nbytes()
     name = func._schema.name.removeprefix("aten::")
     return name in _FILLS and whole and all(_address(t) != _address(args[0]) for t in _tensors(args[1:]))
+
+
+def _makes_like(func: Any) -> bool:
+    """Whether an operator takes shape and dtype of a tensor only."""
+    name = func._schema.name.removeprefix("aten::") if isinstance(func, torch._ops.OpOverload) else ""
+    return name.endswith("_like") or name.startswith("new_")
 
 
 def _gives_tensors(func: Any) -> bool:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from framework.config import Config
-from framework.models.adapters import changes_base_weights
 from framework.models.configured import configured_model
 from framework.models.deferred import Deferred
 from framework.models.stored import stored_weights_deferred
@@ -57,8 +56,6 @@ def sharded_model(
     """
     deferred = Deferred(smallest=_SMALLEST)
     with turn():
-        if config.model.adapter is not None and changes_base_weights(config.model.adapter):
-            return _whole(configured_model(config, tokenizer), "the adapter's start changes the base model's weights")
         try:
             with deferred, stored_weights_deferred(deferred):
                 model = configured_model(config, tokenizer)
