@@ -78,6 +78,7 @@ class Deferred(TorchDispatchMode):
         self._steps: list[_Step] = []
         self._written_by: defaultdict[int, list[int]] = defaultdict(list)
         self._last_read: dict[int, int] = {}
+        self._scratch = torch.empty(0, dtype=torch.uint8)
         self._functions = _OnTheCpu(self)
 
     def __enter__(self) -> Deferred:
@@ -89,6 +90,7 @@ class Deferred(TorchDispatchMode):
     def __exit__(self, *exception: Any) -> None:
         """Stop to record; `value` works still."""
         self._functions.__exit__(*exception)
+        self._scratch = torch.empty(0, dtype=torch.uint8)
         super().__exit__(*exception)
 
     def holds(self, tensor: Tensor) -> bool:
@@ -131,7 +133,7 @@ class Deferred(TorchDispatchMode):
             return torch.ops.aten.alias.default(args[0])
         if not _gives_tensors(func) or any(not self.holds(tensor) for tensor in written):
             return self._at_once(func, args, kwargs)
-        state = _advance(func, args, kwargs)
+        state = self._advance(func, args, kwargs)
         try:
             result = func(*tree_map(_shape_only, args), **_on_meta(tree_map(_shape_only, kwargs)))
         except NotImplementedError:
@@ -166,7 +168,7 @@ class Deferred(TorchDispatchMode):
         empty = func(*args, **{**kwargs, "device": torch.device("meta")})
         if not isinstance(empty, Tensor) or empty.numel() < self._smallest:
             return func(*args, **kwargs)
-        self._add(func, args, kwargs, made=[empty], state=_advance(func, args, kwargs))
+        self._add(func, args, kwargs, made=[empty], state=self._advance(func, args, kwargs))
         return empty
 
     def _at_once(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -218,6 +220,24 @@ class Deferred(TorchDispatchMode):
         if self.holds(value):
             return _place(value)
         return value if _meta(value) else value.detach().clone()
+
+    def _advance(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
+        """The generator's state before a draw, and the generator moved on as by the draw."""
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return None
+        generator = kwargs.get("generator") or torch.default_generator
+        state = generator.get_state()
+        func(*tree_map(self._room, args), **tree_map(self._room, kwargs))
+        return state
+
+    def _room(self, value: Any) -> Any:
+        """Room like a recorded tensor's, always the same: what is kept between draws would break up the free memory."""
+        if not isinstance(value, Tensor) or not _meta(value):
+            return value
+        size = value.untyped_storage().nbytes()
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size, dtype=torch.uint8)
+        return self._scratch[:size].view(value.dtype).as_strided(value.size(), value.stride(), value.storage_offset())
 
     def _values(self, tensors: list[Tensor]) -> list[Tensor]:
         wanted = {_address(tensor) for tensor in tensors}
@@ -271,7 +291,9 @@ def _as_tensors(index: Any) -> Any:
     """An index with tensors for lists."""
     if isinstance(index, tuple):
         return tuple(map(_as_tensors, index))
-    return torch.tensor(index) if isinstance(index, list) else index
+    if isinstance(index, list):
+        return torch.tensor(index) if index else torch.empty(0, dtype=torch.long)
+    return index
 
 
 def _run(step: _Step, flat: dict[int, Tensor]) -> None:
@@ -300,25 +322,8 @@ def _run(step: _Step, flat: dict[int, Tensor]) -> None:
         flat[place.storage] = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
 
 
-def _advance(func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
-    """The generator's state before a draw, and the generator moved on as by the draw."""
-    if torch.Tag.nondeterministic_seeded not in func.tags:
-        return None
-    generator = kwargs.get("generator") or torch.default_generator
-    state = generator.get_state()
-    func(*tree_map(_scratch, args), **tree_map(_scratch, kwargs))
-    return state
-
-
 def _place(tensor: Tensor) -> _View:
     return _View(_address(tensor), tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
-
-
-def _scratch(value: Any) -> Any:
-    """Room like a recorded tensor's."""
-    if isinstance(value, Tensor) and _meta(value):
-        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype)
-    return value
 
 
 def _shape_only(value: Any) -> Any:

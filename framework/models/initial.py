@@ -65,9 +65,10 @@ def sharded_model(
                 raise
             return _whole(configured_model(config, tokenizer), f"it cannot be built without values ({error})")
     _compute_attributes(model, deferred)
-    if any(tensor.numel() >= _SMALLEST and not deferred.holds(tensor) for _, tensor in _named(model)):
+    recorded, computed = _bytes(model, deferred.holds), _bytes(model, lambda tensor: not deferred.holds(tensor))
+    if computed > recorded:
         _replace(model, lambda tensor: deferred.value(tensor) if deferred.holds(tensor) else tensor)
-        return _whole(model, "its weights are not in safetensors files, or its code computes them at once")
+        return _whole(model, "its weights are not in safetensors files")
     small = {name: tensor for name, tensor in _named(model) if not deferred.holds(tensor)}
     _replace(model, lambda tensor: tensor if deferred.holds(tensor) else tensor.to("meta"))
     return model, _values(model, small, deferred)
@@ -88,6 +89,10 @@ def _whole(model: Any, reason: str) -> tuple[Any, None]:
 def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers by their first names, tied ones once."""
     yield from chain(model.named_parameters(), model.named_buffers())
+
+
+def _bytes(model: nn.Module, which: Callable[[Tensor], bool]) -> int:
+    return sum(tensor.nbytes for _, tensor in _named(model) if which(tensor))
 
 
 def _replace(model: nn.Module, new: Callable[[Tensor], Tensor]) -> None:
