@@ -18,6 +18,7 @@ _CPU = torch.device("cpu")
 _FILLS = {"normal_", "uniform_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
 _FILLS |= {"zero_", "fill_", "copy_"}
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
+_COPY = torch.ops.aten._to_copy.default
 _SCALARS = (torch.ops.aten.full.default, torch.ops.aten.scalar_tensor.default)
 
 
@@ -129,17 +130,22 @@ class Deferred(TorchDispatchMode):
         if not any(self.holds(tensor) for tensor in given):
             return self._first(func, args, kwargs, given)
         written = _written(func, args, kwargs)
-        if func is torch.ops.aten._to_copy.default and _changes_nothing(args[0], kwargs):
+        if func is _COPY and _changes_nothing(args[0], kwargs):
             return torch.ops.aten.alias.default(args[0])
         if not _gives_tensors(func) or any(not self.holds(tensor) for tensor in written):
+            return self._at_once(func, args, kwargs)
+        if (
+            _draws(func)
+            and not _makes_like(func)
+            and any(self.holds(t) and all(t is not w for w in written) for t in given)
+        ):
+            # How much is drawn may depend on the values (`multinomial`).
             return self._at_once(func, args, kwargs)
         state = self._advance(func, args, kwargs)
         try:
             result = func(*tree_map(_shape_only, args), **_on_meta(tree_map(_shape_only, kwargs)))
         except NotImplementedError:
             # Operators whose shape depends on values, such as `nonzero`.
-            if written:
-                raise
             return self._at_once(func, args, kwargs)
         made = [t for t in _tensors(result) if not self.holds(t)]
         if written or made:
@@ -149,17 +155,8 @@ class Deferred(TorchDispatchMode):
     def _first(self, func: Any, args: Any, kwargs: dict[str, Any], given: list[Tensor]) -> Any:
         """An operator on computed tensors only: recorded if it is a factory of a large tensor on the CPU."""
         device = kwargs.get("device")
-        if func is torch.ops.aten._to_copy.default and device is not None and device.type == "meta":
-            # An index that follows the tensor which it is for.
-            constant = args[0].detach().clone()
-            return self.source(lambda: constant.clone(), constant.shape, constant.dtype) if not _meta(args[0]) else args[0]
-        if func in _SCALARS and device is not None and device.type == "meta":
-            # A number that is written to a recorded tensor.
-            empty = func(*args, **kwargs)
-            if empty.dim():
-                return empty
-            number = func(*args, **{**kwargs, "device": _CPU})
-            return self.source(lambda: number.clone(), (), number.dtype)
+        if device is not None and device.type == "meta" and (func in _SCALARS or func is _COPY):
+            return self._follow(func, args, kwargs)
         takes_device = any(argument.name == "device" for argument in func._schema.arguments)
         if not takes_device or (device or _CPU).type != "cpu" or not all(_meta(t) for t in given):
             return func(*args, **kwargs)
@@ -171,11 +168,23 @@ class Deferred(TorchDispatchMode):
         self._add(func, args, kwargs, made=[empty], state=self._advance(func, args, kwargs))
         return empty
 
+    def _follow(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """A number or an index that PyTorch moves to the device of the recorded tensor which it is for."""
+        empty: Tensor = func(*args, **kwargs)
+        if _meta(args[0]) if func is _COPY else empty.dim() > 0:
+            return empty
+        value = func(*args, **{**kwargs, "device": _CPU}).detach().clone()
+        return self.source(value.clone, value.shape, value.dtype)
+
     def _at_once(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """An operator on computed values; of recorded tensors it may only read."""
+        if any(self.holds(tensor) for tensor in _written(func, args, kwargs)):
+            raise NotImplementedError(f"{func} cannot be recorded: it writes what depends on values")
         held = [tensor for tensor in _tensors((args, kwargs)) if self.holds(tensor)]
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             computed = dict(zip(map(id, held), self._values(held), strict=True))
-        return func(*tree_map(lambda a: computed.get(id(a), a), args), **tree_map(lambda a: computed.get(id(a), a), kwargs))
+        args, kwargs = tree_map(lambda value: computed.get(id(value), value), (tuple(args), kwargs))
+        return func(*args, **kwargs)
 
     def _add(
         self,
@@ -223,7 +232,7 @@ class Deferred(TorchDispatchMode):
 
     def _advance(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
         """The generator's state before a draw, and the generator moved on as by the draw."""
-        if torch.Tag.nondeterministic_seeded not in func.tags:
+        if not _draws(func):
             return None
         generator = kwargs.get("generator") or torch.default_generator
         state = generator.get_state()
@@ -337,7 +346,11 @@ def _on_meta(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _changes_nothing(tensor: Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether a copy to the CPU would be of what is there already."""
     options = {name: value for name, value in kwargs.items() if name not in ("device", "non_blocking")}
-    return kwargs.get("device") is not None and options.pop("dtype", None) in (None, tensor.dtype) and not any(options.values())
+    return (
+        kwargs.get("device") is not None
+        and options.pop("dtype", None) in (None, tensor.dtype)
+        and not any(options.values())
+    )
 
 
 def _fills(func: Any, args: Any) -> bool:
@@ -345,6 +358,10 @@ def _fills(func: Any, args: Any) -> bool:
     whole = args[0].numel() * args[0].element_size() == args[0].untyped_storage().nbytes()
     name = func._schema.name.removeprefix("aten::")
     return name in _FILLS and whole and all(_address(t) != _address(args[0]) for t in _tensors(args[1:]))
+
+
+def _draws(func: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in func.tags
 
 
 def _makes_like(func: Any) -> bool:

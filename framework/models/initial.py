@@ -35,19 +35,20 @@ def sharded_model(
     tensors and modes are the same, and the values are the same bits: of stored weights with transformers' renaming and
     conversion, of random weights, added tokens' rows and adapters.
 
-    The host holds, beside the model's small tensors (fewer than 2**14 elements each), one whole tensor and what one
-    operator on the way to it takes: a merge of experts takes them all beside the result; a change of dtype, the tensor
-    in both; an adapter's start that depends on a base weight (DoRA), that weight. Files are memory-mapped; a tensor of
-    a file is read once for each tensor of the model that is made of it.
+    The host holds, beside the model's small tensors (fewer than 2**14 elements each) and indices that an adapter's code
+    computes at once, one whole tensor and what one operator on the way to it takes: a merge of experts takes them all
+    beside the result; a change of dtype, the tensor in both; an adapter's start that depends on a base weight (DoRA),
+    that weight. Files are memory-mapped; a tensor of a file is read once for each tensor of the model that is made of
+    it. Random weights are drawn twice, once to learn the generator's states; what is computed of weights by
+    decomposition (PiSSA, OSF) is computed once for each tensor that is made of it.
 
-    Where this cannot be, every rank gets the whole model, and a warning says why: weights that are not in safetensors
-    files, adapters whose start changes the base model's weights (PiSSA, OLoRA), and code that asks for what a tensor
-    without values cannot give.
+    Every rank gets the whole model, and a warning says why, if its weights are not in safetensors files, or code on the
+    way asks for what a tensor without values cannot give.
 
     Args:
         config: of the run, a classifier's with `data.label_names`.
         tokenizer: as for `configured_model`.
-        turn: a context for the part that may download, such as one that lets a machine's first rank go first.
+        turn: gives a context for what may download, such as one that lets a machine's first rank go first.
 
     Returns:
         The model in training mode, all of its parameters and buffers on the meta device, and an iterator over all of
@@ -55,7 +56,7 @@ def sharded_model(
         tensor of the same shape and dtype. Or the model on the CPU, and None.
     """
     deferred = Deferred(smallest=_SMALLEST)
-    with turn():
+    with turn() if config.model.path is not None else nullcontext():
         try:
             with deferred, stored_weights_deferred(deferred):
                 model = configured_model(config, tokenizer)
