@@ -4,53 +4,34 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+
+from framework.models.steps import (
+    COPY,
+    SCALARS,
+    Step,
+    View,
+    address,
+    changes_nothing,
+    draws,
+    fills,
+    gives_tensors,
+    makes_like,
+    on_meta,
+    place,
+    run,
+    tensors_in,
+    written_by,
+)
 
 _CPU = torch.device("cpu")
-# Draws that write all of what they are given, whatever it held.
-_FILLS = {"normal_", "uniform_", "random_", "exponential_", "log_normal_", "cauchy_", "geometric_"}
-_FILLS |= {"zero_", "fill_", "copy_"}
 _INDEXING = (torch.Tensor.__getitem__, torch.Tensor.__setitem__)
-_COPY = torch.ops.aten._to_copy.default
-_SCALARS = (torch.ops.aten.full.default, torch.ops.aten.scalar_tensor.default)
-
-
-@dataclass(frozen=True)
-class _View:
-    """Where a recorded tensor lies in its storage."""
-
-    storage: int
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-
-    def of(self, whole: Tensor) -> Tensor:
-        """The same place in computed storage, which is flat."""
-        return whole.view(self.dtype).as_strided(self.size, self.stride, self.offset)
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One recorded operator: its arguments with views for recorded tensors, and the storages that it makes or writes.
-
-    `state` is the generator's before a draw, `default` the default dtype.
-    """
-
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    reads: frozenset[int]
-    makes: tuple[_View, ...]
-    state: Tensor | None
-    default: torch.dtype
 
 
 class Deferred(TorchDispatchMode):
@@ -76,7 +57,7 @@ class Deferred(TorchDispatchMode):
         self._smallest = smallest
         # Also keeps each storage alive, so that no other one gets its address.
         self._storages: dict[int, torch.UntypedStorage] = {}
-        self._steps: list[_Step] = []
+        self._steps: list[Step] = []
         self._written_by: defaultdict[int, list[int]] = defaultdict(list)
         self._last_read: dict[int, int] = {}
         self._scratch = torch.empty(0, dtype=torch.uint8)
@@ -96,7 +77,7 @@ class Deferred(TorchDispatchMode):
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is recorded and not computed."""
-        return _address(tensor) in self._storages
+        return address(tensor) in self._storages
 
     def source(self, read: Callable[[], Tensor], size: Iterable[int], dtype: torch.dtype) -> Tensor:
         """A recorded tensor whose values `read` gives whenever they are needed.
@@ -126,17 +107,17 @@ class Deferred(TorchDispatchMode):
             return self._dispatch(func, args, kwargs or {})
 
     def _dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        given = list(_tensors((args, kwargs)))
+        given = list(tensors_in((args, kwargs)))
         if not any(self.holds(tensor) for tensor in given):
             return self._first(func, args, kwargs, given)
-        written = _written(func, args, kwargs)
-        if func is _COPY and _changes_nothing(args[0], kwargs):
+        written = written_by(func, args, kwargs)
+        if func is COPY and changes_nothing(args[0], kwargs):
             return torch.ops.aten.alias.default(args[0])
-        if not _gives_tensors(func) or any(not self.holds(tensor) for tensor in written):
+        if not gives_tensors(func) or any(not self.holds(tensor) for tensor in written):
             return self._at_once(func, args, kwargs)
         if (
-            _draws(func)
-            and not _makes_like(func)
+            draws(func)
+            and not makes_like(func)
             and any(self.holds(t) and all(t is not w for w in written) for t in given)
         ):
             # How much is drawn may depend on the values (`multinomial`).
@@ -147,7 +128,7 @@ class Deferred(TorchDispatchMode):
         except NotImplementedError:
             # Operators whose shape depends on values, such as `nonzero`.
             return self._at_once(func, args, kwargs)
-        made = [t for t in _tensors(result) if not self.holds(t)]
+        made = [t for t in tensors_in(result) if not self.holds(t)]
         if written or made:
             self._add(func, args, kwargs, made=made, written=written, state=state)
         return result
@@ -155,10 +136,10 @@ class Deferred(TorchDispatchMode):
     def _first(self, func: Any, args: Any, kwargs: dict[str, Any], given: list[Tensor]) -> Any:
         """An operator on computed tensors only: recorded if it is a factory of a large tensor on the CPU."""
         device = kwargs.get("device")
-        if device is not None and device.type == "meta" and (func in _SCALARS or func is _COPY):
+        if device is not None and device.type == "meta" and (func in SCALARS or func is COPY):
             return self._follow(func, args, kwargs)
         takes_device = any(argument.name == "device" for argument in func._schema.arguments)
-        if not takes_device or (device or _CPU).type != "cpu" or not all(_meta(t) for t in given):
+        if not takes_device or (device or _CPU).type != "cpu" or not all(on_meta(t) for t in given):
             return func(*args, **kwargs)
         if given and device is None:
             return func(*args, **kwargs)
@@ -171,16 +152,16 @@ class Deferred(TorchDispatchMode):
     def _follow(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor:
         """A number or an index that PyTorch moves to the device of the recorded tensor which it is for."""
         empty: Tensor = func(*args, **kwargs)
-        if _meta(args[0]) if func is _COPY else empty.dim() > 0:
+        if on_meta(args[0]) if func is COPY else empty.dim() > 0:
             return empty
         value = func(*args, **{**kwargs, "device": _CPU}).detach().clone()
         return self.source(value.clone, value.shape, value.dtype)
 
     def _at_once(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operator on computed values; of recorded tensors it may only read."""
-        if any(self.holds(tensor) for tensor in _written(func, args, kwargs)):
+        if any(self.holds(tensor) for tensor in written_by(func, args, kwargs)):
             raise NotImplementedError(f"{func} cannot be recorded: it writes what depends on values")
-        held = [tensor for tensor in _tensors((args, kwargs)) if self.holds(tensor)]
+        held = [tensor for tensor in tensors_in((args, kwargs)) if self.holds(tensor)]
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             computed = dict(zip(map(id, held), self._values(held), strict=True))
         args, kwargs = tree_map(lambda value: computed.get(id(value), value), (tuple(args), kwargs))
@@ -197,7 +178,7 @@ class Deferred(TorchDispatchMode):
         state: Tensor | None = None,
     ) -> None:
         """Write a step down, and forget earlier ones on a storage that it fills whole."""
-        if not _makes_like(func) and any(_meta(t) and not self.holds(t) for t in _tensors((args, kwargs))):
+        if not makes_like(func) and any(on_meta(t) and not self.holds(t) for t in tensors_in((args, kwargs))):
             raise NotImplementedError(f"{func} on a tensor of the meta device, whose values nobody has recorded")
         # An operator on recorded tensors may name the meta device too (`type_as`).
         on_cpu = {name: _CPU if name == "device" and value is not None else value for name, value in kwargs.items()}
@@ -207,11 +188,11 @@ class Deferred(TorchDispatchMode):
             storage = tensor.untyped_storage()
             self._storages[storage._cdata] = storage
         index = len(self._steps)
-        if written and _fills(func, args):
-            self._forget(_address(args[0]))
-        makes = tuple(map(_place, made))
-        self._steps.append(_Step(func, *views, reads, makes, state, torch.get_default_dtype()))
-        own = {_address(tensor) for tensor in [*made, *(written or [])]}
+        if written and fills(func, args):
+            self._forget(address(args[0]))
+        makes = tuple(map(place, made))
+        self._steps.append(Step(func, *views, reads, makes, state, torch.get_default_dtype()))
+        own = {address(tensor) for tensor in [*made, *(written or [])]}
         self._last_read.update(dict.fromkeys(reads - own, index))
         for storage in own:
             self._written_by[storage].append(index)
@@ -227,12 +208,12 @@ class Deferred(TorchDispatchMode):
         if not isinstance(value, Tensor):
             return value
         if self.holds(value):
-            return _place(value)
-        return value if _meta(value) else value.detach().clone()
+            return place(value)
+        return value if on_meta(value) else value.detach().clone()
 
     def _advance(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | None:
         """The generator's state before a draw, and the generator moved on as by the draw."""
-        if not _draws(func):
+        if not draws(func):
             return None
         generator = kwargs.get("generator") or torch.default_generator
         state = generator.get_state()
@@ -241,7 +222,7 @@ class Deferred(TorchDispatchMode):
 
     def _room(self, value: Any) -> Any:
         """Room like a recorded tensor's, always the same: what is kept between draws would break up the free memory."""
-        if not isinstance(value, Tensor) or not _meta(value):
+        if not isinstance(value, Tensor) or not on_meta(value):
             return value
         size = value.untyped_storage().nbytes()
         if self._scratch.numel() < size:
@@ -249,7 +230,7 @@ class Deferred(TorchDispatchMode):
         return self._scratch[:size].view(value.dtype).as_strided(value.size(), value.stride(), value.storage_offset())
 
     def _values(self, tensors: list[Tensor]) -> list[Tensor]:
-        wanted = {_address(tensor) for tensor in tensors}
+        wanted = {address(tensor) for tensor in tensors}
         needed = self._needed(wanted)
         last = {}
         for index in needed:
@@ -257,10 +238,10 @@ class Deferred(TorchDispatchMode):
             last.update(dict.fromkeys((*step.reads, *(made.storage for made in step.makes)), index))
         flat: dict[int, Tensor] = {}
         for index in needed:
-            _run(self._steps[index], flat)
+            run(self._steps[index], flat)
             for storage in [s for s in flat if last[s] == index and s not in wanted]:
                 del flat[storage]
-        return [self._view(tensor).of(flat[_address(tensor)]) for tensor in tensors]
+        return [self._view(tensor).of(flat[address(tensor)]) for tensor in tensors]
 
     def _needed(self, storages: set[int]) -> list[int]:
         """The steps that lead to the last state of storages, in order."""
@@ -305,97 +286,13 @@ def _as_tensors(index: Any) -> Any:
     return index
 
 
-def _run(step: _Step, flat: dict[int, Tensor]) -> None:
-    """Repeat a step on computed storages, each of which is kept as a flat tensor of all of its elements."""
-    args, kwargs = tree_map(lambda a: a.of(flat[a.storage]) if isinstance(a, _View) else a, (step.args, step.kwargs))
-    if step.state is not None:
-        generator = kwargs.get("generator")
-        if generator is None:
-            torch.set_rng_state(step.state)
-        else:
-            kwargs["generator"] = torch.Generator().set_state(step.state)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(step.default)
-    try:
-        result = step.func(*args, **kwargs)
-    finally:
-        torch.set_default_dtype(default)
-    if not step.makes:
-        return
-    known = {_address(whole) for whole in flat.values()}
-    fresh = [tensor for tensor in _tensors(result) if _address(tensor) not in known]
-    for place, tensor in zip(step.makes, fresh, strict=True):
-        if tensor.stride() != place.stride:
-            # Some operators (SVD) lay their results out in another way on the meta device.
-            tensor = torch.empty_strided(place.size, place.stride, dtype=place.dtype).copy_(tensor)
-        flat[place.storage] = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
-
-
-def _place(tensor: Tensor) -> _View:
-    return _View(_address(tensor), tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
-
-
 def _shape_only(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, Tensor) and not _meta(value) else value
+    return value.to("meta") if isinstance(value, Tensor) and not on_meta(value) else value
 
 
 def _on_meta(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "device": torch.device("meta")} if kwargs.get("device") is not None else kwargs
 
 
-def _changes_nothing(tensor: Tensor, kwargs: dict[str, Any]) -> bool:
-    """Whether a copy to the CPU would be of what is there already."""
-    options = {name: value for name, value in kwargs.items() if name not in ("device", "non_blocking")}
-    return (
-        kwargs.get("device") is not None
-        and options.pop("dtype", None) in (None, tensor.dtype)
-        and not any(options.values())
-    )
-
-
-def _fills(func: Any, args: Any) -> bool:
-    """Whether an operator overwrites all of the storage of its first argument."""
-    whole = args[0].numel() * args[0].element_size() == args[0].untyped_storage().nbytes()
-    name = func._schema.name.removeprefix("aten::")
-    return name in _FILLS and whole and all(_address(t) != _address(args[0]) for t in _tensors(args[1:]))
-
-
-def _draws(func: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in func.tags
-
-
-def _makes_like(func: Any) -> bool:
-    """Whether an operator takes shape and dtype of a tensor only."""
-    name = func._schema.name.removeprefix("aten::") if isinstance(func, torch._ops.OpOverload) else ""
-    return name.endswith("_like") or name.startswith("new_")
-
-
-def _gives_tensors(func: Any) -> bool:
-    return any("Tensor" in str(result.type) for result in func._schema.returns)
-
-
-def _written(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors that an operator writes."""
-    written: list[Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            written += _tensors(value)
-    return written
-
-
-def _meta(tensor: Tensor) -> bool:
-    return tensor.device.type == "meta"
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _tensors(value: Any) -> Iterable[Tensor]:
-    """The tensors in arguments or results."""
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _views(value: Any) -> Iterable[_View]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, _View)]
+def _views(value: Any) -> Iterable[View]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, View)]
