@@ -10,6 +10,7 @@ from framework.models.configured import (
     configured_tokenizer,
     tokenizer_source,
 )
+from framework.models.initial import sharded_model
 from framework.models.loading import load_model
 from framework.models.tokens import AddedTokens
 
@@ -26,5 +27,6 @@ __all__ = [
     "count_parameters",
     "load_model",
     "read_architecture",
+    "sharded_model",
     "tokenizer_source",
 ]

@@ -59,11 +59,11 @@ def add_tokens(model: PreTrainedModel, added: AddedTokens) -> list[int]:
         # What families without a resizable embedding or head raise; transformers has no type of its own for it.
         except (NotImplementedError, ValueError, TypeError) as error:
             raise UserError(f"model.added_tokens: {model.config.model_type} cannot be resized: {error}") from error
-    fresh = [*ids, *range(max(rows, ids[-1] + 1), wanted)]
+    fresh = sorted({*ids, *range(rows, wanted)})
     with torch.no_grad():
         for matrix in _row_tensors(model):
             if matrix.device.type != "meta":
-                matrix[fresh] = matrix[: ids[0]].mean(0, dtype=torch.float32).to(matrix.dtype)
+                matrix[fresh] = matrix[: fresh[0]].mean(0, dtype=torch.float32).to(matrix.dtype)
     return ids
 
 
