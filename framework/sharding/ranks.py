@@ -88,6 +88,16 @@ class Ranks:
         if self._group is not None:
             dist.monitored_barrier(group=self._group, timeout=PATIENCE)
 
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Within this context a machine's first rank works alone; the others follow and find what it has left."""
+        first = self.place.local_rank == 0
+        if not first:
+            self.meet()
+        yield
+        if first:
+            self.meet()
+
     def _reduced(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         if self._group is None:
             return [float(value) for value in values]

@@ -9,7 +9,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from framework.config import Config
-from framework.models import configured_model, count_parameters
+from framework.models import configured_model, count_parameters, sharded_model
 from framework.models.architecture import describe
 from framework.models.wrapping import unwrapped
 from framework.sharding.engines import engine_options, make_engine, model_sizes
@@ -61,7 +61,10 @@ class PreparedModel:
             UserError: the model cannot be had, or something does not go with it.
         """
         initial: InitialTensors | None = None
-        model = configured_model(config, tokenizer)
+        if config.shards_weights:
+            model, initial = sharded_model(config, tokenizer, turn=ranks.in_turn)
+        else:
+            model = configured_model(config, tokenizer)
         sizes = model_sizes(describe(unwrapped(model), task=config.model.task))
         options = engine_options(config, sizes, ranks.world_size, own_options)
         engine = make_engine(config, ranks, options)

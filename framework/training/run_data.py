@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,12 +100,8 @@ def shared_run_data(config: Config, ranks: Ranks, report: Report) -> RunData:
     Raises:
         UserError: See `load_run_data`.
     """
-    cached = config.data.cache_dir is not None
-    if cached and ranks.place.local_rank > 0:
-        ranks.meet()
-    data = load_run_data(config, report)
-    if cached and ranks.place.local_rank == 0:
-        ranks.meet()
+    with ranks.in_turn() if config.data.cache_dir is not None else nullcontext():
+        data = load_run_data(config, report)
     ranks.meet()
     return data
 
