@@ -66,7 +66,8 @@ def sharded_model(
                 raise
             return _whole(configured_model(config, tokenizer), f"it cannot be built without values ({error})")
     _compute_attributes(model, deferred)
-    recorded, computed = _bytes(model, deferred.holds), _bytes(model, lambda tensor: not deferred.holds(tensor))
+    recorded = _bytes(model, deferred.holds)
+    computed = _bytes(model, lambda tensor: tensor.numel() >= _SMALLEST and not deferred.holds(tensor))
     if computed > recorded:
         _replace(model, lambda tensor: deferred.value(tensor) if deferred.holds(tensor) else tensor)
         return _whole(model, "its weights are not in safetensors files")

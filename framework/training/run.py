@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import time
 import traceback
 from dataclasses import dataclass
@@ -179,6 +180,10 @@ class _Run:
             ) as ranks,
             Reporter(quiet=not ranks.is_first) as reporter,
         ):
+            if not ranks.is_first:
+                # They would say what the first one says.
+                for name in ("framework", "transformers", "peft"):
+                    logging.getLogger(name).setLevel(logging.ERROR)
             if ranks.world_size > 1:
                 # From here on no rank may leave by itself: they agree at the first step boundary.
                 signals.defer()

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from several_ranks import KILL, Ended, Ranks, patched, start_training
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import framework
-from framework.checkpoint import find_checkpoint
+from framework.checkpoint import export_run, find_checkpoint
 from framework.config import load_config
 from framework.training.run_directory import MARKERS
 
@@ -178,6 +181,36 @@ def test_a_run_moves_between_numbers_of_ranks_and_engines(make_runs, adapter):
     for number, (ranks, sharding) in enumerate(stations):
         runs.run("run", ranks, f"sharding={json.dumps(sharding)}", f"training.max_steps={2 * number + 2}")
     assert runs.losses("run") == pytest.approx(single(runs), rel=1e-5)
+
+
+@pytest.fixture
+def base_model(tmp_path: Path, settings: dict[str, Any]) -> Path:
+    """A pretrained model on the disk, in two files."""
+    torch.manual_seed(4)
+    model = LlamaForCausalLM(LlamaConfig(**settings["model"]["from_config"]))
+    model.save_pretrained(tmp_path / "base", max_shard_size="5KB")
+    assert len([*(tmp_path / "base").glob("*.safetensors")]) >= 2
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("sharding", [FSDP, {"engine": "deepspeed", "zero_stage": 3}], ids=["fsdp", "zero3"])
+@pytest.mark.parametrize("merge", [False, True], ids=["adapter", "merged"])
+def test_a_sharded_run_exports_what_one_process_does(make_runs, base_model, tmp_path, sharding, merge):
+    adapter = {"kind": "lora", "rank": 2, "alpha": 4.0}
+    runs = make_runs(sharding=sharding, model__path=str(base_model), model__adapter=adapter)
+    runs.run("run", 2)
+    assert runs.losses("run") == pytest.approx(single(runs), rel=1e-5)
+    exported = []
+    for name in ("run", "single"):
+        export_run(runs.path(name), output=tmp_path / f"export-{name}", merge_adapter=merge)
+        file = "model.safetensors" if merge else "adapter_model.safetensors"
+        exported.append(load_file(tmp_path / f"export-{name}" / file))
+    own, expected = exported
+    assert {name: value.shape for name, value in own.items()} == {name: value.shape for name, value in expected.items()}
+    for name, value in own.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+    if not merge:
+        assert all("lora_" in name for name in own) and any(value.abs().max() > 0 for value in own.values())
 
 
 def test_dropout_goes_on_as_it_would_have(make_runs):
