@@ -35,16 +35,16 @@ def poison(monkeypatch, *steps: int):
     """Make the losses of some calls NaN, counted from 1."""
     plain, calls = loop.train_window, []
 
-    def train_window(engine, objective, window, rate, max_grad_norm):
+    def train_window(engine, ranks, objective, window, rate, max_grad_norm):
         calls.append(rate)
         if len(calls) in steps:
             unpoisoned = objective.loss
             monkeypatch.setattr(objective, "loss", lambda *arguments: unpoisoned(*arguments) * math.nan)
             try:
-                return plain(engine, objective, window, rate, max_grad_norm)
+                return plain(engine, ranks, objective, window, rate, max_grad_norm)
             finally:
                 monkeypatch.setattr(objective, "loss", unpoisoned)
-        return plain(engine, objective, window, rate, max_grad_norm)
+        return plain(engine, ranks, objective, window, rate, max_grad_norm)
 
     monkeypatch.setattr(loop, "train_window", train_window)
 
