@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import framework
-from framework.checkpoint import WEIGHTS_FILE, export_run, load_weights
+from framework.checkpoint import StoredFragments, export_run, load_weights
 from framework.config import Config
 from framework.errors import UserError
 from framework.models import configured_model
@@ -349,7 +349,7 @@ def test_added_tokens_are_trained_and_exported(make: Any, tmp_path: Path, task: 
     result = framework.train(config)
     config = framework.load_config(result.run_dir / "config.json")
     trained = configured_model(config)
-    load_weights(result.checkpoint / WEIGHTS_FILE, trained)
+    load_weights(StoredFragments(result.checkpoint, "model"), trained)
 
     export_run(result.run_dir, output=tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
