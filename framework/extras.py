@@ -1,0 +1,72 @@
+"""bitsandbytes, an optional package: whether it is here, and its import where something needs it.
+
+Must not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from framework.errors import UserError
+
+if TYPE_CHECKING:
+    from framework.config import Config
+
+_NAME = "bitsandbytes"
+# Said at import on CPUs with AVX512-BF16, about a fused product of a later inference: nothing here calls it.
+_UNUSED_KERNEL = "Failed to load CPU gemm_4bit_forward"
+
+
+def check_bitsandbytes(config: Config) -> None:
+    """Refuse what needs bitsandbytes where it is not installed. Does not import it.
+
+    Raises:
+        UserError: names the key and how to get the package.
+    """
+    wanted = {
+        "model.quantization": config.model.quantization,
+        "optimizer.name": config.optimizer.name if config.optimizer.name == "adamw_8bit" else None,
+    }
+    keys = [f'{key} "{value}"' for key, value in wanted.items() if value is not None]
+    if keys and not is_installed():
+        raise UserError(
+            f"{' and '.join(keys)}: bitsandbytes is not installed here; "
+            'pip install "selectrain[quantization]", or set it otherwise'
+        )
+
+
+def is_installed() -> bool:
+    """Whether `bitsandbytes` can be imported."""
+    return _is_put_off() or importlib.util.find_spec(_NAME) is not None
+
+
+def put_off_import() -> None:
+    """Let nothing but `bitsandbytes` import the package in this process.
+
+    PEFT imports it wherever it is installed, which takes seconds (it loads torch's compiler), and makes no use of it
+    unless a model is quantised by transformers. A command that needs it calls `bitsandbytes`.
+    """
+    if _NAME not in sys.modules and importlib.util.find_spec(_NAME) is not None:
+        # Python's own way to make an import fail: https://docs.python.org/3/reference/import.html#the-module-cache
+        sys.modules[_NAME] = None  # type: ignore[assignment]
+
+
+def bitsandbytes() -> ModuleType:
+    """The package, imported on first use."""
+    if _is_put_off():
+        del sys.modules[_NAME]
+    logging.getLogger(f"{_NAME}.backends.cpu.ops").addFilter(_is_of_use)
+    return import_module(_NAME)
+
+
+def _is_put_off() -> bool:
+    return sys.modules.get(_NAME, sys) is None
+
+
+def _is_of_use(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_UNUSED_KERNEL)
