@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from framework.errors import RunError, UserError
+from framework.extras import put_off_import
 
 
 def run_command(main: Callable[[], int | None]) -> int:
@@ -20,6 +21,7 @@ def run_command(main: Callable[[], int | None]) -> int:
     Returns:
         The exit code: 0 done, 1 failure while running, 2 bad config, data or arguments.
     """
+    put_off_import()
     try:
         return main() or 0
     except (UserError, RunError) as error:

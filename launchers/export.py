@@ -29,7 +29,9 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--output", required=True, type=Path, metavar="DIR", help="directory to write; new or empty")
     options.add_argument(
-        "--merge-adapter", action="store_true", help="write the whole model with the adapter added to its weights"
+        "--merge-adapter",
+        action="store_true",
+        help="write the whole model with the adapter added to its weights, which are never quantised here",
     )
     return options
 

@@ -11,6 +11,7 @@ import sys
 from framework.cli import run_command
 from framework.config import load_config
 from framework.errors import UserError
+from framework.extras import check_bitsandbytes
 from framework.training.run import check_launch, train
 from framework.training.signals import StopRequested, StopSignals
 from framework.training.tracking import check_trackers
@@ -55,6 +56,7 @@ def main() -> int:
     config = load_config(arguments.config, arguments.overrides)
     check_launch()
     check_trackers(config.logging.trackers)
+    check_bitsandbytes(config)
     if arguments.deepspeed_config is not None:
         raise UserError(f"--deepspeed_config: sharding.engine {config.sharding.engine!r} takes no DeepSpeed config")
     if arguments.inspect_data is not None and arguments.inspect_data < 1:

@@ -42,7 +42,8 @@ def export_run(
     Full fine-tuning gives the model as safetensors. A run with an adapter gives the adapter, for
     `PeftModel.from_pretrained`, or with `merge_adapter` the whole model. Only merging, and the few methods that start
     from the base model's weights, read these; else the host holds no more than it maps from the checkpoint. An adapter
-    of a model with added tokens is for a base model whose embedding is resized to as many rows.
+    of a model with added tokens is for a base model whose embedding is resized to as many rows. One that was trained
+    beside quantised weights is merged into those that they were made from.
 
     Args:
         run_dir: The run directory, with `config.json` and `checkpoints/`.
@@ -108,7 +109,7 @@ def _mapped_model(
     config: Config, weights: Path, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedModel | PeftModel:
     """The model as the run built it, on the meta device but for what the checkpoint holds."""
-    model = configured_empty_model(config, tokenizer)
+    model = configured_empty_model(config, tokenizer, quantized=False)
     map_weights(weights, model)
     if not isinstance(model, PeftModel):
         model.tie_weights()
@@ -118,8 +119,8 @@ def _mapped_model(
 def _loaded_model(
     config: Config, weights: Path, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedModel | PeftModel:
-    """The model of the checkpoint, with all of its weights."""
-    model = configured_model(config, tokenizer)
+    """The model of the checkpoint, with all of its weights, not quantised."""
+    model = configured_model(config, tokenizer, quantized=False)
     load_weights(weights, model)
     return model
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from framework.extras import bitsandbytes
 from framework.errors import UserError
+from framework.extras import bitsandbytes
 from framework.retention.blocks import blocks_of
 from framework.retention.linears import PackedLinear
 

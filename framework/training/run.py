@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framework.errors import RunError, UserError
+from framework.extras import check_bitsandbytes
 from framework.training.run_directory import COMPLETED, FAILED, STOPPED, RunDirectory
 from framework.training.signals import StopRequested, StopSignals
 from framework.training.tracking import check_trackers
@@ -66,6 +67,7 @@ def train(config: Config, *, resume: str = "auto", signals: StopSignals | None =
     """
     check_launch()
     check_trackers(config.logging.trackers)
+    check_bitsandbytes(config)
     directory = RunDirectory(config.run.output_dir)
     if signals is None:
         with StopSignals() as own:
