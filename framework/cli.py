@@ -21,9 +21,9 @@ def run_command(main: Callable[[], int | None]) -> int:
     Returns:
         The exit code: 0 done, 1 failure while running, 2 bad config, data or arguments.
     """
-    put_off_import()
     try:
-        return main() or 0
+        with put_off_import():
+            return main() or 0
     except (UserError, RunError) as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)

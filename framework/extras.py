@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib.util
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -45,15 +47,21 @@ def is_installed() -> bool:
     return _is_put_off() or importlib.util.find_spec(_NAME) is not None
 
 
-def put_off_import() -> None:
-    """Let nothing but `bitsandbytes` import the package in this process.
+@contextmanager
+def put_off_import() -> Iterator[None]:
+    """Within this context nothing but `bitsandbytes` imports the package.
 
     PEFT imports it wherever it is installed, which takes seconds (it loads torch's compiler), and makes no use of it
-    unless a model is quantised by transformers. A command that needs it calls `bitsandbytes`.
+    unless transformers quantised the model. What needs it calls `bitsandbytes`.
     """
-    if _NAME not in sys.modules and importlib.util.find_spec(_NAME) is not None:
+    if _NAME not in sys.modules and is_installed():
         # Python's own way to make an import fail: https://docs.python.org/3/reference/import.html#the-module-cache
         sys.modules[_NAME] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if _is_put_off():
+            del sys.modules[_NAME]
 
 
 def bitsandbytes() -> ModuleType:

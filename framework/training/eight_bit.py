@@ -190,11 +190,12 @@ def _block_codes(blocks: Tensor, values: Tensor, signed: bool) -> tuple[Tensor, 
     for _ in range(_ULPS):
         below, above = below.nextafter(torch.zeros_like(below)), above.nextafter(torch.full_like(above, torch.inf))
         candidates += [below, above]
+    left = _differs(blocks, codes, scale, values).nonzero()[:, 0]
     for candidate in candidates:
-        left = _differs(blocks, codes, scale, values).nonzero()[:, 0]
-        others, factor = _nearest(blocks[left], candidate[left], values), candidate[left]
-        fits = ~_differs(blocks[left], others, factor, values)
-        codes[left[fits]], scale[left[fits]] = others[fits], factor[fits]
+        others = _nearest(blocks[left], candidate[left], values)
+        fits = ~_differs(blocks[left], others, candidate[left], values)
+        found, left = left[fits], left[~fits]
+        codes[found], scale[found] = others[fits], candidate[found]
     return codes, scale
 
 
