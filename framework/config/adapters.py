@@ -151,7 +151,7 @@ def packed_problem(kind: str, options: Mapping[str, Any]) -> tuple[str, str] | N
         return "kind", f'"{kind}" computes with the weights of its layers; use one of {", ".join(CALLS_ITS_LAYERS)}'
     for name, beginnings in _READING_OPTIONS.items():
         if str(options.get(name)).lower().startswith(beginnings):
-            return f"options.{name}", f"{options[name]} computes with the weights of the layers; leave it out"
+            return f"options.{name}", "with this value it computes with the weights of its layers; leave it out"
     return None
 
 
