@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -19,16 +20,19 @@ from framework.errors import UserError
 if TYPE_CHECKING:
     from framework.config import Config
 
+SHARDS_BYTES = (2, 13)
+"""The first torch that is known to shard them: see `shards_bytes`."""
+
 _NAME = "bitsandbytes"
 # Said at import on CPUs with AVX512-BF16, about a fused product of a later inference: nothing here calls it.
 _UNUSED_KERNEL = "Failed to load CPU gemm_4bit_forward"
 
 
 def check_bitsandbytes(config: Config) -> None:
-    """Refuse what needs bitsandbytes where it is not installed. Does not import it.
+    """Refuse what needs bitsandbytes where it is not installed, or cannot be sharded. Imports nothing.
 
     Raises:
-        UserError: names the key and how to get the package.
+        UserError: names the key and what is missing.
     """
     wanted = {
         "model.quantization": config.model.quantization,
@@ -40,6 +44,17 @@ def check_bitsandbytes(config: Config) -> None:
             f"{' and '.join(keys)}: bitsandbytes is not installed here; "
             'pip install "selectrain[quantization]", or set it otherwise'
         )
+    if config.model.quantization is not None and config.sharding.engine == "fsdp" and not shards_bytes():
+        raise UserError(
+            f'model.quantization "{config.model.quantization}" with sharding.engine "fsdp" needs torch '
+            f"{'.'.join(map(str, SHARDS_BYTES))}, and here is {version('torch')}: older ones shard float parameters only "
+            "(pytorch/pytorch#177844); use another engine, or a newer torch"
+        )
+
+
+def shards_bytes() -> bool:
+    """Whether FSDP2 takes parameters that are no floats, as quantised weights are."""
+    return tuple(map(int, version("torch").split(".")[:2])) >= SHARDS_BYTES
 
 
 def is_installed() -> bool:

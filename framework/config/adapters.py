@@ -84,7 +84,11 @@ CALLS_ITS_LAYERS = (
 )
 """Methods that call the layers they adapt and never compute with their weights, which may be quantised then."""
 
-_READING_OPTIONS = {"use_dora": "true", "init_lora_weights": ("pissa", "olora"), "init_weights": "bat"}
+_READING_OPTIONS: dict[str, str | tuple[str, ...]] = {
+    "use_dora": "true",
+    "init_lora_weights": ("pissa", "olora"),
+    "init_weights": "bat",
+}
 
 _ADDS_TOKENS = "it puts trained tokens before the text, which moves every position and label"
 REFUSED_METHODS: dict[str, str] = {

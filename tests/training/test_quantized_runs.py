@@ -132,6 +132,15 @@ def test_without_bitsandbytes_it_is_refused_before_anything_is_loaded(qlora, mon
     extras.check_bitsandbytes(qlora(model__quantization=None, optimizer__name="adamw"))
 
 
+def test_a_torch_that_cannot_shard_bytes_is_named(qlora, monkeypatch):
+    monkeypatch.setattr(extras, "version", lambda package: "2.11.0+cpu")
+    extras.check_bitsandbytes(qlora())
+    with pytest.raises(UserError, match=r'"nf4" with sharding\.engine "fsdp" needs torch 2\.13, and here is 2\.11\.0'):
+        extras.check_bitsandbytes(qlora(sharding__engine="fsdp"))
+    monkeypatch.setattr(extras, "version", lambda package: "2.13.0")
+    extras.check_bitsandbytes(qlora())
+
+
 def test_a_command_that_needs_no_bitsandbytes_does_not_import_it(qlora, write_config):
     """PEFT would: it takes seconds, and may write to the error stream."""
     code = (
