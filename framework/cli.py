@@ -22,7 +22,7 @@ def run_command(main: Callable[[], int | None]) -> int:
         The exit code: 0 done, 1 failure while running, 2 bad config, data or arguments.
     """
     try:
-        with put_off_import():
+        with put_off_import("bitsandbytes"):
             return main() or 0
     except (UserError, RunError) as error:
         sys.stdout.flush()

@@ -47,7 +47,7 @@ def check_bitsandbytes(config: Config) -> None:
     if config.model.quantization is not None and config.sharding.engine == "fsdp" and not shards_bytes():
         raise UserError(
             f'model.quantization "{config.model.quantization}" with sharding.engine "fsdp" needs torch '
-            f"{'.'.join(map(str, SHARDS_BYTES))}, and here is {version('torch')}: older ones shard float parameters only "
+            f"{'.'.join(map(str, SHARDS_BYTES))}, and here is {version('torch')}: older ones shard floats only "
             "(pytorch/pytorch#177844); use another engine, or a newer torch"
         )
 
@@ -59,36 +59,36 @@ def shards_bytes() -> bool:
 
 def is_installed() -> bool:
     """Whether `bitsandbytes` can be imported."""
-    return _is_put_off() or importlib.util.find_spec(_NAME) is not None
+    return _is_put_off(_NAME) or importlib.util.find_spec(_NAME) is not None
 
 
 @contextmanager
-def put_off_import() -> Iterator[None]:
-    """Within this context nothing but `bitsandbytes` imports the package.
+def put_off_import(name: str) -> Iterator[None]:
+    """Within this context a package cannot be imported, as if it were not installed, unless it is already.
 
-    PEFT imports it wherever it is installed, which takes seconds (it loads torch's compiler), and makes no use of it
-    unless transformers quantised the model. What needs it calls `bitsandbytes`.
+    Libraries import some of what they find installed, needed or not: PEFT bitsandbytes, which takes seconds (it loads
+    torch's compiler); Accelerate DeepSpeed, which writes to the output. What needs the former calls `bitsandbytes`.
     """
-    if _NAME not in sys.modules and is_installed():
+    if name not in sys.modules and importlib.util.find_spec(name) is not None:
         # Python's own way to make an import fail: https://docs.python.org/3/reference/import.html#the-module-cache
-        sys.modules[_NAME] = None  # type: ignore[assignment]
+        sys.modules[name] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        if _is_put_off():
-            del sys.modules[_NAME]
+        if _is_put_off(name):
+            del sys.modules[name]
 
 
 def bitsandbytes() -> ModuleType:
     """The package, imported on first use."""
-    if _is_put_off():
+    if _is_put_off(_NAME):
         del sys.modules[_NAME]
     logging.getLogger(f"{_NAME}.backends.cpu.ops").addFilter(_is_of_use)
     return import_module(_NAME)
 
 
-def _is_put_off() -> bool:
-    return sys.modules.get(_NAME, sys) is None
+def _is_put_off(name: str) -> bool:
+    return sys.modules.get(name, sys) is None
 
 
 def _is_of_use(record: logging.LogRecord) -> bool:

@@ -31,7 +31,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_within_the_context_others_cannot_import_it() -> None:
-    with extras.put_off_import():
+    with extras.put_off_import(NAME):
         with pytest.raises(ImportError):
             importlib.import_module(NAME)
         assert importlib.util.find_spec(NAME) is None
@@ -41,7 +41,7 @@ def test_within_the_context_others_cannot_import_it() -> None:
 
 
 def test_what_needs_it_imports_it_and_it_stays() -> None:
-    with extras.put_off_import():
+    with extras.put_off_import(NAME):
         module = extras.bitsandbytes()
         assert importlib.import_module(NAME) is module is extras.bitsandbytes()
     assert sys.modules[NAME] is module
@@ -49,7 +49,7 @@ def test_what_needs_it_imports_it_and_it_stays() -> None:
 
 def test_what_is_imported_already_is_left_alone() -> None:
     module = importlib.import_module(NAME)
-    with extras.put_off_import():
+    with extras.put_off_import(NAME):
         assert importlib.import_module(NAME) is module
     assert sys.modules[NAME] is module
 
@@ -63,5 +63,5 @@ def test_it_is_quiet_about_a_kernel_that_nothing_uses_and_about_nothing_else(cap
 def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(extras, "_NAME", "no_such_package")
     assert not extras.is_installed()
-    with extras.put_off_import():
+    with extras.put_off_import("no_such_package"):
         assert "no_such_package" not in sys.modules
