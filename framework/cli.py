@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from framework.errors import RunError, UserError
+from framework.extras import put_off_import
 
 PRECEDENCE_SECONDS = 3.0
 
@@ -28,7 +29,8 @@ def run_command(main: Callable[[], int | None]) -> int:
         The exit code: 0 done, 1 failure while running, 2 bad config, data or arguments.
     """
     try:
-        return main() or 0
+        with put_off_import("bitsandbytes"):
+            return main() or 0
     except (UserError, RunError) as error:
         sys.stdout.flush()
         rank = int(os.environ.get("RANK", "0"))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from framework.cli import run_command
+from framework.extras import put_off_import
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +30,9 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--output", required=True, type=Path, metavar="DIR", help="directory to write; new or empty")
     options.add_argument(
-        "--merge-adapter", action="store_true", help="write the whole model with the adapter added to its weights"
+        "--merge-adapter",
+        action="store_true",
+        help="write the whole model with the adapter added to its weights, which are never quantised here",
     )
     return options
 
@@ -45,14 +48,15 @@ def _step(argument: str) -> int | str | None:
 def main() -> None:
     """Parse, then import torch and export."""
     arguments = parser().parse_args()
-    from framework.checkpoint import export_run
+    with put_off_import("deepspeed"):
+        from framework.checkpoint import export_run
 
-    written = export_run(
-        arguments.run,
-        step=arguments.checkpoint,
-        output=arguments.output,
-        merge_adapter=arguments.merge_adapter,
-    )
+        written = export_run(
+            arguments.run,
+            step=arguments.checkpoint,
+            output=arguments.output,
+            merge_adapter=arguments.merge_adapter,
+        )
     print(f"exported to {written}")
 
 

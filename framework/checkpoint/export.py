@@ -50,7 +50,7 @@ def export_run(
     from the base model's weights, read these; else the host holds no more than it maps from the checkpoint. What
     several ranks saved is first copied into one file, with at most one tensor in memory; the disk must hold it beside
     the output until that is complete. An adapter of a model with added tokens is for a base model whose embedding is
-    resized to as many rows.
+    resized to as many rows. One that was trained beside quantised weights is merged into those that they were made from.
 
     Args:
         run_dir: The run directory, with `config.json` and `checkpoints/`.
@@ -151,7 +151,7 @@ def _mapped_model(
     config: Config, weights: StoredFragments, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedModel | PeftModel:
     """The model as the run built it, on the meta device but for what the checkpoint holds."""
-    model = configured_empty_model(config, tokenizer)
+    model = configured_empty_model(config, tokenizer, quantized=False)
     map_weights(weights, model)
     if not isinstance(model, PeftModel):
         model.tie_weights()
@@ -161,8 +161,8 @@ def _mapped_model(
 def _loaded_model(
     config: Config, weights: StoredFragments, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedModel | PeftModel:
-    """The model of the checkpoint, with all of its weights."""
-    model = configured_model(config, tokenizer)
+    """The model of the checkpoint, with all of its weights, not quantised."""
+    model = configured_model(config, tokenizer, quantized=False)
     load_weights(weights, model)
     return model
 

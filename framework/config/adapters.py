@@ -78,6 +78,18 @@ ADAPTER_METHODS: dict[str, AdapterMethod] = {
 TRAINS_TOKEN_ROWS = ("lora", "dora", "trainable_tokens")
 """Methods that can train single rows of an embedding."""
 
+CALLS_ITS_LAYERS = (
+    *("lora", "ia3", "vera", "randlora", "oft", "boft", "fourierft", "ln_tuning", "miss", "trainable_tokens", "beft"),
+    *("c3a", "gralora", "pvera", "road", "vblora", "waveft"),
+)
+"""Methods that call the layers they adapt and never compute with their weights, which may be quantised then."""
+
+_READING_OPTIONS: dict[str, str | tuple[str, ...]] = {
+    "use_dora": "true",
+    "init_lora_weights": ("pissa", "olora"),
+    "init_weights": "bat",
+}
+
 _ADDS_TOKENS = "it puts trained tokens before the text, which moves every position and label"
 REFUSED_METHODS: dict[str, str] = {
     **dict.fromkeys(("prompt_tuning", "p_tuning", "multitask_prompt_tuning", "cpt"), _ADDS_TOKENS),
@@ -135,6 +147,16 @@ def kind_problem(kind: str) -> str | None:
     close = difflib.get_close_matches(kind, ADAPTER_METHODS, n=2)
     hint = f"did you mean {' or '.join(close)}?" if close else f"those known are {', '.join(ADAPTER_METHODS)}"
     return f'"{kind}" is no adapter method, {hint}'
+
+
+def packed_problem(kind: str, options: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Why a method cannot adapt quantised layers: (key of the adapter, what is wrong), or None if it can."""
+    if kind not in CALLS_ITS_LAYERS:
+        return "kind", f'"{kind}" computes with the weights of its layers; use one of {", ".join(CALLS_ITS_LAYERS)}'
+    for name, beginnings in _READING_OPTIONS.items():
+        if str(options.get(name)).lower().startswith(beginnings):
+            return f"options.{name}", "with this value it computes with the weights of its layers; leave it out"
+    return None
 
 
 def option_problems(kind: str, options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -25,11 +26,13 @@ from framework.models.targets import (
     matches,
     named_for_tying,
     norm_names,
+    packed_modules,
     tied_names,
     unknown_modules,
     unknown_targets,
 )
 from framework.models.tokens import token_rows
+from framework.retention.linears import PackedLinear
 
 if TYPE_CHECKING:
     from framework.config import AdapterConfig
@@ -70,6 +73,7 @@ def add_adapter(
         *_unknown_options(adapter, kind),
         *([] if targets is None else unknown_targets(model, targets, norms=method.targets == "norms")),
         *unknown_modules(model, adapter.modules_to_save),
+        *packed_modules(model, adapter.modules_to_save),
     ]
     if problems:
         raise UserError("\n".join([*problems, f"linear modules of this model: {', '.join(linear_names(model))}"]))
@@ -93,7 +97,7 @@ def add_adapter(
             # PEFT asks transformers for a property by its old name:
             # https://github.com/huggingface/peft/blob/v0.21.2/src/peft/peft_model.py#L184
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            return get_peft_model(
+            adapted = get_peft_model(
                 model,
                 kind(**settings),
                 # PEFT's switch: float32 for adapters beside half-precision weights.
@@ -101,6 +105,8 @@ def add_adapter(
                 # PEFT's switch: parameters on the meta device, whatever the default one is.
                 low_cpu_mem_usage=empty,
             )
+            _match_dtype(adapted, model.dtype)
+            return adapted
     except _PEFT_ERRORS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
@@ -108,6 +114,17 @@ def add_adapter(
             f"model.adapter: PEFT cannot add {adapter.kind} to this model: {error}\n"
             "Change model.adapter.target_modules or the method's numbers and options."
         ) from error
+
+
+def _match_dtype(model: PeftModel, dtype: torch.dtype) -> None:
+    """Give what is trained beside quantised layers the dtype that PEFT finds at the weights of others."""
+    if dtype != torch.bfloat16:
+        return
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), PackedLinear):
+            for parameter in layer.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(dtype)
 
 
 def starts_from_base_weights(adapter: AdapterConfig) -> bool:

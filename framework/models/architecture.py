@@ -17,6 +17,7 @@ from framework.hub import PUBLIC_MAIN, HubOptions
 from framework.models.adapters import add_adapter
 from framework.models.configuration import build_model, read_model_config
 from framework.models.head import CLASSIFICATION, describe_classes, pooling_of, takes
+from framework.models.quantization import quantize, quantized_elements
 from framework.models.tokens import AddedTokens, add_tokens
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Architecture:
         pooling: Which tokens a classifier's head reads, see `pooling_of`; None for language models.
         token_types: Whether the model takes `token_type_ids`.
         image_tokens: Tokens that the blocks see of an image; None for other inputs, or where it was not asked for.
+        quantized_parameters: Those of `parameters` that are quantised.
+        quantized_bytes: What holds these.
     """
 
     family: str
@@ -54,6 +57,8 @@ class Architecture:
     pooling: Literal["first", "last", "mean"] | None = None
     token_types: bool = False
     image_tokens: int | None = None
+    quantized_parameters: int = 0
+    quantized_bytes: int = 0
 
 
 def read_architecture(
@@ -68,6 +73,7 @@ def read_architecture(
     examine: Callable[[nn.Module], None] | None = None,
     hub: HubOptions = PUBLIC_MAIN,
     added_tokens: AddedTokens | None = None,
+    quantization: str | None = None,
 ) -> Architecture:
     """Describe a model from its config alone: it is built on the meta device, so no weights are read or allocated.
 
@@ -83,6 +89,7 @@ def read_architecture(
         examine: Called with the model, adapter included, before it is forgotten.
         hub: Revision, network and code, for `path`.
         added_tokens: Rows that a run adds to the embedding, or None.
+        quantization: As in the config's `model.quantization`.
 
     Raises:
         UserError: What `load_model` would refuse, weights apart.
@@ -99,6 +106,10 @@ def read_architecture(
     described = describe(model, task=task)
     if pixels is not None:
         described = replace(described, image_tokens=_image_tokens(model, pixels))
+    if quantization is not None:
+        quantize(model)
+        elements, size = quantized_elements(model)
+        described = replace(described, quantized_parameters=elements, quantized_bytes=size)
     whole = model if adapter is None else add_adapter(model, adapter, task=task, added_tokens=token_ids)
     if examine is not None:
         examine(whole)
@@ -179,9 +190,13 @@ def _image_tokens(model: PreTrainedModel, pixels: tuple[int, ...]) -> int:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Elements of all parameters and of those that require gradient, tied ones counted once."""
+    """Elements of all parameters and of those that require gradient, tied ones counted once.
+
+    A quantised matrix counts as many as it stands for.
+    """
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, _ in sizes), sum(size for size, trainable in sizes if trainable)
+    quantized, held = quantized_elements(model)
+    return sum(size for size, _ in sizes) - held + quantized, sum(size for size, trainable in sizes if trainable)
 
 
 def check_compatibility(

@@ -21,6 +21,7 @@ from framework.models.architecture import Architecture, build_empty, read_archit
 from framework.models.configuration import read_model_config
 from framework.models.head import describe_classes, named_classes, set_padding
 from framework.models.loading import load_model
+from framework.models.quantization import quantize
 from framework.models.tokens import AddedTokens
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ def configured_architecture(
         task=settings.task,
         attention=settings.attention,
         adapter=settings.adapter if with_adapter else None,
+        quantization=settings.quantization,
         label_names=config.data.label_names,
         pixels=pixels,
         examine=examine,
@@ -93,13 +95,16 @@ def configured_architecture(
     )
 
 
-def configured_model(config: Config, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel | PeftModel:
+def configured_model(
+    config: Config, tokenizer: PreTrainedTokenizerBase | None = None, *, quantized: bool = True
+) -> PreTrainedModel | PeftModel:
     """The model of a run, with its added tokens and its adapter, on the CPU. Raises as `load_model` does.
 
     Args:
         config: of the run, a classifier's with `data.label_names`.
         tokenizer: with the added tokens; None loads it if there is something that the model takes from it, which are
             the ids of added tokens and a text classifier's padding.
+        quantized: quantise as the run does; otherwise the weights are as in the files.
     """
     settings = config.model
     if tokenizer is None and (settings.added_tokens or settings.task == "sequence_classification"):
@@ -116,15 +121,19 @@ def configured_model(config: Config, tokenizer: PreTrainedTokenizerBase | None =
         pad_token_id=None if tokenizer is None else tokenizer.pad_token_id,
         hub=hub_options(settings),
         added_tokens=added_tokens_of(settings, tokenizer),
+        quantization=settings.quantization if quantized else None,
     )
 
 
-def configured_empty_model(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel | PeftModel:
+def configured_empty_model(
+    config: Config, tokenizer: PreTrainedTokenizerBase | None, *, quantized: bool = True
+) -> PreTrainedModel | PeftModel:
     """Like `configured_model`, on the meta device.
 
     Args:
         config: of the run, a classifier's with `data.label_names`.
         tokenizer: with the added tokens; None for images.
+        quantized: with the parameters that quantised layers have.
     """
     settings = config.model
     model, token_ids = build_empty(
@@ -137,6 +146,8 @@ def configured_empty_model(config: Config, tokenizer: PreTrainedTokenizerBase | 
     )
     if settings.task == "sequence_classification":
         set_padding(model, None if tokenizer is None else tokenizer.pad_token_id)
+    if quantized and settings.quantization is not None:
+        quantize(model)
     if settings.adapter is None:
         return model
     return add_adapter(model, settings.adapter, task=settings.task, added_tokens=token_ids)

@@ -25,6 +25,7 @@ from framework.models.configuration import (
     unreachable,
 )
 from framework.models.head import CLASSIFICATION, describe_classes, set_padding
+from framework.models.quantization import quantize
 from framework.models.tokens import AddedTokens, add_tokens
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def load_model(
     pad_token_id: int | None = None,
     hub: HubOptions = PUBLIC_MAIN,
     added_tokens: AddedTokens | None = None,
+    quantization: str | None = None,
 ) -> PreTrainedModel | PeftModel:
     """Load a model from `path`, or initialise one at random if there is only `from_config`.
 
@@ -68,6 +70,7 @@ def load_model(
         pad_token_id: The tokenizer's, which a text classifier is told; see `set_padding`.
         hub: Revision, network and code, for `path`.
         added_tokens: Rows to add to the embedding, or None.
+        quantization: `nf4` for the linear layers of the blocks in 4 bits, beside an adapter; None for none.
 
     Returns:
         The model on the CPU in training mode, wrapped by PEFT if there is an adapter.
@@ -91,6 +94,8 @@ def load_model(
         token_ids = None if added_tokens is None else add_tokens(model, added_tokens)
     if task == "sequence_classification":
         set_padding(model, pad_token_id)
+    if quantization is not None:
+        quantize(model)
     if adapter is None:
         return model
     # Another stream than the weights', so that the adapter is not made of the same draws.

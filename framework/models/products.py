@@ -21,6 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from framework.retention.linears import PackedLinear
+
 
 @dataclass(frozen=True)
 class Products:
@@ -29,8 +31,8 @@ class Products:
     Attributes:
         forward: of all of them.
         trained: of those that receive a gradient.
-        linear: of those that are plain linear layers; the others are quantised ones, routers, and the experts that a
-            row is routed to.
+        linear: of those that are linear layers whose outputs can be retained; the others are routers, and the experts
+            that a row is routed to.
     """
 
     forward: int = 0
@@ -156,7 +158,8 @@ def _products(module: nn.Module, experts_per_token: int) -> Products:
     if isinstance(module, nn.Linear):
         # A quantised weight has another shape than the matrix that it stands for.
         size = module.in_features * module.out_features
-        return Products(size, size * module.weight.requires_grad, size * (type(module) is nn.Linear))
+        retainable = type(module) is nn.Linear or isinstance(module, PackedLinear)
+        return Products(size, size * module.weight.requires_grad, size * retainable)
     if isinstance(module, Conv1D):
         size = module.weight.numel()
         return Products(size, size * module.weight.requires_grad, size)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from framework.errors import UserError
+from framework.retention.linears import PackedLinear
 
 ALL_LINEAR = "all-linear"
 _LINEAR = (nn.Linear, Conv1D)
@@ -65,6 +66,17 @@ def unknown_modules(model: nn.Module, modules_to_save: list[str]) -> list[str]:
     modules = [name for name, _ in model.named_modules()]
     missing = [name for name in modules_to_save if not any(matches(name, module) for module in modules)]
     return [f"model.adapter.modules_to_save: {', '.join(missing)}: not in this model"] if missing else []
+
+
+def packed_modules(model: nn.Module, modules_to_save: list[str]) -> list[str]:
+    """A line about modules to save that cannot be trained because they are quantised, or an empty list."""
+    quantised = (name.split(".") for name, module in model.named_modules() if isinstance(module, PackedLinear))
+    # The layers and everything that holds one.
+    within = {".".join(parts[:end]) for parts in quantised for end in range(1, len(parts) + 1)}
+    hit = [name for name in modules_to_save if any(matches(name, module) for module in within)]
+    if not hit:
+        return []
+    return [f"model.adapter.modules_to_save: {', '.join(hit)}: quantised (model.quantization), so it cannot be trained"]
 
 
 def is_norm(module: nn.Module) -> bool:

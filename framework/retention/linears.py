@@ -6,11 +6,13 @@ a function whose backward is the linear's own, so that a replay costs norms, act
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from framework.retention.block_pass import BlockPass, Phase, current_pass
@@ -51,10 +53,44 @@ class KnownOutput(torch.autograd.Function):
         return None, None, grad_x, grad_weight, grad_bias
 
 
+class PackedProduct(torch.autograd.Function):
+    """`x @ matrixᵀ + bias` of a `PackedLinear`: dX = dY·matrix, db = Σ dY, computed in the output's dtype.
+
+    It keeps the layer and neither its input nor its matrix, which is made again in the backward pass out of what the
+    layer's parameters hold by then: what sharding engines gather for a moment can be freed in between.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, known: Sequence[Tensor], layer: PackedLinear, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The only element of `known`, or the product if there is none."""
+        ctx.layer, ctx.x_dtype, ctx.bias_dtype = layer, x.dtype, None if bias is None else bias.dtype
+        if known:
+            (output,) = known
+            return output
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        return functional.linear(x, layer.matrix(dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor | None, Tensor | None]:
+        """Gradients of the input and the bias, where wanted."""
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_x = (grad @ ctx.layer.matrix(grad.dtype)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[3]:
+            grad_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        return None, None, grad_x, grad_bias
+
+
 def _through_pass(
-    current: BlockPass, module: nn.Linear | Conv1D, x: Tensor, compute: Callable[[Tensor], Tensor], transposed: bool
+    current: BlockPass,
+    module: nn.Module,
+    x: Tensor,
+    compute: Callable[[Tensor], Tensor],
+    return_known: Callable[[list[Tensor]], Tensor],
 ) -> Tensor:
-    """Keep the output's selected rows, or return the kept ones.
+    """Keep the output's selected rows, or return the kept ones with the gradient of what they were computed from.
 
     Calls whose rows are not the batch's tokens (experts with routed tokens, adapters that send a weight through a
     linear) are recomputed in the replay.
@@ -70,7 +106,28 @@ def _through_pass(
         return compute(x)
     # Detached: as a view it could not be changed in place, which adapters do with their base layer's output.
     output = known.view(*x.shape[:-1], known.shape[-1]).detach()
-    return KnownOutput.apply([output], transposed, x, module.weight, module.bias)
+    return return_known([output])
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose frozen matrix is held in a form of its own, such as codes of 4 bits.
+
+    Its `weight` is what holds that form. It takes part in retained linears by itself.
+    """
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """The matrix `[out_features, in_features]`, made anew by every call."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input [..., in_features]` to `[..., out_features]`."""
+        current = current_pass()
+        if current is None or not current.retain_linears:
+            return self._product(input)
+        return _through_pass(current, self, input, self._product, lambda known: self._product(input, known))
+
+    def _product(self, x: Tensor, known: Sequence[Tensor] = ()) -> Tensor:
+        return PackedProduct.apply(known, self, x, self.bias)
 
 
 class RetainedLinear(nn.Linear):
@@ -81,7 +138,13 @@ class RetainedLinear(nn.Linear):
         current = current_pass()
         if current is None or not current.retain_linears:
             return super().forward(input)
-        return _through_pass(current, self, input, super().forward, transposed=True)
+        return _through_pass(
+            current,
+            self,
+            input,
+            super().forward,
+            lambda known: KnownOutput.apply(known, True, input, self.weight, self.bias),
+        )
 
 
 class RetainedConv1D(Conv1D):
@@ -92,7 +155,9 @@ class RetainedConv1D(Conv1D):
         current = current_pass()
         if current is None or not current.retain_linears:
             return super().forward(x)
-        return _through_pass(current, self, x, super().forward, transposed=False)
+        return _through_pass(
+            current, self, x, super().forward, lambda known: KnownOutput.apply(known, False, x, self.weight, self.bias)
+        )
 
 
 RETAINED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RetainedLinear, Conv1D: RetainedConv1D}
@@ -100,7 +165,7 @@ PLAIN_CLASSES = {retained: plain for plain, retained in RETAINED_CLASSES.items()
 
 
 def retain_linears(block: nn.Module) -> None:
-    """Let every plain linear inside a block keep its outputs. Subclasses (quantised linears) are recomputed."""
+    """Let every plain linear inside a block keep its outputs. Others do so by themselves (`PackedLinear`) or not."""
     for module in block.modules():
         module.__class__ = RETAINED_CLASSES.get(type(module), type(module))
 

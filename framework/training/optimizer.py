@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from framework.config import Config
 from framework.errors import UserError
 from framework.sharding.precision import PRECISIONS
+from framework.training.eight_bit import EightBitAdamW
 from framework.training.parameter_groups import describe_groups, parameter_groups
 
 # Elements updated at once by `StochasticAdamW`: bounds its float32 temporaries to a few times 64 MiB.
@@ -39,6 +40,8 @@ def optimizer_factory(
         for line in describe_groups(groups, settings.learning_rate) if report is not None else []:
             report(f"optimizer: {line}")
         rate, betas, epsilon = settings.learning_rate, settings.betas, settings.epsilon
+        if settings.name == "adamw_8bit":
+            return EightBitAdamW(groups, lr=rate, betas=betas, eps=epsilon)
         if PRECISIONS[settings.precision].stochastic_rounding:
             return StochasticAdamW(groups, lr=rate, betas=betas, eps=epsilon, seed=config.run.seed)
         return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)

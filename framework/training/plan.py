@@ -51,17 +51,28 @@ def fidelity_class(config: Config) -> str:
     return "context detached" if config.selection.strategy == "supervised" else "tokens dropped"
 
 
-def state_bytes(precision: str, parameters: int, trainable: int) -> dict[str, int]:
+def state_bytes(
+    precision: str,
+    parameters: int,
+    trainable: int,
+    *,
+    quantized: int = 0,
+    quantized_bytes: int = 0,
+    optimizer_bytes: int | None = None,
+) -> dict[str, int]:
     """Bytes that a run holds between steps and at the end of a backward pass, activations aside.
 
     Args:
         precision: `optimizer.precision`.
         parameters: number of all parameters, tied ones once.
         trainable: number of those that are trained; all are taken to have the precision's own dtype.
+        quantized: number of those that are quantised.
+        quantized_bytes: what holds these.
+        optimizer_bytes: of an optimiser whose state has a dtype of its own; None for the precision's.
     """
     width = PRECISIONS[precision]
     return {
-        "weights": parameters * width.weight_bytes,
+        "weights": (parameters - quantized) * width.weight_bytes + quantized_bytes,
         "gradients": trainable * width.weight_bytes,
-        "optimizer state": trainable * width.state_bytes,
+        "optimizer state": trainable * width.state_bytes if optimizer_bytes is None else optimizer_bytes,
     }

@@ -22,6 +22,7 @@ from framework.models import (
     tokenizer_source,
 )
 from framework.sharding.precision import PRECISIONS
+from framework.training.eight_bit import eight_bit_state_bytes
 from framework.training.objective import draw_selection
 from framework.training.parameter_groups import describe_groups, parameter_groups
 from framework.training.plan import fidelity_class, state_bytes
@@ -40,13 +41,24 @@ def dry_run(config: Config) -> str:
         UserError: the run would be refused.
     """
     groups: list[str] = []
+    optimizer_bytes: list[int] = []
 
     def examine(built: nn.Module) -> None:
         groups.extend(describe_groups(parameter_groups(built, config.optimizer), config.optimizer.learning_rate))
+        if config.optimizer.name == "adamw_8bit":
+            trained = (parameter for parameter in built.parameters() if parameter.requires_grad)
+            optimizer_bytes.append(eight_bit_state_bytes(trained))
 
     architecture, missing = _checked_architecture(config, examine)
     training, trainable = config.training, architecture.trainable_parameters
-    states = state_bytes(config.optimizer.precision, architecture.parameters, trainable)
+    states = state_bytes(
+        config.optimizer.precision,
+        architecture.parameters,
+        trainable,
+        quantized=architecture.quantized_parameters,
+        quantized_bytes=architecture.quantized_bytes,
+        optimizer_bytes=next(iter(optimizer_bytes), None),
+    )
     held = sum(states.values())
     lines = [
         f"architecture   {architecture.family}, {architecture.blocks} blocks, hidden size {architecture.hidden_size}",
@@ -81,6 +93,12 @@ def dry_run(config: Config) -> str:
 def _model_lines(config: Config, architecture: Architecture) -> list[str]:
     """What a config adds to its model."""
     lines, adapter, tokens = [], config.model.adapter, config.model.added_tokens
+    if quantized := architecture.quantized_parameters:
+        bits = 8 * architecture.quantized_bytes / quantized
+        lines.append(
+            f"quantization   {config.model.quantization}: {quantized:,} parameters in {bits:.3f} bits each, "
+            f"{format_bytes(architecture.quantized_bytes)}"
+        )
     if adapter is not None:
         numbers = [f"{name} {value}" for name in ("rank", "alpha") if (value := getattr(adapter, name)) is not None]
         lines.append(f"adapter        {', '.join([adapter.kind, *numbers])}")

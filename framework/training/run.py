@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
 from framework.errors import RunError, UserError
+from framework.extras import check_bitsandbytes
 from framework.sharding.deepspeed_config import read_own_options
 from framework.sharding.place import Place, check_ranks
 from framework.training.run_directory import COMPLETED, FAILED, STOPPED, RunDirectory
@@ -82,6 +83,7 @@ def train(
     """
     launch = check_launch(config, deepspeed_config)
     check_trackers(config.logging.trackers)
+    check_bitsandbytes(config)
     run = _Run(config, resume, launch)
     if signals is None:
         with StopSignals(together_seconds=launch.together_seconds) as installed:

@@ -56,6 +56,29 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
             "leave model.dtype out, or change the precision",
         ),
         (
+            ["model.quantization=nf4"],
+            'model.quantization: "nf4" needs model.adapter: quantised weights cannot be trained',
+        ),
+        (
+            ["model.quantization=nf4", 'model.adapter={"kind": "hra", "rank": 2}'],
+            'model.adapter.kind: does not go with model.quantization "nf4": "hra" computes with the weights of its '
+            "layers; use one of lora, ia3, vera, randlora, oft, boft, fourierft, ln_tuning, miss, trainable_tokens, "
+            "beft, c3a, gralora, pvera, road, vblora, waveft",
+        ),
+        (
+            [
+                "model.quantization=nf4",
+                'model.adapter={"kind": "lora", "rank": 2, "alpha": 4, "options": {"use_dora": true}}',
+            ],
+            'model.adapter.options.use_dora: does not go with model.quantization "nf4": with this value it computes '
+            "with the weights of its layers; leave it out",
+        ),
+        (
+            ["optimizer.name=adamw_8bit", "optimizer.precision=pure_bf16"],
+            'optimizer.name: "adamw_8bit" does not go with optimizer.precision "pure_bf16": it rounds weights to the '
+            'nearest, where bfloat16 ones need stochastic rounding; use "adamw", or precision "fp32_master"',
+        ),
+        (
             ["selection.ratio=0.25"],
             'selection.ratio: 0.25 has no effect with selection.strategy "none": name a strategy',
         ),

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from framework.config.adapters import ADAPTER_METHODS, TRAINS_TOKEN_ROWS, kind_problem, option_problems
+from framework.config.adapters import (
+    ADAPTER_METHODS,
+    TRAINS_TOKEN_ROWS,
+    kind_problem,
+    option_problems,
+    packed_problem,
+)
 from framework.config.rules.registry import CLASSIFICATION, rule
 
 
@@ -55,6 +61,21 @@ def _adapter_options_are_free(kind: str | None, options: dict[str, Any]) -> tupl
     (name, first), *others = problems
     more = "".join(f"; {other}: {problem}" for other, problem in others)
     return f"model.adapter.options.{name}", first + more
+
+
+@rule("model.quantization", "model.adapter.kind", "model.adapter.options")
+def _quantised_weights_are_adapted(
+    quantization: str | None, kind: str | None, options: dict[str, Any] | None
+) -> tuple[str, str] | None:
+    if quantization is None:
+        return None
+    if kind is None:
+        return "model.quantization", f'"{quantization}" needs model.adapter: quantised weights cannot be trained'
+    problem = packed_problem(kind, options or {}) if kind in ADAPTER_METHODS else None
+    if problem is None:
+        return None
+    key, why = problem
+    return f"model.adapter.{key}", f'does not go with model.quantization "{quantization}": {why}'
 
 
 @rule("model.adapter.kind", "model.task")

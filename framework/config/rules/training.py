@@ -118,6 +118,16 @@ def _only_fp16_is_scaled(precision: str, scale: Any) -> tuple[str, str] | None:
     return None
 
 
+@rule("optimizer.name", "optimizer.precision")
+def _eight_bits_need_float32_weights(name: str, precision: str) -> tuple[str, str] | None:
+    if name == "adamw_8bit" and precision == "pure_bf16":
+        return "optimizer.name", (
+            f'"{name}" does not go with optimizer.precision "{precision}": it rounds weights to the nearest, where '
+            'bfloat16 ones need stochastic rounding; use "adamw", or precision "fp32_master"'
+        )
+    return None
+
+
 @rule("training.global_batch_size", "training.micro_batch_size")
 def _micro_batch_divides(global_batch_size: int, micro_batch_size: int) -> tuple[str, str] | None:
     if global_batch_size % micro_batch_size:
