@@ -32,6 +32,7 @@ from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
 from framework.sharding.ranks import Ranks
 from framework.sharding.shards import Shard, check_states, check_weights, received, state_fragments
+from framework.sharding.tensors import every_name, persistent_buffers, places
 
 _SHARD, _REPLICA = "shard", "replica"
 
@@ -100,7 +101,7 @@ class FsdpEngine:
         self._fill(initial or ())
         # From now on the same objects: FSDP2 puts others into the modules while weights are gathered.
         self._shards = self._shards_of(model)
-        self._names = _every_name(model)
+        self._names = every_name(model)
         self.optimizer = build_optimizer(model)
         self._local = LocalShards(self.optimizer, self._shard_index)
         by_parameter = {shard.parameter: shard for shard in self._shards.values()}
@@ -151,7 +152,7 @@ class FsdpEngine:
     def _fill(self, initial: InitialTensors) -> None:
         """Give tensors on the meta device their memory and their values, of which this rank keeps its rows."""
         buffers = dict(self.model.named_buffers())
-        places = _places(self.model)
+        where = places(self.model)
         empty = {name for name, shard in self._shards.items() if shard.parameter.is_meta}
         empty |= {name for name, buffer in buffers.items() if buffer.is_meta}
         for name, value in initial:
@@ -166,7 +167,7 @@ class FsdpEngine:
                 home = torch.device("cpu") if self._offload else self.device
                 filled = nn.Parameter(torch.empty_like(held, device=home), requires_grad=held.requires_grad)
                 Shard(name, filled, self._shard_index, self._shard_count).take(value)
-            for module, attribute in places[held]:
+            for module, attribute in where[held]:
                 setattr(module, attribute, filled)
             # Before the next one comes.
             del value
@@ -234,7 +235,7 @@ class FsdpEngine:
             if self._replica == 0 and shard.local.numel() > 0:
                 yield shard.fragment(name, shard.local)
         if self._ranks.is_first:
-            for name, buffer in _persistent_buffers(self.model).items():
+            for name, buffer in persistent_buffers(self.model).items():
                 yield whole(name, buffer.contiguous())
 
     def optimizer_state(self) -> Iterator[Fragment]:
@@ -249,7 +250,7 @@ class FsdpEngine:
     @torch.no_grad()
     def load(self, weights: StoredTensors, optimizer: StoredTensors, state: Mapping[str, Any]) -> None:
         """See `Engine.load`."""
-        buffers = _persistent_buffers(self.model)
+        buffers = persistent_buffers(self.model)
         check_weights(weights, self._names, [*self._stored_parameters(), *buffers])
         trained = {shard.name: tuple(shard.parameter.shape) for shard in self._shards.values() if shard.trained}
         states = check_states(optimizer, trained)
@@ -306,33 +307,3 @@ def _mesh(device: torch.device, replicas: int, shards: int) -> DeviceMesh:
     if replicas == 1:
         return init_device_mesh(device.type, (shards,), mesh_dim_names=(_SHARD,))
     return init_device_mesh(device.type, (replicas, shards), mesh_dim_names=(_REPLICA, _SHARD))
-
-
-def _places(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
-    """Where each parameter and buffer of a model is registered: module and attribute."""
-    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None:
-                places.setdefault(tensor, []).append((module, attribute))
-    return places
-
-
-def _every_name(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of a model under every name it has."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are saved, by their first name."""
-    buffers: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and id(buffer) not in seen:
-                seen.add(id(buffer))
-                buffers[f"{prefix}.{name}" if prefix else name] = buffer
-    return buffers

@@ -27,8 +27,8 @@ CLIP, RATE = 0.25, 0.01
 class Case:
     """A model, how it is trained, and the engine's options.
 
-    `rank` is LoRA's, 0 for full training; `bytes` puts frozen uint8 weights into the blocks; `sometimes` a parameter that
-    only some micro-batches use.
+    `rank` is LoRA's, 0 for full training; `bytes` puts frozen uint8 weights into the blocks; `sometimes` a parameter
+    that only some micro-batches use.
     """
 
     policy: str = "all"

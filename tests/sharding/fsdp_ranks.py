@@ -23,7 +23,6 @@ from fsdp_cases import (
     train,
     windows,
 )
-
 from torch.distributed.tensor import DTensor
 
 from framework.sharding import fsdp

@@ -132,8 +132,7 @@ def test_from_the_meta_device_it_trains_to_the_bit_as_from_weights(two, meta, re
         assert all(torch.equal(filled[kind].tensors[n], given[kind].tensors[n]) for n in given[kind].tensors)
 
 
-# Largest relative difference of losses and norms to fp32; bf16 has 8 bits and fp16 11. Without clipping the norm's error
-# is that of the gradients.
+# Largest relative difference of losses and norms to fp32; bf16 has 8 bits and fp16 11.
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(
     ("name", "tolerance", "norm_tolerance"),
@@ -291,7 +290,10 @@ def test_what_another_model_saved_is_refused_with_names(alone):
 
     for change, message in (
         ((renamed(weights, norm, "other.weight"), cases.Memory(states)), "missing: model.norm.weight\n.*other.weight"),
-        ((cases.Memory(weights), renamed(states, f"exp_avg.{norm}", "exp_avg.x")), "missing: exp_avg.model.norm.weight"),
+        (
+            (cases.Memory(weights), renamed(states, f"exp_avg.{norm}", "exp_avg.x")),
+            "missing: exp_avg.model.norm.weight",
+        ),
         ((cases.Memory(weights), renamed(states, f"step.{norm}", f"exp_avg.{norm[:5]}")), "unexpected: exp_avg.model"),
         (
             (cases.Memory([f for f in weights if f[0] != norm] + [(norm, (8,), 0, torch.ones(8))]), cases.Memory([])),
