@@ -3,14 +3,24 @@
 from framework.checkpoint.export import export_run
 from framework.checkpoint.finding import compare_configs, find_best, find_checkpoint, find_step, truncate_metrics
 from framework.checkpoint.layout import Checkpoint
-from framework.checkpoint.random_state import capture_random_state, restore_random_state
+from framework.checkpoint.publishing import remove_leftovers, update_pointers
+from framework.checkpoint.random_state import (
+    capture_random_state,
+    restore_random_state,
+    resume_random_state,
+    seed_generators,
+)
 from framework.checkpoint.ranking import best_checkpoint, is_among_best, is_better
-from framework.checkpoint.saving import remove_leftovers, save_checkpoint, update_pointers
+from framework.checkpoint.saver import CheckpointSaver
+from framework.checkpoint.saving import save_checkpoint
+from framework.checkpoint.stored import StoredFragments
 from framework.checkpoint.weights import WEIGHTS_FILE, load_weights, save_weights
 
 __all__ = [
     "WEIGHTS_FILE",
     "Checkpoint",
+    "CheckpointSaver",
+    "StoredFragments",
     "best_checkpoint",
     "capture_random_state",
     "compare_configs",
@@ -23,8 +33,10 @@ __all__ = [
     "load_weights",
     "remove_leftovers",
     "restore_random_state",
+    "resume_random_state",
     "save_checkpoint",
     "save_weights",
+    "seed_generators",
     "truncate_metrics",
     "update_pointers",
 ]

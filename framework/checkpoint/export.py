@@ -6,7 +6,8 @@ import copy
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 
 from framework.checkpoint.disk import free_bytes, is_disk_full, readable_bytes, sync
 from framework.checkpoint.finding import find_best, find_step
+from framework.checkpoint.stored import StoredFragments
+from framework.checkpoint.tensor_files import write_assembled
 from framework.checkpoint.weights import WEIGHTS_FILE, load_weights, map_weights
 from framework.config import Config, load_config
 from framework.errors import RunError, UserError
@@ -30,6 +33,9 @@ from framework.models.configured import base_config, hub_options
 
 logger = logging.getLogger(__name__)
 
+# In the directory that is being written: what several ranks saved, as one file to map, until the output is complete.
+_ASSEMBLED = ".assembled"
+
 
 def export_run(
     run_dir: Path, *, step: int | Literal["best"] | None = None, output: Path, merge_adapter: bool = False
@@ -41,8 +47,10 @@ def export_run(
 
     Full fine-tuning gives the model as safetensors. A run with an adapter gives the adapter, for
     `PeftModel.from_pretrained`, or with `merge_adapter` the whole model. Only merging, and the few methods that start
-    from the base model's weights, read these; else the host holds no more than it maps from the checkpoint. An adapter
-    of a model with added tokens is for a base model whose embedding is resized to as many rows.
+    from the base model's weights, read these; else the host holds no more than it maps from the checkpoint. What
+    several ranks saved is first copied into one file, with at most one tensor in memory; the disk must hold it beside
+    the output until that is complete. An adapter of a model with added tokens is for a base model whose embedding is
+    resized to as many rows.
 
     Args:
         run_dir: The run directory, with `config.json` and `checkpoints/`.
@@ -67,45 +75,80 @@ def export_run(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} exists and is not an empty directory; give another one")
     chosen = find_best(run_dir, config.checkpoint.best_metric) if step == "best" else find_step(run_dir, step)
-    weights = chosen.path / WEIGHTS_FILE
     settings = config.model
     images = settings.task == "image_classification"
     tokenizer = configured_tokenizer(config) if not images and (settings.tokenizer or settings.path) else None
     processing = configured_image_processor(config) if images else tokenizer
-    model: PreTrainedModel | PeftModel
-    if merge_adapter:
-        model = _merged_model(config, weights, tokenizer)
-    elif settings.adapter is not None and starts_from_base_weights(settings.adapter):
-        model = _loaded_model(config, weights, tokenizer)
-    else:
-        model = _mapped_model(config, weights, tokenizer)
-    if isinstance(model, PeftModel):
-        _name_base(model, settings.path, settings.revision)
-    start = _start_of(config, tokenizer) if isinstance(model, PeftModel) else None
-    generation = _generation_config(model, settings.path, hub_options(settings), tokenizer)
-    companions = (_classifier_config(model, config), generation, processing)
-    temporary = output.with_name(f".{output.name}.tmp")
+    with _temporary_directory(output) as temporary:
+        weights = chosen.weights()
+        model: PreTrainedModel | PeftModel
+        if merge_adapter:
+            model = _merged_model(config, weights, tokenizer)
+        elif settings.adapter is not None and starts_from_base_weights(settings.adapter):
+            model = _loaded_model(config, weights, tokenizer)
+        else:
+            with _disk_errors(output):
+                weights = _in_one_file(weights, temporary / _ASSEMBLED)
+            model = _mapped_model(config, weights, tokenizer)
+        if isinstance(model, PeftModel):
+            _name_base(model, settings.path, settings.revision)
+        start = _start_of(config, tokenizer) if isinstance(model, PeftModel) else None
+        generation = _generation_config(model, settings.path, hub_options(settings), tokenizer)
+        companions = (_classifier_config(model, config), generation, processing)
+        with _disk_errors(output):
+            _write(model, start, companions, temporary)
+            shutil.rmtree(temporary / _ASSEMBLED, ignore_errors=True)
+            for path in [*temporary.rglob("*"), temporary]:
+                sync(path)
+            temporary.rename(output)
+            sync(output.parent)
+    return output
+
+
+def _temporary_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.tmp")
+
+
+@contextmanager
+def _temporary_directory(output: Path) -> Iterator[Path]:
+    """Where the output is written; gone after an error."""
+    temporary = _temporary_of(output)
     try:
+        with _disk_errors(output):
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        yield temporary
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        _write(model, start, companions, temporary)
-        for path in [*temporary.rglob("*"), temporary]:
-            sync(path)
-        temporary.rename(output)
-        sync(output.parent)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _disk_errors(output: Path) -> Iterator[None]:
+    """Within this context only the output is written, and errors of the disk are about that."""
+    try:
+        yield
+    except Exception as error:
         if is_disk_full(error):
+            shutil.rmtree(_temporary_of(output), ignore_errors=True)
             free = readable_bytes(free_bytes(output.parent))
             raise RunError(f"the disk is full: {output} cannot be written; {free} are free without it") from error
         if isinstance(error, OSError):
             raise RunError(f"cannot write {output}: {error}") from error
         raise
-    return output
+
+
+def _in_one_file(weights: StoredFragments, directory: Path) -> StoredFragments:
+    """The same weights as whole tensors in one file, which can be mapped; as it is if they are in one already."""
+    if len(weights.paths) == 1:
+        return weights
+    directory.mkdir()
+    write_assembled(directory / WEIGHTS_FILE, weights)
+    return StoredFragments(directory, "model")
 
 
 def _mapped_model(
-    config: Config, weights: Path, tokenizer: PreTrainedTokenizerBase | None
+    config: Config, weights: StoredFragments, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedModel | PeftModel:
     """The model as the run built it, on the meta device but for what the checkpoint holds."""
     model = configured_empty_model(config, tokenizer)
@@ -116,7 +159,7 @@ def _mapped_model(
 
 
 def _loaded_model(
-    config: Config, weights: Path, tokenizer: PreTrainedTokenizerBase | None
+    config: Config, weights: StoredFragments, tokenizer: PreTrainedTokenizerBase | None
 ) -> PreTrainedModel | PeftModel:
     """The model of the checkpoint, with all of its weights."""
     model = configured_model(config, tokenizer)
@@ -124,7 +167,9 @@ def _loaded_model(
     return model
 
 
-def _merged_model(config: Config, weights: Path, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedModel:
+def _merged_model(
+    config: Config, weights: StoredFragments, tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedModel:
     """The base model with the adapter merged into its weights.
 
     Raises:

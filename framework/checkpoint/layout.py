@@ -3,8 +3,9 @@
 ```
 checkpoints/
 ├── step-00000100/          complete: it was renamed to this name after its manifest was synced
-│   ├── model.safetensors … what the engine wrote
-│   ├── state.pt            state of the loop: loader, random states
+│   ├── model.safetensors, optimizer.safetensors
+│   │                       of a single process; of several ranks model-00000-of-00002.safetensors and so on
+│   ├── state.pt            state of the loop: loader, random states of all ranks
 │   └── manifest.json       written last
 ├── latest                  a file that holds the name of the newest (a symbolic link does not survive every copy)
 ├── best                    the same for the best, where the best are kept
@@ -23,11 +24,13 @@ from typing import Any
 
 import torch
 
+from framework.checkpoint.stored import StoredFragments
+
 MANIFEST_FILE = "manifest.json"
 STATE_FILE = "state.pt"
 LATEST_FILE = "latest"
 BEST_FILE = "best"
-FORMAT = 1
+FORMAT = 2
 
 _NAME = re.compile(r"step-(\d{8,})")
 _REPLACED = re.compile(r"\.(step-\d{8,})\.old")
@@ -92,6 +95,23 @@ class Checkpoint:
     def size(self) -> int:
         """Bytes of its files, manifest apart."""
         return sum(entry["bytes"] for entry in self.manifest["files"])
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that saved it."""
+        return int(self.manifest["world_size"])
+
+    def weights(self) -> StoredFragments:
+        """Its weights, of all ranks.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        return StoredFragments(self.path, "model")
+
+    def optimizer(self) -> StoredFragments:
+        """The optimiser's tensors, of all ranks; errors as for `weights`."""
+        return StoredFragments(self.path, "optimizer")
 
     def load_state(self) -> dict[str, Any]:
         """The `state` that was given to `save_checkpoint`, tensors on the CPU."""

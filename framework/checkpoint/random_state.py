@@ -1,4 +1,4 @@
-"""The random generators of a process: Python's, numpy's, and torch's on the CPU and on every CUDA device."""
+"""The random generators of a process: Python's, numpy's, and torch's on the CPU and on its CUDA device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from framework.sharding.ranks import Ranks
 
 
 def capture_random_state() -> dict[str, Any]:
@@ -22,7 +24,7 @@ def capture_random_state() -> dict[str, Any]:
             "cached_gaussian": float(cached_gaussian),
         },
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
@@ -30,8 +32,7 @@ def restore_random_state(state: dict[str, Any]) -> None:
     """Put every generator back.
 
     Args:
-        state: From `capture_random_state`. Devices beyond those it knows keep their state, and states of devices that
-            this machine lacks are left out.
+        state: From `capture_random_state`. Without a CUDA device, the state of one is left out.
     """
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -46,6 +47,35 @@ def restore_random_state(state: dict[str, Any]) -> None:
         )
     )
     torch.set_rng_state(state["torch"])
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for device, device_state in enumerate(state["cuda"][:devices]):
-        torch.cuda.set_rng_state(device_state, device)
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0])
+
+
+def seed_generators(seed: int, step: int = 0, rank: int = 0) -> None:
+    """Seed every generator with a number of its own for each triple, so that ranks draw differently."""
+    entropy = np.random.SeedSequence((seed % 2**64, step, rank))
+    number = int(entropy.generate_state(1, np.uint64)[0])
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+
+
+def resume_random_state(saved: list[dict[str, Any]], ranks: Ranks, *, seed: int, step: int) -> bool:
+    """Put this rank's generators back, or seed them anew where other ranks saved than resume.
+
+    Then dropout, and whatever else draws from them, draws other numbers than the run would have without the stop.
+
+    Args:
+        saved: `capture_random_state` of every rank that saved, by rank.
+        ranks: of this run.
+        seed: of the run.
+        step: that it resumes from.
+
+    Returns:
+        Whether they are back.
+    """
+    if len(saved) != ranks.world_size:
+        seed_generators(seed, step, ranks.rank)
+        return False
+    restore_random_state(saved[ranks.rank])
+    return True

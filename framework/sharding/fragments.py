@@ -63,5 +63,5 @@ class StoredTensors(Protocol):
 
 
 def whole(name: str, tensor: Tensor) -> Fragment:
-    """A contiguous tensor that one rank holds entirely."""
-    return Fragment(name, tuple(tensor.shape), 0, tensor.detach().view(-1))
+    """A tensor that one rank holds entirely; of one that is not contiguous the values are a copy."""
+    return Fragment(name, tuple(tensor.shape), 0, tensor.detach().reshape(-1))

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
-from framework.checkpoint.weights import WEIGHTS_FILE, load_weights, save_weights, write_tensors
+from framework.checkpoint.weights import load_weights
 from framework.config import LossScaleConfig
 from framework.errors import UserError
+from framework.sharding.fragments import Fragment, StoredTensors, whole
 from framework.sharding.precision import PRECISIONS
-from framework.sharding.protocol import OptimizerFactory, StepResult
-
-OPTIMIZER_FILE = "optimizer.safetensors"
-SCALER_FILE = "loss_scale.json"
+from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
+from framework.sharding.weight_names import saved_tensors
 
 
 class SingleEngine:
@@ -30,8 +27,7 @@ class SingleEngine:
     scale halved. Where it falls no lower, an overflow is not the scale's fault and counts as not finite.
     """
 
-    rank = 0
-    world_size = 1
+    sharded = False
 
     def __init__(
         self,
@@ -59,8 +55,11 @@ class SingleEngine:
             enabled=self._precision.loss_scaling,
         )
 
-    def prepare(self, model: nn.Module, build_optimizer: OptimizerFactory) -> None:
-        """Move the model to the device and build its optimiser."""
+    def prepare(
+        self, model: nn.Module, build_optimizer: OptimizerFactory, initial: InitialTensors | None = None
+    ) -> None:
+        """Move a model that has all of its weights to the device, and build its optimiser."""
+        assert initial is None
         self.model = model.to(self.device)
         self.optimizer = build_optimizer(self.model)
 
@@ -115,63 +114,51 @@ class SingleEngine:
         """Free the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def save(self, directory: Path) -> None:
-        """Write `model.safetensors`, `optimizer.safetensors` and, in fp16, `loss_scale.json` into a directory.
+    def weights(self) -> Iterator[Fragment]:
+        """See `Engine.weights`: all of them, whole."""
+        return (whole(name, tensor) for name, tensor in saved_tensors(self.model).items())
 
-        Optimiser tensors are called `STATE.PARAMETER`, such as `exp_avg.model.norm.weight`.
-        """
-        save_weights(directory / WEIGHTS_FILE, self.model)
+    def optimizer_state(self) -> Iterator[Fragment]:
+        """See `Engine.optimizer_state`: all of it, whole."""
         names = {parameter: name for name, parameter in self.model.named_parameters()}
-        states = self.optimizer.state.items()
-        tensors = {f"{key}.{names[p]}": value for p, values in states for key, value in values.items()}
-        write_tensors(directory / OPTIMIZER_FILE, tensors)
-        if self._scaler.is_enabled():
-            (directory / SCALER_FILE).write_text(json.dumps(self._scaler.state_dict()), encoding="utf-8")
+        for parameter, states in self.optimizer.state.items():
+            for key, value in states.items():
+                yield whole(f"{key}.{names[parameter]}", value)
 
-    def load(self, directory: Path) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """See `Engine.state_dict`: in fp16 the loss scale, as `GradScaler` describes it."""
+        return {"loss_scale": self._scaler.state_dict()} if self._scaler.is_enabled() else {}
+
+    def load(self, weights: StoredTensors, optimizer: StoredTensors, state: Mapping[str, Any]) -> None:
         """See `Engine.load`."""
-        load_weights(directory / WEIGHTS_FILE, self.model)
+        load_weights(weights, self.model)
         named = dict(self.model.named_parameters())
         groups = {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
-        with safe_open(directory / OPTIMIZER_FILE, "pt", device="cpu") as stored:
-            for key in stored.keys():
-                state, name = key.split(".", 1)
-                if named.get(name) not in groups:
-                    raise UserError(f"{directory / OPTIMIZER_FILE}: {name} is not a trainable parameter of this model")
-                # A step counter lives where torch keeps it: on the device for fused updates only.
-                parameter = named[name]
-                on_device = state != "step" or groups[parameter].get("fused")
-                value = stored.get_tensor(key)
-                self.optimizer.state[parameter][state] = value.to(parameter.device) if on_device else value
-        if self._scaler.is_enabled():
-            saved = json.loads((directory / SCALER_FILE).read_text(encoding="utf-8"))
-            # How the scale moves is this run's setting; where it has got to is the checkpoint's.
-            if self._constant_scale is None:
-                reached = {
-                    "scale": max(saved["scale"], self._minimum_scale),
-                    "_growth_tracker": saved["_growth_tracker"],
-                }
-                self._scaler.load_state_dict(self._scaler.state_dict() | reached)
+        for key in optimizer.names():
+            kind, name = key.split(".", 1)
+            parameter = named.get(name)
+            if parameter is None or parameter not in groups:
+                raise UserError(f"{optimizer}: {name} is not a trainable parameter of this model")
+            # A step counter lives where torch keeps it: on the device for fused updates only.
+            on_device = kind != "step" or groups[parameter].get("fused")
+            value = torch.empty(
+                optimizer.shape(key), dtype=optimizer.dtype(key), device=parameter.device if on_device else "cpu"
+            )
+            self.optimizer.state[parameter][kind] = value.copy_(optimizer.read(key).view(value.shape))
+        # How the scale moves is this run's setting; where it has got to is the checkpoint's.
+        if self._scaler.is_enabled() and self._constant_scale is None:
+            saved = state["loss_scale"]
+            reached = {"scale": max(saved["scale"], self._minimum_scale), "_growth_tracker": saved["_growth_tracker"]}
+            self._scaler.load_state_dict(self._scaler.state_dict() | reached)
 
-    def sum_over_ranks(self, value: float) -> float:
-        """The value itself."""
-        return value
-
-    def any_rank(self, flag: bool) -> bool:
-        """The flag itself."""
-        return flag
-
-    def held_tensors(self) -> Iterator[Tensor]:
-        """See `Engine.held_tensors`."""
-        yield from self.model.parameters()
-        yield from self.model.buffers()
-        for states in self.optimizer.state.values():
-            yield from states.values()
-
-    def gathered_state_dict(self) -> Iterator[tuple[str, Tensor]]:
-        """See `Engine.gathered_state_dict`."""
-        for name, tensor in self.model.state_dict().items():
-            yield name, tensor.detach().cpu()
+    def held(self) -> Held:
+        """See `Engine.held`."""
+        parameters = list(self.model.parameters())
+        return Held(
+            weights=[*parameters, *self.model.buffers()],
+            gradients=[parameter.grad for parameter in parameters if parameter.grad is not None],
+            optimizer=[value for states in self.optimizer.state.values() for value in states.values()],
+        )
 
 
 def _global_norm(gradients: list[Tensor], device: torch.device) -> Tensor:

@@ -9,18 +9,20 @@ from torch import Tensor
 
 from framework.data import Batch
 from framework.sharding.protocol import Engine
+from framework.sharding.ranks import Ranks
 from framework.training.loss import evaluation_loss
 from framework.training.metrics import EvalRecord
 from framework.training.objective import move
 
 
 def evaluate(
-    engine: Engine, batches: Iterable[Batch], *, step: int, interrupted: Callable[[], bool]
+    engine: Engine, ranks: Ranks, batches: Iterable[Batch], *, step: int, interrupted: Callable[[], bool]
 ) -> EvalRecord | None:
     """Evaluate the engine's model, which is in training mode before and after.
 
     Args:
         engine: holds the model.
+        ranks: of the run.
         batches: this rank's share of the evaluation set.
         step: optimiser steps done.
         interrupted: asked before each batch whether to give up; must answer the same on every rank.
@@ -45,6 +47,5 @@ def evaluate(
         engine.model.train()
     if interrupted():
         return None
-    count = int(engine.sum_over_ranks(count))
-    accuracy = None if correct is None else engine.sum_over_ranks(float(correct)) / count
-    return EvalRecord(step, engine.sum_over_ranks(float(total)) / count, count, accuracy)
+    labels, loss, right = ranks.sum([count, float(total), 0.0 if correct is None else float(correct)])
+    return EvalRecord(step, loss / labels, int(labels), None if correct is None else right / labels)

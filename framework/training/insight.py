@@ -14,6 +14,7 @@ from framework.environment import environment
 from framework.hardware import peak_flops
 from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import Engine
+from framework.sharding.ranks import Ranks
 from framework.training.flops import Flops, utilisation
 from framework.training.memory_report import MemoryWatch
 from framework.training.metrics import EvalRecord, TrainRecord
@@ -31,6 +32,7 @@ class Insight:
         config: of the run.
         directory: its directory, which exists.
         engine: with the prepared model.
+        ranks: of the run.
         objective: whose micro-batches are counted.
         memory: watches the device's memory.
         reporter: for people.
@@ -46,6 +48,7 @@ class Insight:
         config: Config,
         directory: RunDirectory,
         engine: Engine,
+        ranks: Ranks,
         objective: Objective,
         memory: MemoryWatch,
         reporter: Reporter,
@@ -53,8 +56,8 @@ class Insight:
         step: int,
         plan: dict[str, Any],
     ) -> None:
-        self._config, self._engine, self._objective = config, engine, objective
-        self._peak, self._memory, first = device_peak(config, engine), memory, engine.rank == 0
+        self._config, self._ranks, self._objective = config, ranks, objective
+        self._peak, self._memory, first = device_peak(config, engine.device, ranks.world_size), memory, ranks.is_first
         settings = config.logging.profile
         wanted = settings is not None and first
         self._profiler = StepProfiler(settings, directory.profile, engine.device, reporter.line) if wanted else None
@@ -63,7 +66,7 @@ class Insight:
             reporter.line(f"mfu is left out: framework/hardware.py has no peak of {name} for this precision")
         if first:
             write_json(directory.path / "environment.json", environment(commands=False))
-        self._trackers = Trackers(config, directory, rank=engine.rank, step=step, plan=plan, report=reporter.line)
+        self._trackers = Trackers(config, directory, rank=ranks.rank, step=step, plan=plan, report=reporter.line)
 
     @contextmanager
     def evaluation(self, step: int) -> Iterator[None]:
@@ -86,7 +89,7 @@ class Insight:
     def utilisation(self, seconds: float) -> dict[str, Any]:
         """What a step of so many seconds did: these keys of its `TrainRecord`. To be called on every rank."""
         own = self._objective.flops()
-        total = Flops(*(int(self._engine.sum_over_ranks(count)) for count in (own.model, own.hardware)))
+        total = Flops(*(int(count) for count in self._ranks.sum([own.model, own.hardware])))
         return utilisation(total, seconds=seconds, peak=self._peak)
 
     def write(self, record: TrainRecord | EvalRecord) -> None:
@@ -110,14 +113,14 @@ class Insight:
             self._trackers.close(failed=kind is not None)
 
 
-def device_peak(config: Config, engine: Engine) -> float | None:
-    """Floating-point operations a second that all devices together could do in the run's precision, if known."""
-    if engine.device.type != "cuda":
+def device_peak(config: Config, device: torch.device, count: int) -> float | None:
+    """Floating-point operations a second that so many devices together could do in the run's precision, if known."""
+    if device.type != "cuda":
         return None
     precision = PRECISIONS[config.optimizer.precision]
     own = peak_flops(
-        torch.cuda.get_device_name(engine.device),
+        torch.cuda.get_device_name(device),
         precision.autocast or config.weights_dtype,
         tf32=torch.get_float32_matmul_precision() != "highest",
     )
-    return None if own is None else own * engine.world_size
+    return None if own is None else own * count

@@ -14,11 +14,11 @@ from torch.profiler import record_function
 
 from framework.checkpoint import (
     Checkpoint,
+    CheckpointSaver,
     best_checkpoint,
     capture_random_state,
     find_checkpoint,
     is_among_best,
-    save_checkpoint,
     truncate_metrics,
     update_pointers,
 )
@@ -27,6 +27,7 @@ from framework.data import Batch, Dataset, Loader
 from framework.errors import RunError
 from framework.models import configured_model, count_parameters
 from framework.sharding.protocol import Engine
+from framework.sharding.ranks import Ranks
 from framework.sharding.single import SingleEngine
 from framework.training.early_stopping import EarlyStopping
 from framework.training.evaluation import evaluate
@@ -66,6 +67,7 @@ def run_training(
         use_deterministic_kernels()
 
     data = load_run_data(config, reporter.line)
+    ranks = Ranks()
     config, train_data, eval_data = data.config, data.train, data.eval
     loader, evaluation_batches = data.loaders()
     if config.training.epochs is not None:
@@ -84,13 +86,13 @@ def run_training(
 
     checkpoint = find_checkpoint(directory.path, resume)
     if checkpoint is not None:
-        resume_from(checkpoint, config, train_data, engine, loader, reporter)
+        resume_from(checkpoint, config, train_data, engine, ranks, loader, reporter)
     step = checkpoint.step if checkpoint else 0
     continues = checkpoint is not None and directory.holds(checkpoint.path)
     if (moved := directory.set_aside(after_step=step if continues else 0)) is not None:
         reporter.line(f"what this run does not continue was moved to {moved}")
     update_pointers(directory.path, keep_best=config.checkpoint.keep_best, best_metric=config.checkpoint.best_metric)
-    plan = settings_plan(config)
+    plan = settings_plan(config, ranks.world_size)
     directory.begin(config.to_json(), plan)
     truncate_metrics(directory.metrics, step)
 
@@ -100,8 +102,9 @@ def run_training(
     with (
         closing(loader),
         MetricsFile(directory.metrics) as metrics,
-        Insight(config, directory, engine, objective, memory, reporter, step=step, plan=plan) as insight,
+        Insight(config, directory, engine, ranks, objective, memory, reporter, step=step, plan=plan) as insight,
         cpu_tracker(config, engine) or nullcontext() as tracker,
+        closing(CheckpointSaver(directory.path, config.checkpoint, ranks)) as saver,
     ):
         longest = next(evaluation_batches(train_data))
         with memory.guard("longest batch"):
@@ -114,6 +117,8 @@ def run_training(
             signals=signals,
             reporter=reporter,
             engine=engine,
+            ranks=ranks,
+            saver=saver,
             objective=objective,
             loader=loader,
             train_data=train_data,
@@ -145,6 +150,8 @@ class Run:
         signals: StopSignals,
         reporter: Reporter,
         engine: Engine,
+        ranks: Ranks,
+        saver: CheckpointSaver,
         objective: Objective,
         loader: Loader,
         train_data: Dataset,
@@ -155,6 +162,7 @@ class Run:
     ) -> None:
         self.config, self.directory, self.signals, self.reporter = config, directory, signals, reporter
         self.engine, self.objective, self.loader, self.train_data = engine, objective, loader, train_data
+        self.ranks, self.saver = ranks, saver
         self.evaluation_batches, self.metrics = evaluation_batches, metrics
         self.tracker, self.insight = tracker, insight
         self.step = self.tokens = 0
@@ -166,7 +174,7 @@ class Run:
         self.eval_loss: float | None = None
         self.checkpoint: Path | None = None
         self._saved_step = 0
-        self._saved_while_skipping = False
+        self._saved_while_skipping = self._skipping_at_save = False
 
     def begin(self, checkpoint: Checkpoint | None) -> None:
         """Take over the counters of a checkpoint."""
@@ -197,12 +205,14 @@ class Run:
         while not self.finished() and not self.stopping():
             with self.insight.step(self.step + 1):
                 self.one_step()
+            self.saved(self.saver.poll())
             if self.evaluation_is_due():
                 self.evaluate()
             if _due(self.step, self.config.checkpoint.every_steps) or self.is_among_best():
                 self.save()
         self.complete = self.finished() and not self.evaluation_is_due()
         self.save()
+        self.saved(self.saver.wait())
         cause = "done" if self.complete else f"stopped by {self.signals.requested(self.directory.stop_file)}"
         result = self.result()
         details = {
@@ -228,7 +238,7 @@ class Run:
         with record_function("data"):
             window = self.loader.next_window()
         rate = scheduled_rate(self.config, step)
-        result, selected = train_window(self.engine, self.objective, window, rate, settings.max_grad_norm)
+        result, selected = train_window(self.engine, self.ranks, self.objective, window, rate, settings.max_grad_norm)
         self.skipped.count(result)
         seconds = time.perf_counter() - started
         tokens = self._sum(batch.tokens for batch in window)
@@ -262,16 +272,17 @@ class Run:
         Raises:
             RunError: the config says to stop, or this was the last of the steps in a row that it lets pass.
         """
-        settings, kept = self.config.training, self._kept()
+        settings = self.config.training
         if settings.non_finite == "stop":
             raise RunError(
-                f"{what}; {kept}; lower optimizer.learning_rate, or set training.non_finite to 'skip' to leave such "
-                "steps out"
+                f"{what}; {self._kept()}; lower optimizer.learning_rate, or set training.non_finite to 'skip' to leave "
+                "such steps out"
             )
         if self.skipped.in_a_row >= settings.max_skipped_steps:
             raise RunError(
                 f"{what}; it is the last of {self.skipped.in_a_row} such steps in a row (training.max_skipped_steps): "
-                f"the run has diverged; {kept}; lower optimizer.learning_rate, or go on from an earlier checkpoint"
+                f"the run has diverged; {self._kept()}; lower optimizer.learning_rate, or go on from an earlier "
+                "checkpoint"
             )
         self.reporter.line(f"warning: skipped {what}")
 
@@ -292,7 +303,7 @@ class Run:
         """
         batches = self.evaluation_batches(max_samples=self.config.training.eval_max_samples)
         with self.insight.evaluation(self.step):
-            record = evaluate(self.engine, batches, step=self.step, interrupted=self.stopping)
+            record = evaluate(self.engine, self.ranks, batches, step=self.step, interrupted=self.stopping)
         if record is None:
             return False
         self.evaluation, self.eval_loss = record.figures(), record.loss
@@ -326,34 +337,38 @@ class Run:
         self.metrics.sync()
         self.insight.flush()
         position = self.loader.state_dict()
-        self.checkpoint = save_checkpoint(
-            self.directory.path,
+        # The one before is complete from here on.
+        self.saved(self.saver.wait())
+        self._saved_step, self._skipping_at_save = self.step, self.skipped.in_a_row > 0
+        path = self.saver.save(
             self.step,
-            write_shards=self.engine.save,
+            weights=self.engine.weights(),
+            optimizer=self.engine.optimizer_state(),
             state={
+                "engine": self.engine.state_dict(),
                 "loader": position,
-                "random": capture_random_state(),
+                "random": self.ranks.gather(capture_random_state()),
                 "run": {"early_stopping": self.early_stopping.state_dict(), "skipped": asdict(self.skipped)},
             },
             manifest=manifest_of(
                 self.config,
-                settings_plan(self.config),
+                settings_plan(self.config, self.ranks.world_size),
                 self.train_data,
                 tokens=self.tokens,
                 evaluation=self.evaluation,
                 loader=position,
-                world_size=self.engine.world_size,
             ),
-            keep_last=self.config.checkpoint.keep_last,
-            keep_best=self.config.checkpoint.keep_best,
-            best_metric=self.config.checkpoint.best_metric,
         )
-        self._saved_step = self.step
-        self._saved_while_skipping = self.skipped.in_a_row > 0
+        self.saved(path)
+
+    def saved(self, path: Path | None) -> None:
+        """Take note of a checkpoint that became complete, if one did."""
+        if path is not None:
+            self.checkpoint, self._saved_while_skipping = path, self._skipping_at_save
 
     def stopping(self) -> bool:
         """Whether any rank was asked to stop."""
-        return self.engine.any_rank(self.signals.requested(self.directory.stop_file) is not None)
+        return self.ranks.any(self.signals.requested(self.directory.stop_file) is not None)
 
     def result(self) -> TrainResult:
         """How the run ended."""
@@ -371,9 +386,10 @@ class Run:
         )
 
     def _sum(self, values: Iterable[int]) -> int:
-        return int(self.engine.sum_over_ranks(sum(values)))
+        return int(self.ranks.sum([sum(values)])[0])
 
     def _kept(self) -> str:
+        self.saved(self.saver.wait())
         if self.checkpoint is None:
             return "no checkpoint was saved yet"
         skipping = " (saved while steps were being skipped)" if self._saved_while_skipping else ""

@@ -7,11 +7,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from framework.checkpoint import Checkpoint, compare_configs, restore_random_state
+from framework.checkpoint import Checkpoint, compare_configs, resume_random_state
 from framework.config import Config
 from framework.data import Dataset, Loader
 from framework.errors import UserError
 from framework.sharding.protocol import Engine
+from framework.sharding.ranks import Ranks
 from framework.training.progress import Reporter
 
 # A checkpoint's tensors, or its position in the data, have no meaning under another value of these.
@@ -53,7 +54,7 @@ def manifest_of(config: Config, plan: dict[str, Any], data: Dataset, **progress:
         config: of the run.
         plan: what `plan.json` holds.
         data: the training set.
-        progress: numbers of the run so far, and the engine's world size.
+        progress: numbers of the run so far.
     """
     return progress | {
         "selection_seed": config.run.seed,
@@ -69,16 +70,21 @@ def resume_from(
     config: Config,
     train_data: Dataset,
     engine: Engine,
+    ranks: Ranks,
     loader: Loader,
     reporter: Reporter,
 ) -> None:
     """Put engine, loader and random states where the checkpoint has them."""
     for difference in check_resumable(checkpoint.manifest, config, train_data):
         reporter.line(f"warning: resuming with another setting: {difference}")
-    engine.load(checkpoint.path)
     state = checkpoint.load_state()
+    engine.load(checkpoint.weights(), checkpoint.optimizer(), state["engine"])
     loader.load_state_dict(state["loader"])
-    restore_random_state(state["random"])
+    if not resume_random_state(state["random"], ranks, seed=config.run.seed, step=checkpoint.step):
+        reporter.line(
+            f"the checkpoint is of {checkpoint.world_size} ranks and this run has {ranks.world_size}: "
+            "dropout draws other masks from here on"
+        )
     reporter.line(f"resuming from {checkpoint.path}, step {checkpoint.step}")
 
 

@@ -115,5 +115,5 @@ def cpu_tracker(config: Config, engine: Engine) -> CpuMemoryTracker | None:
     if not config.logging.track_cpu_memory or engine.device.type != "cpu":
         return None
     tracker = CpuMemoryTracker()
-    tracker.track(engine.held_tensors())
+    tracker.track(tensor for tensors in engine.held() for tensor in tensors)
     return tracker

@@ -90,12 +90,17 @@ def make_run(run_dir: Path, *, steps: tuple[int, ...] = (5,), precision: str = "
         save_checkpoint(
             run_dir,
             step,
-            write_shards=lambda directory: save_weights(directory / WEIGHTS_FILE, trained),
+            write_shards=lambda directory: write_model(directory, trained),
             state={},
             manifest={},
             keep_last=5,
         )
     return trained.eval()
+
+
+def write_model(directory: Path, model: torch.nn.Module) -> list[Path]:
+    save_weights(directory / WEIGHTS_FILE, model)
+    return [directory / WEIGHTS_FILE]
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

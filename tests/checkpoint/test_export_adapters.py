@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from framework.checkpoint import WEIGHTS_FILE, export_run, load_weights, save_checkpoint, save_weights
+from framework.checkpoint import WEIGHTS_FILE, export_run, find_step, load_weights, save_checkpoint, save_weights
 from framework.config import load_config
 from framework.config.adapters import ADAPTER_METHODS
 from framework.errors import UserError
@@ -89,6 +89,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def write_model(directory: Path, model: torch.nn.Module) -> list[Path]:
+    save_weights(directory / WEIGHTS_FILE, model)
+    return [directory / WEIGHTS_FILE]
+
+
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model.eval()(IDS).logits
@@ -115,7 +120,7 @@ def make_run(run_dir: Path, base: Path, kind: str, settings: dict[str, Any]) -> 
     save_checkpoint(
         run_dir,
         5,
-        write_shards=lambda directory: save_weights(directory / WEIGHTS_FILE, trained),
+        write_shards=lambda directory: write_model(directory, trained),
         state={},
         manifest={},
         keep_last=5,
@@ -141,7 +146,7 @@ def test_adapter_resumes_loads_in_stock_peft_and_merges(tmp_path: Path, base: Pa
 
     torch.manual_seed(12345)
     resumed = configured_model(config)
-    load_weights(tmp_path / "run" / "checkpoints" / "step-00000005" / WEIGHTS_FILE, resumed)
+    load_weights(find_step(tmp_path / "run", 5).weights(), resumed)
     assert torch.equal(logits(resumed), expected)
 
     planned = configured_architecture(config, None)

@@ -20,11 +20,16 @@ from framework.checkpoint import (
 from framework.errors import UserError
 
 
+def write_weights(directory: Path, size: int) -> list[Path]:
+    (directory / "weights").write_bytes(bytes(size))
+    return [directory / "weights"]
+
+
 def save(run_dir: Path, step: int, evaluation: dict[str, float | None] | None = None) -> Path:
     return save_checkpoint(
         run_dir,
         step,
-        write_shards=lambda directory: (directory / "weights").write_bytes(bytes(step)) and None,
+        write_shards=lambda directory: write_weights(directory, step),
         state={"step": step},
         manifest={"evaluation": evaluation},
         keep_last=9,
@@ -58,7 +63,7 @@ DAMAGES = [
     (remove, "state.pt is missing"),
     (no_manifest, "manifest.json is missing"),
     (half_manifest, "manifest.json cannot be read"),
-    (other_format, "it has format 99, this version reads 1"),
+    (other_format, "it has format 99, this version reads 2"),
 ]
 
 

@@ -37,7 +37,7 @@ def save(run_dir: Path, step: int, evaluation: dict[str, Any] | None) -> None:
     save_checkpoint(
         run_dir,
         step,
-        write_shards=lambda directory: None,
+        write_shards=lambda directory: [],
         state={},
         manifest={"evaluation": evaluation},
         keep_last=9,

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from framework.checkpoint.weights import load_weights, map_weights, save_weights, write_tensors
+from framework.checkpoint.stored import StoredFragments
+from framework.checkpoint.tensor_files import write_tensors
+from framework.checkpoint.weights import load_weights, map_weights, save_weights
 from framework.errors import UserError
 
 
@@ -63,7 +65,7 @@ def test_round_trip_is_bit_equal_and_tied_weights_are_stored_once(tmp_path: Path
     source, target = tiny_llama(tied=tied), tiny_llama(tied=tied, seed=1)
     save_weights(tmp_path / "model.safetensors", source)
     assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) == (not tied)
-    load_weights(tmp_path / "model.safetensors", target)
+    load_weights(StoredFragments(tmp_path, "model"), target)
     for name, tensor in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], tensor), name
     assert (target.lm_head.weight is target.model.embed_tokens.weight) == tied
@@ -74,7 +76,7 @@ def test_tied_weight_is_found_under_its_other_name(tmp_path: Path) -> None:
     tensors = dict(source.named_parameters())
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     write_tensors(tmp_path / "model.safetensors", tensors)
-    load_weights(tmp_path / "model.safetensors", target)
+    load_weights(StoredFragments(tmp_path, "model"), target)
     assert torch.equal(target.model.embed_tokens.weight, source.lm_head.weight)
 
 
@@ -85,7 +87,7 @@ def test_adapter_file_holds_trainable_parameters_only(tmp_path: Path) -> None:
     trainable = {name for name, parameter in source.named_parameters() if parameter.requires_grad}
     assert load_file(tmp_path / "model.safetensors").keys() == trainable
     assert any("lora_A" in name for name in trainable) and any("modules_to_save" in name for name in trainable)
-    load_weights(tmp_path / "model.safetensors", target)
+    load_weights(StoredFragments(tmp_path, "model"), target)
     for name, tensor in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], tensor), name
 
@@ -100,7 +102,7 @@ def test_persistent_buffers_are_stored_and_others_are_not(tmp_path: Path) -> Non
     source, target = build(3.0), build(5.0)
     save_weights(tmp_path / "model.safetensors", source)
     assert "0.table" not in load_file(tmp_path / "model.safetensors")
-    load_weights(tmp_path / "model.safetensors", target)
+    load_weights(StoredFragments(tmp_path, "model"), target)
     assert target[0].running_mean.tolist() == [3.0, 3.0, 3.0]
     assert target[0].table.tolist() == [5.0, 5.0]
 
@@ -114,7 +116,7 @@ def test_weights_of_another_model_are_refused_and_nothing_is_copied(tmp_path: Pa
     target = tiny_llama(tied=False, seed=1)
     before = copy.deepcopy(target.state_dict())
     with pytest.raises(UserError) as caught:
-        load_weights(tmp_path / "model.safetensors", target)
+        load_weights(StoredFragments(tmp_path, "model"), target)
     message = str(caught.value)
     assert "missing: model.norm.weight" in message
     assert "unexpected: stranger" in message
@@ -125,7 +127,7 @@ def test_weights_of_another_model_are_refused_and_nothing_is_copied(tmp_path: Pa
 def test_untied_model_refuses_the_file_of_a_tied_one(tmp_path: Path) -> None:
     save_weights(tmp_path / "model.safetensors", tiny_llama(tied=True))
     with pytest.raises(UserError, match=r"missing: lm_head\.weight"):
-        load_weights(tmp_path / "model.safetensors", tiny_llama(tied=False))
+        load_weights(StoredFragments(tmp_path, "model"), tiny_llama(tied=False))
 
 
 def test_truncated_file_is_refused(tmp_path: Path) -> None:
@@ -133,7 +135,7 @@ def test_truncated_file_is_refused(tmp_path: Path) -> None:
     save_weights(path, tiny_llama(tied=True))
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="cannot be read as weights"):
-        load_weights(path, tiny_llama(tied=True))
+        load_weights(StoredFragments(tmp_path, "model"), tiny_llama(tied=True))
 
 
 def test_every_tensor_starts_at_a_multiple_of_its_item_size(tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def test_mapped_model_holds_the_weights_without_reading_the_frozen_ones(tmp_path
     save_weights(path, source)
     with torch.device("meta"):
         target = tiny_llama(tied=tied)
-    map_weights(path, target)
+    map_weights(StoredFragments(tmp_path, "model"), target)
     for name, tensor in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], tensor), name
 
@@ -162,7 +164,7 @@ def test_mapped_model_holds_the_weights_without_reading_the_frozen_ones(tmp_path
     save_weights(path, source)
     with torch.device("meta"):
         target = adapted(tiny_llama(tied=tied), seed=4)
-    map_weights(path, target)
+    map_weights(StoredFragments(tmp_path, "model"), target)
     for name, tensor in target.named_parameters():
         assert tensor.is_meta == (not tensor.requires_grad), name
         assert tensor.is_meta or torch.equal(tensor, source.get_parameter(name)), name
@@ -173,7 +175,7 @@ def test_mapping_refuses_the_weights_of_another_model(tmp_path: Path) -> None:
     with torch.device("meta"):
         target = tiny_llama(tied=False)
     with pytest.raises(UserError, match=r"missing: lm_head\.weight"):
-        map_weights(tmp_path / "model.safetensors", target)
+        map_weights(StoredFragments(tmp_path, "model"), target)
 
 
 def test_file_has_the_bytes_that_the_library_writes(tmp_path: Path) -> None:

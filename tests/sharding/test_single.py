@@ -1,10 +1,14 @@
 import copy
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from framework.checkpoint.stored import StoredFragments
+from framework.checkpoint.tensor_files import write_fragments
 from framework.config import LossScaleConfig
 from framework.errors import UserError
 from framework.sharding.single import SingleEngine
@@ -121,6 +125,14 @@ def test_after_a_skipped_step_training_goes_on_to_the_bit_as_without_it(precisio
     assert engine._scaler.state_dict() == undisturbed._scaler.state_dict()
 
 
+def save(engine: SingleEngine, directory: Path) -> tuple[StoredFragments, StoredFragments, dict]:
+    """What another engine can load, through the disk."""
+    write_fragments(directory / "model.safetensors", engine.weights())
+    write_fragments(directory / "optimizer.safetensors", engine.optimizer_state())
+    state = json.loads(json.dumps(engine.state_dict()))
+    return StoredFragments(directory, "model"), StoredFragments(directory, "optimizer"), state
+
+
 def scales(engine: SingleEngine, steps: int, scale: float = 1.0) -> list[float]:
     return [result.loss_scale for result in train(engine, steps, scale=scale)]
 
@@ -159,7 +171,7 @@ def test_a_saved_loss_scale_goes_on_under_the_options_of_the_run(tmp_path):
     options = {"initial": 8.0, "growth_interval": 4}
     engine = engine_of("fp16", loss_scale=LossScaleConfig(**options))
     train(engine, 6)
-    engine.save(tmp_path)
+    saved = save(engine, tmp_path)
     expected = scales(engine, 4)
     assert expected == [16.0, 16.0, 32.0, 32.0]
     for changed, scale in (
@@ -169,7 +181,7 @@ def test_a_saved_loss_scale_goes_on_under_the_options_of_the_run(tmp_path):
         (512.0, [512.0] * 4),
     ):
         other = engine_of("fp16", loss_scale=changed)
-        other.load(tmp_path)
+        other.load(*saved)
         assert scales(other, 4) == scale
 
 
@@ -197,10 +209,10 @@ def test_a_group_multiplies_the_learning_rate():
 def test_saved_and_loaded_it_goes_on_to_the_bit(precision, tmp_path):
     engine = engine_of(precision)
     train(engine, 3)
-    engine.save(tmp_path)
+    saved = save(engine, tmp_path)
     expected = [result.loss for result in train(engine, 3)]
     other = engine_of(precision, seed=7)
-    other.load(tmp_path)
+    other.load(*saved)
     assert [result.loss for result in train(other, 3)] == expected
     for mine, stored in zip(other.model.parameters(), engine.model.parameters(), strict=True):
         assert torch.equal(mine, stored)
@@ -211,11 +223,11 @@ def test_saved_and_loaded_it_goes_on_to_the_bit(precision, tmp_path):
 def test_another_model_is_refused(tmp_path):
     engine = engine_of("fp32")
     train(engine, 1)
-    engine.save(tmp_path)
+    saved = save(engine, tmp_path)
     other = SingleEngine("fp32", torch.device("cpu"))
     other.prepare(nn.Sequential(nn.Linear(6, 9)), adamw)
     with pytest.raises(UserError, match=r"model\.safetensors"):
-        other.load(tmp_path)
+        other.load(*saved)
 
 
 def test_the_norm_of_bf16_gradients_is_computed_in_float32():
@@ -229,11 +241,30 @@ def test_the_norm_of_bf16_gradients_is_computed_in_float32():
     assert result.grad_norm == pytest.approx(expected, rel=2e-4)
 
 
-def test_one_process_answers_for_all_ranks():
+def test_what_is_saved_is_what_is_held_and_written_to():
     engine = engine_of("fp32")
-    assert (engine.rank, engine.world_size) == (0, 1)
-    assert engine.sum_over_ranks(3) == 3
-    assert engine.any_rank(True) and not engine.any_rank(False)
-    gathered = dict(engine.gathered_state_dict())
-    assert gathered.keys() == engine.model.state_dict().keys()
-    assert all(torch.equal(gathered[name], tensor) for name, tensor in engine.model.state_dict().items())
+    train(engine, 1)
+    weights = {fragment.name: fragment for fragment in engine.weights()}
+    assert weights.keys() == dict(engine.model.named_parameters()).keys()
+    for name, parameter in engine.model.named_parameters():
+        fragment = weights[name]
+        assert fragment.is_whole and (fragment.shape, fragment.start) == (tuple(parameter.shape), 0)
+        fragment.values.fill_(3.0)
+        assert (parameter == 3.0).all()
+    names = {f"{state}.{name}" for name in weights for state in ("exp_avg", "exp_avg_sq", "step")}
+    assert {fragment.name for fragment in engine.optimizer_state()} == names
+
+
+def test_what_is_held_are_weights_gradients_and_optimizer():
+    engine = engine_of("fp32")
+    count = sum(p.numel() for p in engine.model.parameters())
+
+    def held():
+        return [sum(tensor.numel() for tensor in tensors) for tensors in engine.held()]
+
+    assert held() == [count, 0, 0]
+    engine.backward(engine.model(torch.ones(1, 6)).sum())
+    assert held() == [count, count, 0]
+    engine.step(loss=torch.zeros(()), max_grad_norm=None, learning_rate=0.1)
+    # Two moments, and a step counter for each of four parameters.
+    assert held() == [count, 0, 2 * count + 4]

@@ -13,6 +13,7 @@ from trl import SFTConfig, SFTTrainer
 import framework
 from framework.config import load_config
 from framework.data import load_dataset
+from framework.sharding.ranks import Ranks
 from framework.sharding.single import SingleEngine
 from framework.training.loop import train_window
 from framework.training.objective import Objective
@@ -107,7 +108,7 @@ def in_our_loop(model, records, tokenizer, tmp_path, packing):
     engine.step = capture
     window = loader.next_window()
     assert sum(len(batch.documents.unique()) - int((batch.documents < 0).any()) for batch in window) == 4
-    train_window(engine, objective, window, 1e-3, None)
+    train_window(engine, Ranks(), objective, window, 1e-3, None)
     return gradients
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,7 +67,7 @@ def test_selection_needs_fewer_operations(make_config):
 
 
 def test_utilisation_where_the_peak_is_known(make_config, monkeypatch, capsys):
-    monkeypatch.setattr(insight, "device_peak", lambda config, engine: 1e9)
+    monkeypatch.setattr(insight, "device_peak", lambda config, device, count: 1e9)
     record = train_records(framework.train(make_config(training__max_steps=1)).run_dir)[0]
     assert record["mfu"] == pytest.approx(record["model_flops"] / record["step_seconds"] / 1e9)
     assert record["hfu"] == pytest.approx(record["hardware_flops"] / record["step_seconds"] / 1e9)
@@ -83,9 +82,8 @@ def test_the_peak_is_that_of_the_precision_on_all_devices(make_config, monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: tf32)
     config = make_config(optimizer__precision=precision)
-    engine = SimpleNamespace(device=torch.device("cuda:0"), world_size=4)
-    assert device_peak(config, engine) == pytest.approx(4 * tera * 1e12)
-    assert device_peak(config, SimpleNamespace(device=torch.device("cpu"), world_size=1)) is None
+    assert device_peak(config, torch.device("cuda:0"), 4) == pytest.approx(4 * tera * 1e12)
+    assert device_peak(config, torch.device("cpu"), 1) is None
 
 
 def test_the_environment_is_kept_with_the_run(make_config):

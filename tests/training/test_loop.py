@@ -15,6 +15,7 @@ from framework.data import Loader, load_dataset, load_tokenizer
 from framework.errors import UserError
 from framework.models import configured_model
 from framework.selection import supervised_positions
+from framework.sharding.ranks import Ranks
 from framework.sharding.single import SingleEngine
 from framework.training import evaluation, loop
 from framework.training.objective import Objective, draw_selection
@@ -135,7 +136,7 @@ def test_loss_and_gradients_do_not_depend_on_the_split(make_config, changes):
             return type(engine).step(engine, loss=loss, max_grad_norm=max_grad_norm, learning_rate=learning_rate)
 
         engine.step = keep
-        result, selected = loop.train_window(engine, objective, window, 0.01, None)
+        result, selected = loop.train_window(engine, Ranks(), objective, window, 0.01, None)
         outcomes.append((result.loss, selected, gradients))
     loss, selected, gradients = outcomes[0]
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients.values())

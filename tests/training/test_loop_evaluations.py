@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import framework
-from framework.checkpoint import export_run, find_best
+from framework.checkpoint import CheckpointSaver, export_run, find_best
 from framework.errors import RunError
 from framework.training import evaluation, loop
 from framework.training.metrics import EvalRecord
@@ -37,7 +37,7 @@ def pointer(run_dir: Path, name: str) -> int:
 def scripted(monkeypatch):
     """Evaluations with losses that are set beforehand, by step, in place of the model's."""
 
-    def evaluate(engine, batches, *, step, interrupted):
+    def evaluate(engine, ranks, batches, *, step, interrupted):
         return None if interrupted() else EvalRecord(step, LOSSES[step], 7)
 
     monkeypatch.setattr(loop, "evaluate", evaluate)
@@ -79,10 +79,10 @@ def test_stopped_and_resumed_it_ends_early_at_the_same_step(make_config, setting
     directory = Path(settings["run"]["output_dir"])
     plain = loop.evaluate
 
-    def stop_here(engine, batches, *, step, interrupted):
+    def stop_here(engine, ranks, batches, *, step, interrupted):
         if step == stop_at:
             (directory / "STOP").touch()
-        return plain(engine, batches, step=step, interrupted=interrupted)
+        return plain(engine, ranks, batches, step=step, interrupted=interrupted)
 
     monkeypatch.setattr(loop, "evaluate", stop_here)
     stopped = framework.train(make_config(**STOPPING))
@@ -118,11 +118,11 @@ def test_the_best_checkpoints_are_saved_when_they_are_evaluated(make_config, scr
 
 def test_no_step_is_saved_for_an_evaluation_that_is_not_among_the_best(make_config, scripted, monkeypatch):
     saved = []
-    plain = loop.save_checkpoint
+    plain = CheckpointSaver.save
     monkeypatch.setattr(
-        loop,
-        "save_checkpoint",
-        lambda run_dir, step, **options: (saved.append(step), plain(run_dir, step, **options))[1],
+        CheckpointSaver,
+        "save",
+        lambda saver, step, **options: (saved.append(step), plain(saver, step, **options))[1],
     )
     framework.train(make_config(**EVERY, checkpoint__keep_best=1))
     assert saved == [1, 2, 5, 6]

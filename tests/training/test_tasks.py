@@ -27,6 +27,7 @@ from framework.config import Config
 from framework.errors import UserError
 from framework.models import configured_model
 from framework.retention.reference import reference_gradients
+from framework.sharding.ranks import Ranks
 from framework.sharding.single import SingleEngine
 from framework.training.evaluation import evaluate
 from framework.training.loss import rows_loss, unwrapped
@@ -171,7 +172,7 @@ def step_gradients(config: Config) -> tuple[float, dict[str, torch.Tensor], Any,
         return SingleEngine.step(engine, **arguments)
 
     engine.step = keep
-    result, _ = train_window(engine, objective, window, 0.01, None)
+    result, _ = train_window(engine, Ranks(), objective, window, 0.01, None)
     return result.loss, gradients, data, window
 
 
@@ -499,7 +500,7 @@ def test_evaluation_counts_what_is_right(make: Any) -> None:
     engine = SingleEngine("fp32", torch.device("cpu"))
     engine.prepare(model, optimizer_factory(data.config))
     _, batches = data.loaders()
-    record = evaluate(engine, batches(data.eval), step=3, interrupted=lambda: False)
+    record = evaluate(engine, Ranks(), batches(data.eval), step=3, interrupted=lambda: False)
     model.eval()
     with torch.no_grad():
         logits = torch.cat([model(**batch.inputs).logits for batch in batches(data.eval)])

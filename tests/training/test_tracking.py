@@ -15,7 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import framework
 from framework.errors import RunError, UserError
+from framework.sharding.ranks import Place, Ranks
 from framework.training import evaluation, loop, tracking
+from framework.training.insight import Insight
 from framework.training.loss import Evaluated
 from framework.training.metrics import EvalRecord, TrainRecord
 from framework.training.tracking import check_trackers, curve_points
@@ -259,9 +261,11 @@ def test_what_is_not_installed_is_said_before_anything_starts(make_config, monke
 
 def test_only_the_first_rank_writes(make_config, monkeypatch):
     config = make_config(logging__trackers=["tensorboard"], training__max_steps=1)
-    from framework.sharding.single import SingleEngine
 
-    monkeypatch.setattr(SingleEngine, "rank", 1)
+    def of_the_second(config, directory, engine, ranks, *others, **options):
+        return Insight(config, directory, engine, Ranks(Place(rank=1)), *others, **options)
+
+    monkeypatch.setattr(loop, "Insight", of_the_second)
     result = framework.train(config)
     assert not (result.run_dir / "tensorboard").exists()
     assert not (result.run_dir / "environment.json").exists()

@@ -27,7 +27,7 @@ TRAIN = ROOT / "launchers" / "train.py"
 # Starts the launcher with one function replaced, to be killed or held up at a certain point.
 PATCHED = """
 import os, runpy, shutil, signal, sys, time
-from framework.checkpoint import saving
+from framework.checkpoint import saver, saving
 from framework.sharding.single import SingleEngine
 plain, calls = {function}, []
 def patched(*args, **kwargs):
@@ -126,11 +126,12 @@ def test_killed_in_the_middle_of_a_step_it_resumes_to_the_bit(write_config: Call
 @pytest.mark.parametrize(
     ("function", "call", "action", "kept"),
     [
-        ("SingleEngine.save", 2, "(args[1] / 'model.safetensors').write_bytes(b'half of it'); " + KILL, 2),
-        ("saving._write_manifest", 2, KILL, 2),
-        ("saving._publish", 2, KILL, 2),
-        ("saving._move_latest", 2, KILL, 4),
-        ("saving._move_best", 2, KILL, 4),
+        # A save writes two files.
+        ("saver.write_fragments", 3, "args[0].write_bytes(b'half of it'); " + KILL, 2),
+        ("saving.write_manifest", 2, KILL, 2),
+        ("saving.publish", 2, KILL, 2),
+        ("saving.move_latest", 2, KILL, 4),
+        ("saving.move_best", 2, KILL, 4),
         # The first removes the temporary directory in which the tokenizer was hashed.
         ("shutil.rmtree", 2, "(args[0] / 'model.safetensors').unlink(); " + KILL, 4),
     ],
