@@ -194,7 +194,7 @@ def optimizer_of(case: Case, model: nn.Module, fused: bool = True) -> torch.opti
     return torch.optim.AdamW(groups_of(model), fused=fused, **options)
 
 
-def engine_of(case: Case, ranks, model: nn.Module | None = None, fused: bool = True) -> FsdpEngine:
+def engine_of(case: Case, ranks, model: nn.Module | None = None, build=None) -> FsdpEngine:
     """An engine that holds the case's model, from the meta device if the case says so."""
     engine = FsdpEngine(
         case.precision,
@@ -208,7 +208,7 @@ def engine_of(case: Case, ranks, model: nn.Module | None = None, fused: bool = T
     model = model_of(case) if model is None else model
     initial = emptied(model) if case.on_meta else None
     retain(model, case)
-    engine.prepare(model, partial(optimizer_of, case, fused=fused), initial)
+    engine.prepare(model, build or partial(optimizer_of, case), initial)
     return engine
 
 

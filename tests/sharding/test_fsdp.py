@@ -7,6 +7,7 @@ import multiprocessing
 import socket
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -254,7 +255,7 @@ def test_an_adapter_goes_on_alone(two, alone):
 @pytest.mark.multiprocess
 def test_an_optimiser_that_is_not_fused_takes_the_same_steps(two, alone):
     case = cases.CASES["lora"]
-    engine = cases.engine_of(case, alone, fused=False)
+    engine = cases.engine_of(case, alone, build=partial(cases.optimizer_of, case, fused=False))
     results = cases.train(engine, case, alone)
     fused = merged(two, "lora")
     assert [result.loss for result in results] == pytest.approx([r.loss for r in fused["results"]], rel=1e-6)
@@ -297,7 +298,7 @@ def test_what_another_model_saved_is_refused_with_names(alone):
         ((cases.Memory(weights), renamed(states, f"step.{norm}", f"exp_avg.{norm[:5]}")), "unexpected: exp_avg.model"),
         (
             (cases.Memory([f for f in weights if f[0] != norm] + [(norm, (8,), 0, torch.ones(8))]), cases.Memory([])),
-            r"other shape: model.norm.weight \[8\] in the checkpoint, \[32\] in the model",
+            r"other shape: model.norm.weight \[8\] in the file, \[32\] in the model",
         ),
     ):
         with pytest.raises(UserError, match=message):
@@ -306,6 +307,27 @@ def test_what_another_model_saved_is_refused_with_names(alone):
     assert all(torch.equal(old[3], new[3]) for old, new in zip(before, after, strict=True))
     # A tied tensor may be stored under its other name.
     engine.load(renamed(weights, "model.embed_tokens.weight", "lm_head.weight"), cases.Memory(states), {})
+
+
+class Doubling(torch.optim.AdamW):
+    """Saves twice what it holds."""
+
+    def exported_state(self, parameter):
+        return {key: 2 * value for key, value in self.state[parameter].items()}
+
+    def import_state(self, parameter, state):
+        self.state[parameter] = {key: value.clone() / 2 for key, value in state.items()}
+
+
+def test_an_optimiser_with_a_format_of_its_own_saves_and_loads_by_it(alone):
+    case = cases.Case(tied=True)
+    engine, other = (cases.engine_of(case, alone, build=lambda m: Doubling(m.parameters(), lr=0.1)) for _ in range(2))
+    cases.train(engine, case, alone, cases.windows(0, 2))
+    weights, states = (cases.Memory(cases.fragments(f)) for f in (engine.weights(), engine.optimizer_state()))
+    assert {float(value) for name, value in states.tensors.items() if name.startswith("step.")} == {4.0}
+    other.load(weights, states, {})
+    for held, loaded in zip(engine.held().optimizer, other.held().optimizer, strict=True):
+        assert torch.equal(held, loaded)
 
 
 def test_tensors_without_a_value_are_named(alone):
