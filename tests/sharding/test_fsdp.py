@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import socket
 import sys
 from dataclasses import replace
@@ -39,8 +40,11 @@ def launch(world_size: int, directory: Path) -> list[dict]:
         port = free.getsockname()[1]
     arguments = [(directory, rank, world_size, port) for rank in range(world_size)]
     ranks = [processes.Process(target=fsdp_ranks.main, args=given, daemon=True) for given in arguments]
-    for rank in ranks:
-        rank.start()
+    with pytest.MonkeyPatch.context() as patch:
+        # The process that forks the ranks is started with the first, and looks for modules here only.
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parents[1])]))
+        for rank in ranks:
+            rank.start()
     ranks[0].join(TIMEOUT_SECONDS)
     for rank in ranks[1:]:
         rank.join(10)
