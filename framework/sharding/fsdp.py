@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -31,7 +30,8 @@ from framework.sharding.older_torch import FILLS_GRADIENTS, fill_gradients, keep
 from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
 from framework.sharding.ranks import Ranks
-from framework.sharding.shards import Shard, check_states, check_weights, received, state_fragments
+from framework.sharding.shards import Shard, check_states, exported, take_over
+from framework.sharding.weight_names import WeightNames, tensors_by_name
 
 _SHARD, _REPLICA = "shard", "replica"
 
@@ -100,7 +100,7 @@ class FsdpEngine:
         self._fill(initial or ())
         # From now on the same objects: FSDP2 puts others into the modules while weights are gathered.
         self._shards = self._shards_of(model)
-        self._names = _every_name(model)
+        self._tensors, self._names = tensors_by_name(model), WeightNames.of(model)
         self.optimizer = build_optimizer(model)
         self._local = LocalShards(self.optimizer, self._shard_index)
         by_parameter = {shard.parameter: shard for shard in self._shards.values()}
@@ -229,18 +229,19 @@ class FsdpEngine:
 
     def weights(self) -> Iterator[Fragment]:
         """See `Engine.weights`."""
-        for name in self._stored_parameters():
-            shard = self._shards[name]
-            if self._replica == 0 and shard.local.numel() > 0:
+        for name in self._names.saved:
+            shard = self._shards.get(name)
+            if shard is None:
+                if self._ranks.is_first:
+                    yield whole(name, self._tensors[name])
+            elif self._replica == 0 and shard.local.numel() > 0:
                 yield shard.fragment(name, shard.local)
-        if self._ranks.is_first:
-            for name, buffer in _persistent_buffers(self.model).items():
-                yield whole(name, buffer.contiguous())
 
     def optimizer_state(self) -> Iterator[Fragment]:
         """See `Engine.optimizer_state`."""
         if self._replica == 0:
-            yield from state_fragments(self._trained, self.optimizer.state, scalars=self._ranks.is_first)
+            for parameter, shard in self._trained.items():
+                yield from shard.state_fragments(exported(self.optimizer, parameter), scalars=self._ranks.is_first)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Engine.state_dict`."""
@@ -249,36 +250,22 @@ class FsdpEngine:
     @torch.no_grad()
     def load(self, weights: StoredTensors, optimizer: StoredTensors, state: Mapping[str, Any]) -> None:
         """See `Engine.load`."""
-        buffers = _persistent_buffers(self.model)
-        check_weights(weights, self._names, [*self._stored_parameters(), *buffers])
-        trained = {shard.name: tuple(shard.parameter.shape) for shard in self._shards.values() if shard.trained}
+        self._names.check(weights)
+        trained = {name: tuple(shard.parameter.shape) for name, shard in self._shards.items() if shard.trained}
         states = check_states(optimizer, trained)
         self._reshard()
-        by_tensor: dict[int, Shard] = {id(shard.parameter): shard for shard in self._shards.values()}
         for name in weights.names():
-            tensor = self._names[name]
-            if id(tensor) in by_tensor:
-                shard = by_tensor[id(tensor)]
-                shard.local.copy_(shard.read(weights, name))
-            else:
+            shard = self._shards.get(self._names.first[name])
+            if shard is None:
+                tensor = self._tensors[name]
                 tensor.copy_(weights.read(name).view(tensor.shape))
-        self._load_states(optimizer, states)
+            else:
+                shard.local.copy_(shard.read(weights, name))
+        for parameter, shard in self._trained.items():
+            read = {key: shard.read(optimizer, f"{key}.{shard.name}") for key in states[shard.name]}
+            take_over(self.optimizer, parameter, read)
         if self._scale is not None and "loss_scale" in state:
             self._scale.load_state_dict(state["loss_scale"])
-
-    def _load_states(self, stored: StoredTensors, states: Mapping[str, list[str]]) -> None:
-        fused = {p: group.get("fused", False) for group in self.optimizer.param_groups for p in group["params"]}
-        for plain, shard in self._trained.items():
-            self.optimizer.state.pop(plain, None)
-            for key in states[shard.name]:
-                name = f"{key}.{shard.name}"
-                if stored.shape(name) == ():
-                    # Where torch keeps a step counter: on the device for fused updates only.
-                    value = stored.read(name).view(()).clone()
-                    value = value.to(plain.device) if fused[plain] else value
-                else:
-                    value = received(shard.read(stored, name), like=plain)
-                self.optimizer.state[plain][key] = value
 
     def held(self) -> Held:
         """See `Engine.held`; without the weights that are gathered at the time."""
@@ -288,11 +275,6 @@ class FsdpEngine:
             gradients=[local_tensor(p.grad) for p in parameters if p.grad is not None],
             optimizer=[value for state in self.optimizer.state.values() for value in state.values()],
         )
-
-    def _stored_parameters(self) -> list[str]:
-        """Names of the parameters that are saved: all, or the trained ones of a model with an adapter."""
-        adapted = isinstance(self.model, PeftModel)
-        return [name for name, shard in self._shards.items() if shard.trained or not adapted]
 
     def _reshard(self) -> None:
         """Free gathered weights, which an evaluation leaves behind: they would not see a change of the shards."""
@@ -310,29 +292,9 @@ def _mesh(device: torch.device, replicas: int, shards: int) -> DeviceMesh:
 
 def _places(model: nn.Module) -> dict[Tensor, list[tuple[nn.Module, str]]]:
     """Where each parameter and buffer of a model is registered: module and attribute."""
-    places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+    found: dict[Tensor, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for attribute, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
-                places.setdefault(tensor, []).append((module, attribute))
-    return places
-
-
-def _every_name(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer of a model under every name it has."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
-
-
-def _persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are saved, by their first name."""
-    buffers: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for prefix, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and id(buffer) not in seen:
-                seen.add(id(buffer))
-                buffers[f"{prefix}.{name}" if prefix else name] = buffer
-    return buffers
+                found.setdefault(tensor, []).append((module, attribute))
+    return found

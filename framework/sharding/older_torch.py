@@ -22,8 +22,9 @@ def keep_integers(model: nn.Module) -> None:
 
 
 def fill_gradients(model: nn.Module) -> None:
-    """Reduce gradients of zeros for parameters without one, so that all ranks exchange the same tensors whatever their
-    data; torch 2.13's `set_reduce_scatter_unused_params(True)`.
+    """Reduce gradients of zeros for parameters without one: torch 2.13's `set_reduce_scatter_unused_params(True)`.
+
+    So all ranks exchange the same tensors whatever their data.
     """
     for group in _groups(model):
         group.post_backward = _after_filling(group)

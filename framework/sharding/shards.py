@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from framework.errors import RunError, UserError
-from framework.sharding.fragments import Fragment, StoredTensors
+from framework.sharding.fragments import Fragment, StoredTensors, whole
 from framework.sharding.local_shards import local_tensor
 
 _LISTED_NAMES = 8
-_WEIGHTS_HINT = "use the `model` section that they were saved with"
-_OPTIMIZER_HINT = "use the `model` and `optimizer` sections that it was saved with"
 
 
 @dataclass(frozen=True)
@@ -70,55 +69,63 @@ class Shard:
             raise ValueError(f"{self.name}: a value of shape {[*whole.shape]} for {[*self.parameter.shape]}")
         self.local.copy_(whole[self.first_row : self.first_row + len(self.local)])
 
+    def state_fragments(self, state: Mapping[str, Tensor], *, scalars: bool) -> Iterator[Fragment]:
+        """The parameter's state in an optimiser: what has the part's shape as ranges, and scalars if asked for.
+
+        Raises:
+            RunError: a tensor is neither, so no other number of ranks could take it over.
+        """
+        for key, value in state.items():
+            name = f"{key}.{self.name}"
+            if value.shape == self.local.shape:
+                yield self.fragment(name, value)
+            elif value.dim() > 0:
+                raise RunError(f"{name}: the optimiser holds {[*value.shape]} for a shard of {[*self.local.shape]}")
+            elif scalars:
+                yield whole(name, value)
+
     def read(self, stored: StoredTensors, name: str) -> Tensor:
-        """The part's range of a stored tensor of the parameter's shape, in the part's shape."""
+        """The part's range of a stored tensor of the parameter's shape, in the part's shape; or a scalar."""
+        if stored.shape(name) == ():
+            return stored.read(name).view(())
         return stored.read(name, self.start, self.local.numel()).view(self.local.shape)
 
 
-def state_fragments(
-    shards: Mapping[Tensor, Shard], states: Mapping[Tensor, Mapping[str, Tensor]], *, scalars: bool
-) -> Iterator[Fragment]:
-    """An optimiser's tensors: those of a part's shape as ranges, and scalars if asked for.
+@runtime_checkable
+class OwnFormat(Protocol):
+    """An optimiser whose state has another form than the one that it is saved in."""
 
-    Args:
-        shards: by the optimiser's parameter.
-        states: the optimiser's `state`.
-        scalars: whether this rank is the one that gives them.
+    def exported_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """A parameter's state in the form of torch's AdamW; nothing before the first step."""
+        ...
 
-    Raises:
-        RunError: a tensor is neither, so no other number of ranks could take it over.
-    """
-    for parameter, state in states.items():
-        shard = shards[parameter]
-        for key, value in state.items():
-            name = f"{key}.{shard.name}"
-            if value.shape == parameter.shape:
-                yield shard.fragment(name, value)
-            elif value.dim() > 0:
-                raise RunError(f"{name}: the optimiser holds {[*value.shape]} for a shard of {[*parameter.shape]}")
-            elif scalars:
-                yield Fragment(name, (), 0, value.detach().view(-1))
+    def import_state(self, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+        """Take over what `exported_state` gave."""
+        ...
 
 
-def check_weights(stored: StoredTensors, names: Mapping[str, Tensor], required: Iterable[str]) -> None:
-    """Make sure that stored weights are those of a model.
+def exported(optimizer: torch.optim.Optimizer, parameter: Tensor) -> Mapping[str, Tensor]:
+    """A parameter's state as it is saved."""
+    if isinstance(optimizer, OwnFormat):
+        return optimizer.exported_state(parameter)
+    return optimizer.state.get(parameter, {})
 
-    Args:
-        stored: the weights.
-        names: the model's tensors under every name that they have.
-        required: first names of those that must be stored, under any of their names.
 
-    Raises:
-        UserError: names are missing or unexpected, or shapes differ; says which.
-    """
-    found = [*stored.names()]
-    present = {id(names[name]) for name in found if name in names}
-    _refuse(
-        f"these weights are not those of the configured model; {_WEIGHTS_HINT}",
-        missing=[name for name in required if id(names[name]) not in present],
-        unexpected=[name for name in found if name not in names],
-        shapes=_other_shapes(stored, {name: tuple(names[name].shape) for name in found if name in names}),
-    )
+def take_over(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Give an optimiser a parameter's saved state, as copies on the parameter's device and in its dtype."""
+    optimizer.state.pop(parameter, None)
+    if isinstance(optimizer, OwnFormat):
+        if state:
+            optimizer.import_state(parameter, state)
+        return
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    for key, value in state.items():
+        if value.dim() == 0:
+            # Where torch keeps a step counter: on the device for fused updates only.
+            copy = value.to(parameter.device if fused else "cpu", copy=True)
+        else:
+            copy = torch.empty_like(parameter, requires_grad=False).copy_(value)
+        optimizer.state[parameter][key] = copy
 
 
 def check_states(stored: StoredTensors, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[str]]:
@@ -145,36 +152,21 @@ def check_states(stored: StoredTensors, shapes: Mapping[str, tuple[int, ...]]) -
         if stored.shape(full) != ():
             expected[full] = shapes[name]
     every = dict.fromkeys(state for found in states.values() for state in found)
-    _refuse(
-        f"this optimiser state is not that of the configured model; {_OPTIMIZER_HINT}",
-        missing=[f"{s}.{name}" for name, found in states.items() if found for s in every if s not in found],
-        unexpected=unexpected,
-        shapes=_other_shapes(stored, expected),
-    )
-    return states
-
-
-def _other_shapes(stored: StoredTensors, expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    return [
+    shapes_differ = [
         f"{name} {[*stored.shape(name)]} in the checkpoint, {[*shape]} in the model"
         for name, shape in expected.items()
         if tuple(stored.shape(name)) != shape
     ]
-
-
-def _refuse(what: str, *, missing: list[str], unexpected: list[str], shapes: list[str]) -> None:
-    kinds = (("missing", missing), ("unexpected", unexpected), ("other shape", shapes))
-    lines = [f"  {title}: {_listed(entries)}" for title, entries in kinds if entries]
-    if lines:
-        raise UserError("\n".join([what, *lines]))
+    missing = [f"{state}.{name}" for name, found in states.items() if found for state in every if state not in found]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("other shape", shapes_differ))
+    if lines := [f"  {title}: {_listed(entries)}" for title, entries in kinds if entries]:
+        raise UserError(
+            f"{stored}: this optimiser state is not that of the configured model; "
+            "use the `model` and `optimizer` sections that it was saved with\n" + "\n".join(lines)
+        )
+    return states
 
 
 def _listed(entries: list[str]) -> str:
     more = f", and {len(entries) - _LISTED_NAMES} more" if len(entries) > _LISTED_NAMES else ""
     return ", ".join(entries[:_LISTED_NAMES]) + more
-
-
-def received(value: Tensor, like: Tensor) -> Tensor:
-    """A copy of a stored value on a tensor's device, in its dtype if both are floating-point, contiguous."""
-    floating = value.is_floating_point() and like.is_floating_point()
-    return torch.empty_like(value, dtype=like.dtype if floating else value.dtype, device=like.device).copy_(value)

@@ -27,8 +27,8 @@ CLIP, RATE = 0.25, 0.01
 class Case:
     """A model, how it is trained, and the engine's options.
 
-    `rank` is LoRA's, 0 for full training; `bytes` puts frozen uint8 weights into the blocks; `sometimes` a parameter that
-    only some micro-batches use.
+    `rank` is LoRA's, 0 for full training; `bytes` puts frozen uint8 weights into the blocks; `sometimes` a parameter
+    that only some micro-batches use.
     """
 
     policy: str = "all"
@@ -70,9 +70,7 @@ PRECISIONS = {
 }
 HYBRID = {
     "hybrid": Case("selective", tied=True, replicas=2),
-    "hybrid lora": Case(rank=3, replicas=2),
-    "replicated": Case(replicas=4),
-    "four": Case("selective"),
+    "replicated": Case(rank=3, replicas=4),
 }
 
 
@@ -196,7 +194,7 @@ def optimizer_of(case: Case, model: nn.Module, fused: bool = True) -> torch.opti
     return torch.optim.AdamW(groups_of(model), fused=fused, **options)
 
 
-def engine_of(case: Case, ranks, model: nn.Module | None = None) -> FsdpEngine:
+def engine_of(case: Case, ranks, model: nn.Module | None = None, build=None) -> FsdpEngine:
     """An engine that holds the case's model, from the meta device if the case says so."""
     engine = FsdpEngine(
         case.precision,
@@ -210,7 +208,7 @@ def engine_of(case: Case, ranks, model: nn.Module | None = None) -> FsdpEngine:
     model = model_of(case) if model is None else model
     initial = emptied(model) if case.on_meta else None
     retain(model, case)
-    engine.prepare(model, partial(optimizer_of, case), initial)
+    engine.prepare(model, build or partial(optimizer_of, case), initial)
     return engine
 
 

@@ -1,9 +1,10 @@
-"""What the ranks of tests/sharding/test_fsdp.py do: train the cases and write down what they saw."""
+"""What the ranks of test_fsdp.py do: train the cases and write down what they saw."""
 
 from __future__ import annotations
 
 import math
-import sys
+import os
+import traceback
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from fsdp_cases import (
     train,
     windows,
 )
+from torch.distributed.tensor import DTensor
 
 from framework.sharding import fsdp
 from framework.sharding.fsdp import FsdpEngine
@@ -92,21 +94,33 @@ def evaluated(case: Case, ranks: Ranks) -> dict:
     return {"evaluations": losses, **seen(engine, results)}
 
 
+class PlainMemory(CpuMemoryTracker):
+    """Counts neither what is on the meta device nor sharded tensors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _count(self, storage) -> None:
+        if storage.device.type == "cpu":
+            super()._count(storage)
+
+
 def filled(ranks: Ranks) -> dict:
-    """Bytes at the peak of filling a model from the meta device."""
+    """Bytes beside the shards at the peak of filling a model from the meta device."""
     case = Case()
     model = model_of(case)
     values = emptied(model)
     engine = FsdpEngine("fp32", ranks, reshard_after_forward=True, replicas=1, offload=False)
-    tracker = CpuMemoryTracker()
+    tracker = PlainMemory()
     with tracker:
         engine.prepare(model, lambda module: optimizer_of(case, module), ((n, v.clone()) for n, v in values))
     return {
         "peak": tracker.peak,
-        "held": held_bytes(engine.held().weights),
         "left": tracker.current,
+        "buffers": held_bytes(model.buffers()),
         "largest": max(v.numel() * v.element_size() for _, v in values),
-        "whole": held_bytes(v for _, v in values),
     }
 
 
@@ -135,12 +149,14 @@ def four(ranks: Ranks, directory: Path) -> dict:
     return found
 
 
-def main(directory: Path) -> None:
-    place = Place.of_environment()
-    with joined_ranks(place, timeout_seconds=60) as ranks:
-        found = two(ranks) if place.world_size == 2 else four(ranks, directory)
-    torch.save(found, directory / f"{place.world_size}-{place.rank}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+def main(directory: Path, rank: int, world_size: int, port: int) -> None:
+    """One rank, in a process of its own. Leaves what it found, or why it failed, in files."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=f"{rank}", WORLD_SIZE=f"{world_size}", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+    try:
+        with joined_ranks(Place.of_environment(), timeout_seconds=60) as ranks:
+            found = two(ranks) if world_size == 2 else four(ranks, directory)
+        torch.save(found, directory / f"{world_size}-{rank}.pt")
+    except BaseException:  # whatever it is, the test shows it
+        (directory / f"{world_size}-{rank}.failure").write_text(traceback.format_exc())
+        raise
