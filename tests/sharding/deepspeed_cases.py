@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import peft
 import torch
@@ -16,7 +16,7 @@ from framework.retention import apply_checkpointing
 from framework.selection import Selection
 from framework.sharding.fragments import Fragment
 from framework.token_selection import enable_token_selection, fixed_selection
-from framework.training.loss import exact_loss
+from framework.training.loss import evaluation_loss, exact_loss
 from framework.training.optimizer import StochasticAdamW
 
 RANKS, ACCUMULATION, CLIP = 2, 2, 0.7
@@ -26,7 +26,6 @@ CONFIG = dict(
     vocab_size=48,
     hidden_size=32,
     intermediate_size=40,
-    num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=64,
@@ -45,12 +44,15 @@ class Case:
     steps: int = 3
     rate: float = 2e-3
     precision: str = "fp32"
+    layers: int = 2
     zero: dict[str, Any] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
         """The model, the same weights at every call."""
         torch.manual_seed(0)
-        model: nn.Module = LlamaForCausalLM(LlamaConfig(**CONFIG, tie_word_embeddings=self.tied))
+        model: nn.Module = LlamaForCausalLM(
+            LlamaConfig(**CONFIG, num_hidden_layers=self.layers, tie_word_embeddings=self.tied)
+        )
         if self.precision == "pure_bf16":
             model = model.bfloat16()
         if self.adapter:
@@ -106,6 +108,8 @@ def options(stage: int, case: Case, ranks: int) -> dict[str, Any]:
     """DeepSpeed's JSON with buckets that hold a part of the model, and stage 3's threshold below its matrices."""
     pure = case.precision == "pure_bf16"
     bf16 = {"enabled": stage > 0 and case.precision in ("pure_bf16", "fp32_master"), "check_grad_overflow": False}
+    if bf16["enabled"]:
+        bf16 |= {"bf16_master_weights_and_grads": pure, "bf16_optimizer_states": pure}
     fp16 = {"loss_scale": 0.0, "initial_scale_power": 10, "loss_scale_window": 2, "hysteresis": 1, "min_loss_scale": 1}
     sizes = {
         "reduce_bucket_size": 4096,
@@ -136,13 +140,34 @@ def options(stage: int, case: Case, ranks: int) -> dict[str, Any]:
     return made
 
 
-def reference(case: Case, steps: int | None = None) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    """Loss and norm of each step, and the trained weights, of an ordinary loop in float32."""
+class Reference(NamedTuple):
+    """What an ordinary loop in float32 gives."""
+
+    results: list[tuple[float, float]]
+    """Loss and norm of each step."""
+    weights: dict[str, Tensor]
+    """The trained ones, flat."""
+    evaluated: float
+    """The evaluation before the last step."""
+
+
+def evaluation(model: nn.Module) -> float:
+    """The loss of a batch, whose logits are formed in several chunks."""
+    model.eval()
+    loss = evaluation_loss(model, batch(77, 0, 0), chunk_tokens=7).loss.item()
+    model.train()
+    return loss
+
+
+def reference(case: Case) -> Reference:
+    """A case in one process."""
     model = case.build()
     optimizer = adamw(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     results = []
-    for step in range(case.steps if steps is None else steps):
+    evaluated = 0.0
+    for step in range(case.steps):
+        evaluated = evaluation(model)
         total = 0.0
         for index in range(RANKS * ACCUMULATION):
             loss = case.loss(model, step, index % ACCUMULATION, index // ACCUMULATION)
@@ -154,7 +179,7 @@ def reference(case: Case, steps: int | None = None) -> tuple[list[tuple[float, f
         optimizer.step()
         optimizer.zero_grad()
         results.append((total, norm))
-    return results, {name: p.detach().flatten() for name, p in trained.items()}
+    return Reference(results, {name: p.detach().flatten() for name, p in trained.items()}, evaluated)
 
 
 class Memory:

@@ -1,35 +1,38 @@
-"""One rank of the runs that test_deepspeed.py looks at: python deepspeed_ranks.py DIRECTORY, in a launcher's environment.
+"""One rank of the runs that test_deepspeed.py looks at: `deepspeed_ranks.py DIRECTORY` in a launcher's environment.
 
-Every case is a function of the same name in the dictionary that is written, `WORLD_SIZE-RANK.pt`.
+What it finds, a dictionary, is written to `WORLD_SIZE-RANK.pt`.
 """
 
 from __future__ import annotations
 
-import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from deepspeed_cases import ACCUMULATION, CLIP, RANKS, SUPERVISED, Case, Memory, adamw, batch, options, stochastic
+from deepspeed_cases import ACCUMULATION, CLIP, RANKS, Case, Memory, adamw, evaluation, options, stochastic
 from torch import Tensor, nn
 
 from framework.errors import UserError
 from framework.sharding.deepspeed import DeepSpeedEngine
 from framework.sharding.ranks import Place, Ranks, joined_ranks
-from framework.training.loss import evaluation_loss
 
 STAGES = (0, 1, 2, 3)
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
 OFFLOAD_BOTH = OFFLOAD | {"offload_param": {"device": "cpu", "pin_memory": True}}
-LONG = Case(tied=False, steps=20, rate=1e-2)
+LONG = Case(tied=False, steps=20, rate=1e-2, layers=1)
 CASES = {
     f"{policy} {'LoRA' if adapter else 'full'}": Case(policy, adapter)
     for policy in ("all", "checkpoint", "selective")
     for adapter in (False, True)
 }
-# All of them where gradients, and weights, are partitioned in the midst of a backward pass.
-CASES_OF_STAGE = {stage: [*CASES] if stage >= 2 else ["all full", "selective LoRA"] for stage in STAGES}
+CASES_OF_STAGE = {
+    0: ["all full", "selective LoRA"],
+    1: ["all full", "selective LoRA"],
+    2: ["all full", "checkpoint full", "selective full", "selective LoRA"],
+    3: [*CASES],
+}
 PRECISIONS = {name: Case(precision=name) for name in ("fp32_master", "pure_bf16", "fp16")}
 
 
@@ -63,8 +66,8 @@ def forward_backward(engine: Any, ranks: Ranks, factor: float) -> Tensor:
 
 def saved(engine: Any, ranks: Ranks) -> tuple[Memory, Memory]:
     """What all ranks would write: weights and the optimiser's state, as copies."""
-    mine = [[f.__class__(f.name, f.shape, f.start, f.values.clone()) for f in kind()]
-            for kind in (engine.weights, engine.optimizer_state)]  # fmt: skip
+    kinds = (engine.weights(), engine.optimizer_state())
+    mine = [[replace(fragment, values=fragment.values.clone()) for fragment in kind] for kind in kinds]
     everyone = ranks.gather(mine)
     return Memory(f for rank in everyone for f in rank[0]), Memory(f for rank in everyone for f in rank[1])
 
@@ -78,9 +81,7 @@ def trained(ranks: Ranks, stage: int, case: Case) -> dict[str, Any]:
     """A run with an evaluation on the way, in which chunks call the head."""
     engine = engine_of(ranks, stage, case)
     results = train(engine, ranks, case, range(case.steps - 1))
-    engine.model.eval()
-    evaluated = evaluation_loss(engine.model, batch(77, 0, 0), chunk_tokens=7).loss.item()
-    engine.model.train()
+    evaluated = evaluation(engine.model)
     results += train(engine, ranks, case, range(case.steps - 1, case.steps))
     return summary(engine, ranks, results) | {"evaluated": evaluated}
 
@@ -198,8 +199,8 @@ def run(ranks: Ranks, directory: Path) -> dict[str, Any]:
     found["refusals"] = refusals(ranks)
     pretend_fp16()
     for stage in STAGES:
-        found["long", stage] = summary(engine := engine_of(ranks, stage, LONG), ranks,
-                                       train(engine, ranks, LONG, range(LONG.steps)))  # fmt: skip
+        engine = engine_of(ranks, stage, LONG)
+        found["long", stage] = summary(engine, ranks, train(engine, ranks, LONG, range(LONG.steps)))
         for name in CASES_OF_STAGE[stage]:
             found[name, stage] = trained(ranks, stage, CASES[name])
         found["undisturbed", stage] = undisturbed(ranks, stage)
@@ -210,9 +211,8 @@ def run(ranks: Ranks, directory: Path) -> dict[str, Any]:
         given = found["undisturbed", (stage + 1) % len(STAGES)]
         found["resumed", stage] = resumed(ranks, stage, given["weights"], given["optimizer"])
     for stage in (1, 3):
-        found["meta", stage] = from_meta(ranks, stage, Case())
-        found["meta LoRA", stage] = from_meta(ranks, stage, Case(adapter=True, tied=False))
-        found["whole LoRA", stage] = trained(ranks, stage, Case(adapter=True, tied=False))
+        for name in ("all full", "selective LoRA"):
+            found[f"meta {name}", stage] = from_meta(ranks, stage, CASES[name])
         found["offload", stage] = trained(ranks, stage, Case(zero=OFFLOAD_BOTH if stage == 3 else OFFLOAD))
         found["offload master", stage] = trained(ranks, stage, Case(zero=OFFLOAD, precision="fp32_master"))
         found["toy offload", stage] = toy(ranks, stage, offload=True)
@@ -242,5 +242,4 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    assert SUPERVISED and "RANK" in os.environ
     main(Path(sys.argv[1]))

@@ -32,14 +32,14 @@ def config(**sections: dict[str, Any]) -> Config:
     settings = {
         "run": {"output_dir": "runs/x"},
         "model": {"from_config": {"model_type": "llama"}},
-        "data": {"train": "train.jsonl"},
+        "data": {"train": "train.jsonl", "sequence_length": 64},
         "training": {"max_steps": 1, "global_batch_size": 48, "micro_batch_size": 4},
         "sharding": {"engine": "deepspeed"},
         "optimizer": {"learning_rate": 1e-4},
     }
-    return Config.model_validate_json(
-        json.dumps({key: {**settings.get(key, {}), **sections.get(key, {})} for key in {**settings, **sections}})
-    )
+    names = {**settings, **sections}
+    tree = {name: {**settings.get(name, {}), **sections.get(name, {})} for name in names}
+    return Config.model_validate_json(json.dumps(tree))
 
 
 def merged(own: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
