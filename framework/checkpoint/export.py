@@ -50,7 +50,8 @@ def export_run(
     from the base model's weights, read these; else the host holds no more than it maps from the checkpoint. What
     several ranks saved is first copied into one file, with at most one tensor in memory; the disk must hold it beside
     the output until that is complete. An adapter of a model with added tokens is for a base model whose embedding is
-    resized to as many rows. One that was trained beside quantised weights is merged into those that they were made from.
+    resized to as many rows. One that was trained beside quantised weights is merged into the weights that these were
+    made from.
 
     Args:
         run_dir: The run directory, with `config.json` and `checkpoints/`.

@@ -73,12 +73,13 @@ def sharded_model(
         return _whole(model, "its weights are not in safetensors files")
     small = {name: tensor for name, tensor in _named(model) if not deferred.holds(tensor)}
     _replace(model, lambda tensor: tensor if deferred.holds(tensor) else tensor.to("meta"))
-    return model, _values(model, small, deferred)
+    # The tensors are taken now: engines replace those of the model before they ask for the first value.
+    return model, _values([*_named(model)], small, deferred)
 
 
-def _values(model: nn.Module, small: dict[str, Tensor], deferred: Deferred) -> Iterator[tuple[str, Tensor]]:
-    # The names are taken now: engines change the model between two tensors.
-    named = list(_named(model))
+def _values(
+    named: list[tuple[str, Tensor]], small: dict[str, Tensor], deferred: Deferred
+) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in named:
         yield name, small.pop(name) if name in small else deferred.value(tensor)
 
