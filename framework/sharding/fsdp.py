@@ -34,6 +34,7 @@ from framework.sharding.shards import Shard, check_states, exported, take_over
 from framework.sharding.weight_names import WeightNames, tensors_by_name
 
 _SHARD, _REPLICA = "shard", "replica"
+_LISTED_NAMES = 8
 
 
 class FsdpEngine:
@@ -171,7 +172,8 @@ class FsdpEngine:
             # Before the next one comes.
             del value
         if empty:
-            raise UserError(f"model.path: no values for {', '.join(sorted(empty)[:8])}; {len(empty)} tensors lack them")
+            first = ", ".join(sorted(empty)[:_LISTED_NAMES])
+            raise UserError(f"model.path: no values for {first}; {len(empty)} of the model's tensors lack them")
 
     def autocast(self) -> AbstractContextManager[object]:
         """Nothing: weights are gathered in the precision that computes."""
