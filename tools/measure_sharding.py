@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ KINDS = ("weights", "gradients", "optimizer", "peak")
 MEBIBYTE = 2**20
 
 
-def config_of(engine: str, directory: Path, ranks: int) -> dict[str, Any]:
+def config_of(engine: str, directory: Path, ranks: int, precision: str) -> dict[str, Any]:
     """The config of one measurement, as JSON values."""
     return {
         "run": {"output_dir": str(directory / "run")},
@@ -36,15 +37,15 @@ def config_of(engine: str, directory: Path, ranks: int) -> dict[str, Any]:
         "selection": {"strategy": "supervised"},
         "retention": {"policy": "selective"},
         "sharding": ENGINES.get(engine, {"engine": "single"}),
-        "optimizer": {"learning_rate": 1e-4},
+        "optimizer": {"learning_rate": 1e-4, "precision": precision},
         "training": {"max_steps": 2, "global_batch_size": ranks, "micro_batch_size": 1},
     }
 
 
-def measure(engines: list[str], ranks: int, directory: Path) -> dict[str, dict[str, int]]:
+def measure(engines: list[str], ranks: int, directory: Path, precision: str) -> dict[str, dict[str, int]]:
     """Bytes by kind of the rank with most, for each engine."""
     configs, output = directory / "configs.json", directory / "found.json"
-    configs.write_text(json.dumps([config_of(engine, directory, ranks) for engine in engines]))
+    configs.write_text(json.dumps([config_of(engine, directory, ranks, precision) for engine in engines]))
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
     command = [sys.executable, *launch, "--rdzv-endpoint", "localhost:0", str(WORKER), str(configs), str(output)]
     environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
@@ -58,12 +59,12 @@ def measure(engines: list[str], ranks: int, directory: Path) -> dict[str, dict[s
     }
 
 
-def table(found: dict[int, dict[str, dict[str, int]]], command: str) -> str:
+def table(found: dict[int, dict[str, dict[str, int]]], precision: str, command: str) -> str:
     """Markdown: MiB of the rank with most, by engine, number of ranks and kind."""
     lines = [
         "# What a rank holds",
         "",
-        f"Written by `{command}`; MiB of the rank with most, float32, full fine-tuning, selective blocks. Weights "
+        f"Written by `{command}`; MiB of the rank with most, {precision}, full fine-tuning, selective blocks. Weights "
         "are parameters and buffers, gradients what a rank holds before the update, optimiser state the two moments of "
         "AdamW; the peak is that of a whole step, activations and gathered weights included.",
         "",
@@ -82,6 +83,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--precision", choices=("fp32", "fp32_master", "pure_bf16", "fp16"), default="fp32")
     parser.add_argument("--output", type=Path, help="file for the table")
     arguments = parser.parse_args()
     found = {}
@@ -90,8 +92,9 @@ def main() -> None:
         write_data(directory)
         for ranks in arguments.ranks:
             engines = [name for name, options in ENGINES.items() if ranks % options.get("replicas", 1) == 0]
-            found[ranks] = measure((["single"] if ranks == 1 else []) + engines, ranks, directory)
-    text = table(found, " ".join(["python tools/measure_sharding.py", *sys.argv[1:]]))
+            found[ranks] = measure((["single"] if ranks == 1 else []) + engines, ranks, directory, arguments.precision)
+    command = f"python tools/measure_sharding.py {shlex.join(sys.argv[1:])}".strip()
+    text = table(found, arguments.precision, command)
     print(text)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

@@ -22,15 +22,17 @@ from torch.distributed.fsdp import (
 from framework.config import LossScaleConfig
 from framework.errors import UserError
 from framework.models.wrapping import unwrapped
+from framework.sharding.clipping import clip_factor
 from framework.sharding.fragments import Fragment, StoredTensors, whole
 from framework.sharding.groups import check_parameters, gathered_modules
 from framework.sharding.local_shards import LocalShards, local_tensor
 from framework.sharding.loss_scale import LossScale
 from framework.sharding.older_torch import FILLS_GRADIENTS, fill_gradients, keep_integers
+from framework.sharding.optimizer_states import check_states, exported, take_over
 from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
 from framework.sharding.ranks import Ranks
-from framework.sharding.shards import Shard, check_states, exported, take_over
+from framework.sharding.shards import Shard
 from framework.sharding.weight_names import WeightNames, tensors_by_name
 
 _SHARD, _REPLICA = "shard", "replica"
@@ -192,7 +194,7 @@ class FsdpEngine:
         loss_finite, norm_finite = math.isfinite(loss_value), math.isfinite(norm)
         finite = loss_finite and norm_finite
         if finite:
-            clip = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
+            clip = clip_factor(norm, max_grad_norm)
             if gradients and clip != scale:
                 torch._foreach_mul_(gradients, clip / scale)
             for group in self.optimizer.param_groups:

@@ -9,22 +9,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_
 
 from framework.checkpoint.weights import load_weights
 from framework.config import LossScaleConfig
-from framework.errors import UserError
+from framework.sharding.clipping import clip_factor
 from framework.sharding.fragments import Fragment, StoredTensors, whole
+from framework.sharding.loss_scale import LossScale
+from framework.sharding.optimizer_states import check_states, exported, take_over
 from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
-from framework.sharding.weight_names import saved_tensors
+from framework.sharding.weight_names import WeightNames, saved_tensors
 
 
 class SingleEngine:
     """Model, gradients and optimiser whole, on the first CUDA device if there is one, else on the CPU.
 
-    The fp16 precision scales losses with torch's `GradScaler`, on the CPU too; an overflowing step is skipped and the
-    scale halved. Where it falls no lower, an overflow is not the scale's fault and counts as not finite.
+    The fp16 precision scales losses (`LossScale`); a step whose gradients overflow is skipped and the scale halved.
+    Where it falls no lower, an overflow is not the scale's fault and counts as not finite.
     """
 
     sharded = False
@@ -45,15 +46,7 @@ class SingleEngine:
         """
         self.device = device or torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
         self._precision = PRECISIONS[precision]
-        self._constant_scale = loss_scale if isinstance(loss_scale, float) else None
-        scaling = loss_scale if isinstance(loss_scale, LossScaleConfig) else LossScaleConfig()
-        self._minimum_scale = scaling.minimum
-        self._scaler = torch.amp.GradScaler(
-            self.device.type,
-            init_scale=self._constant_scale or scaling.initial,
-            growth_interval=scaling.growth_interval,
-            enabled=self._precision.loss_scaling,
-        )
+        self._scale = LossScale(loss_scale) if self._precision.loss_scaling else None
 
     def prepare(
         self, model: nn.Module, build_optimizer: OptimizerFactory, initial: InitialTensors | None = None
@@ -71,44 +64,36 @@ class SingleEngine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a scalar loss, scaled in fp16."""
-        self._scaler.scale(loss).backward()
+        (loss if self._scale is None else loss * self._scale.value).backward()
 
     def step(self, *, loss: Tensor, max_grad_norm: float | None, learning_rate: float) -> StepResult:
         """See `Engine.step`."""
-        self._scaler.unscale_(self.optimizer)
-        trainable = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = _global_norm([p.grad for p in trainable if p.grad is not None], self.device)
-        scale = self._scaler.scale(torch.ones((), device=self.device))
+        trained = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        gradients = [parameter.grad for parameter in trained if parameter.grad is not None]
+        scale = 1.0 if self._scale is None else self._scale.value
         # The step's one wait for the device.
-        loss_value, norm_value, scale_value = torch.stack((loss.detach().float(), norm, scale)).tolist()
-        finite = math.isfinite(loss_value) and math.isfinite(norm_value)
+        loss_value, norm = torch.stack((loss.detach().float(), _global_norm(gradients, self.device) / scale)).tolist()
+        loss_finite, norm_finite = math.isfinite(loss_value), math.isfinite(norm)
+        finite = loss_finite and norm_finite
         if finite:
-            if max_grad_norm is not None:
-                clip_grads_with_norm_(trainable, max_grad_norm, norm)
+            clip = clip_factor(norm, max_grad_norm)
+            if gradients and clip != scale:
+                torch._foreach_mul_(gradients, clip / scale)
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate * group.get("learning_rate_scale", 1.0)
             self.optimizer.step()
-        too_large = math.isfinite(loss_value) and not finite and self._can_fall(scale_value)
-        if finite and self._constant_scale is None:
-            self._scaler.update()
-        elif too_large:
-            # Halves the scale, but knows no minimum and no norm that overflows in float32 where no gradient does.
-            self._scaler.update()
-            self._scaler.update(max(scale_value / 2, self._minimum_scale))
-        else:
-            self._scaler.update(scale_value)
+        too_large = self._scale is not None and self._scale.follow(
+            loss_finite=loss_finite, gradients_finite=norm_finite
+        )
+        del gradients
         self.discard_gradients()
         return StepResult(
             loss_value,
-            norm_value,
+            norm,
             finite=finite or too_large,
             skipped=not finite,
-            loss_scale=scale_value if self._scaler.is_enabled() else None,
+            loss_scale=None if self._scale is None else scale,
         )
-
-    def _can_fall(self, scale: float) -> bool:
-        """Whether a smaller loss scale is an answer to gradients that overflow."""
-        return self._scaler.is_enabled() and self._constant_scale is None and scale > self._minimum_scale
 
     def discard_gradients(self) -> None:
         """Free the gradients."""
@@ -120,36 +105,31 @@ class SingleEngine:
 
     def optimizer_state(self) -> Iterator[Fragment]:
         """See `Engine.optimizer_state`: all of it, whole."""
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        for parameter, states in self.optimizer.state.items():
-            for key, value in states.items():
-                yield whole(f"{key}.{names[parameter]}", value)
+        for name, parameter in self._trained().items():
+            for key, value in exported(self.optimizer, parameter).items():
+                yield whole(f"{key}.{name}", value)
 
     def state_dict(self) -> dict[str, Any]:
-        """See `Engine.state_dict`: in fp16 the loss scale, as `GradScaler` describes it."""
-        return {"loss_scale": self._scaler.state_dict()} if self._scaler.is_enabled() else {}
+        """See `Engine.state_dict`."""
+        return {} if self._scale is None else {"loss_scale": self._scale.state_dict()}
 
     def load(self, weights: StoredTensors, optimizer: StoredTensors, state: Mapping[str, Any]) -> None:
         """See `Engine.load`."""
+        trained = self._trained()
+        WeightNames.of(self.model).check(weights)
+        states = check_states(optimizer, {name: tuple(parameter.shape) for name, parameter in trained.items()})
         load_weights(weights, self.model)
-        named = dict(self.model.named_parameters())
-        groups = {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
-        for key in optimizer.names():
-            kind, name = key.split(".", 1)
-            parameter = named.get(name)
-            if parameter is None or parameter not in groups:
-                raise UserError(f"{optimizer}: {name} is not a trainable parameter of this model")
-            # A step counter lives where torch keeps it: on the device for fused updates only.
-            on_device = kind != "step" or groups[parameter].get("fused")
-            value = torch.empty(
-                optimizer.shape(key), dtype=optimizer.dtype(key), device=parameter.device if on_device else "cpu"
-            )
-            self.optimizer.state[parameter][kind] = value.copy_(optimizer.read(key).view(value.shape))
-        # How the scale moves is this run's setting; where it has got to is the checkpoint's.
-        if self._scaler.is_enabled() and self._constant_scale is None:
-            saved = state["loss_scale"]
-            reached = {"scale": max(saved["scale"], self._minimum_scale), "_growth_tracker": saved["_growth_tracker"]}
-            self._scaler.load_state_dict(self._scaler.state_dict() | reached)
+        for name, parameter in trained.items():
+            stored = {key: f"{key}.{name}" for key in states[name]}
+            read = {key: optimizer.read(full).view(optimizer.shape(full)) for key, full in stored.items()}
+            take_over(self.optimizer, parameter, read)
+        if self._scale is not None and "loss_scale" in state:
+            self._scale.load_state_dict(state["loss_scale"])
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        """What the optimiser updates, by its first name."""
+        updated = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter in updated}
 
     def held(self) -> Held:
         """See `Engine.held`."""

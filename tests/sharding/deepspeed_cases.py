@@ -154,7 +154,7 @@ class Reference(NamedTuple):
 def evaluation(model: nn.Module) -> float:
     """The loss of a batch, whose logits are formed in several chunks."""
     model.eval()
-    loss = evaluation_loss(model, batch(77, 0, 0), chunk_tokens=7).loss.item()
+    loss = evaluation_loss(model, batch(77, 0, 0), chunks=3).loss.item()
     model.train()
     return loss
 

@@ -82,7 +82,7 @@ def evaluated(case: Case, ranks: Ranks) -> dict:
         engine.model.eval()
         (window,) = windows(9, 10)
         for inputs in window[ranks.rank :: ranks.world_size]:
-            result = evaluation_loss(engine.model, inputs, chunk_tokens=1 + 6 * ranks.rank)
+            result = evaluation_loss(engine.model, inputs, chunks=1 + 6 * ranks.rank)
             losses.append((result.loss.item(), result.labels))
         engine.model.train()
 
