@@ -94,7 +94,6 @@ SIZE_KEYS = (
     "stage3_model_persistence_threshold",
     "stage3_max_live_parameters",
     "stage3_max_reuse_distance",
-    "stage3_module_granularity_threshold",
     "sub_group_size",
 )
 """Keys of `zero_optimization` that are numbers of elements."""
@@ -133,6 +132,7 @@ REFUSED_ZERO_KEYS = {
     "mics_hierarchical_params_gather": (False, "it belongs to mics_shard_size"),
     "zenflow": (None, "it updates weights with gradients of earlier steps"),
     "leaf_module": (None, "blocks are replayed module by module"),
+    "stage3_module_granularity_threshold": (0, "blocks are replayed module by module"),
     "legacy_stage1": (False, "DeepSpeed has dropped it"),
     "elastic_checkpoint": (False, _CHECKPOINT),
     "load_from_fp32_weights": (True, _CHECKPOINT),

@@ -155,8 +155,9 @@ def test_tensors_that_come_one_by_one_make_the_same_model(two: dict[Any, Any], s
 @pytest.mark.parametrize("stage", [1, 3])
 def test_offloading_changes_nothing(two: dict[Any, Any], wanted: dict[str, Any], stage: int) -> None:
     assert_same_run(two["offload", stage], wanted["all full"], 1e-5)
+    # Another order of sums in the norm: clipped gradients differ in the last place, and weights in a bfloat16's.
     found, plain = two["offload master", stage], two["fp32_master", stage]
-    assert_same_run(found, ([(r.loss, r.grad_norm) for r in plain["results"]], plain["weights"].tensors), 1e-3)
+    assert_same_run(found, ([(r.loss, r.grad_norm) for r in plain["results"]], plain["weights"].tensors), 5e-3)
 
 
 @STAGES
