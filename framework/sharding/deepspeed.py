@@ -221,7 +221,9 @@ class DeepSpeedEngine:
             value for states in self._optimizer.state.values() for value in states.values() if torch.is_tensor(value)
         ]
         weights = [*self._holder.weights(), *self.model.buffers()]
-        return Held(weights, self._holder.gradients(), optimizer)
+        # Stage 1 leaves them with the parameters until the step.
+        unreduced = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return Held(weights, [*self._holder.gradients(), *unreduced], optimizer)
 
     def _other_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What is saved beside trained parameters: buffers, and without an adapter frozen parameters."""

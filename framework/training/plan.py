@@ -52,27 +52,41 @@ def fidelity_class(config: Config) -> str:
 
 
 def state_bytes(
-    precision: str,
+    config: Config,
     parameters: int,
     trainable: int,
+    ranks: int = 1,
     *,
     quantized: int = 0,
     quantized_bytes: int = 0,
     optimizer_bytes: int | None = None,
 ) -> dict[str, int]:
-    """Bytes that a run holds between steps and at the end of a backward pass, activations aside.
+    """Bytes that a rank holds between steps and at the end of a backward pass, activations aside, by kind.
+
+    As `tools/measure_sharding.py` finds them. Left out is what DeepSpeed's stage 3 keeps whole on every rank, which are
+    norms and biases.
 
     Args:
-        precision: `optimizer.precision`.
+        config: of the run.
         parameters: number of all parameters, tied ones once.
         trainable: number of those that are trained; all are taken to have the precision's own dtype.
+        ranks: number of processes.
         quantized: number of those that are quantised.
         quantized_bytes: what holds these.
         optimizer_bytes: of an optimiser whose state has a dtype of its own; None for the precision's.
     """
-    width = PRECISIONS[precision]
-    return {
-        "weights": (parameters - quantized) * width.weight_bytes + quantized_bytes,
-        "gradients": trainable * width.weight_bytes,
-        "optimizer state": trainable * width.state_bytes if optimizer_bytes is None else optimizer_bytes,
+    width, stage = PRECISIONS[config.optimizer.precision], config.zero_stage
+    fsdp, zero = config.sharding.engine == "fsdp", config.sharding.engine == "deepspeed" and stage > 0
+    shards = ranks // config.sharding.replicas
+    # From stage 1 on DeepSpeed computes with a 16-bit copy, but in fp32; what the optimiser updates is apart from it.
+    in_16_bits = zero and config.optimizer.precision != "fp32"
+    whole = (parameters - quantized) * (2 if in_16_bits else width.weight_bytes) + quantized_bytes
+    gradients = trainable * width.weight_bytes
+    optimizer = trainable * width.state_bytes if optimizer_bytes is None else optimizer_bytes
+    held = {
+        "weights": whole // shards if config.shards_weights else whole,
+        "master weights": trainable * width.weight_bytes // shards if zero else 0,
+        "gradients": gradients // shards if fsdp or stage >= 2 or in_16_bits else gradients,
+        "optimizer state": optimizer // shards if fsdp or zero else optimizer,
     }
+    return {kind: size for kind, size in held.items() if size or kind != "master weights"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from torch import nn
@@ -21,6 +22,7 @@ from framework.models import (
     configured_tokenizer,
     tokenizer_source,
 )
+from framework.sharding.engines import engine_options, model_sizes
 from framework.sharding.precision import PRECISIONS
 from framework.training.eight_bit import eight_bit_state_bytes
 from framework.training.objective import draw_selection
@@ -32,14 +34,20 @@ from framework.training.run_data import load_run_data
 POOLED_TOKENS = {"first": "the first token", "last": "the last token", "mean": "the mean of all tokens"}
 
 
-def dry_run(config: Config) -> str:
+def dry_run(config: Config, ranks: int | None = None, own_options: dict[str, Any] | None = None) -> str:
     """Check a run as far as its architecture, and its files where they exist, and describe it.
 
     Reads neither weights nor data, and writes nothing.
 
+    Args:
+        config: of the run.
+        ranks: number of processes; None for as many as `hardware` describes.
+        own_options: a user's own options of DeepSpeed.
+
     Raises:
         UserError: the run would be refused.
     """
+    ranks = config.described_ranks if ranks is None else ranks
     groups: list[str] = []
     optimizer_bytes: list[int] = []
 
@@ -50,11 +58,13 @@ def dry_run(config: Config) -> str:
             optimizer_bytes.append(eight_bit_state_bytes(trained))
 
     architecture, missing = _checked_architecture(config, examine)
+    engine_options(config, model_sizes(architecture), ranks, own_options)
     training, trainable = config.training, architecture.trainable_parameters
     states = state_bytes(
-        config.optimizer.precision,
+        config,
         architecture.parameters,
         trainable,
+        ranks,
         quantized=architecture.quantized_parameters,
         quantized_bytes=architecture.quantized_bytes,
         optimizer_bytes=next(iter(optimizer_bytes), None),
@@ -66,17 +76,18 @@ def dry_run(config: Config) -> str:
         f"({trainable / architecture.parameters:.2%})",
         *_model_lines(config, architecture),
         f"batch          {training.global_batch_size} sequences a step = {training.micro_batch_size} (micro-batch) x "
-        f"{config.gradient_accumulation} (accumulation) x 1 (rank), of {_length(config, architecture)}",
+        f"{config.gradient_accumulation(ranks)} (accumulation) x {ranks} (rank{'s' if ranks > 1 else ''}), "
+        f"of {_length(config, architecture)}",
         *_task_lines(config, architecture),
         f"steps          {training.max_steps or f'{training.epochs:g} epochs; data.train says how many steps'}",
         f"selection      {config.selection.strategy}, ratio {config.resolved_ratio}: {fidelity_class(config)}",
         f"retention      {config.retention.policy}"
         + (", linear outputs retained" if config.retention.retain_linears else "")
         + (f", keys and values in {config.retention.kv_format}" if config.retention.policy == "selective" else ""),
-        f"engine         {config.sharding.engine}, precision {config.optimizer.precision}: "
-        f"weights {config.weights_dtype}, computation {PRECISIONS[config.optimizer.precision].autocast or 'the same'}",
+        f"engine         {_engine(config)}, precision {config.optimizer.precision}: "
+        f"weights {_weights(config)}, computation {PRECISIONS[config.optimizer.precision].autocast or 'the same'}",
         *(f"optimizer      {group}" for group in groups),
-        f"memory         {format_bytes(held)} without activations: "
+        f"memory         {format_bytes(held)}{' a rank' if ranks > 1 else ''} without activations: "
         + ", ".join(f"{name} {format_bytes(size)}" for name, size in states.items()),
     ]
     mixed = [each for each in data_sources(config.data.train) if each.weight is not None]
@@ -88,6 +99,30 @@ def dry_run(config: Config) -> str:
     if missing:
         lines.append(f"not here       {', '.join(missing)}: needed to train, so not checked")
     return "\n".join(lines)
+
+
+def _engine(config: Config) -> str:
+    """The engine with the options that say who holds what, and where."""
+    sharding = config.sharding
+    parts = [sharding.engine]
+    if sharding.engine == "deepspeed":
+        parts.append(f"ZeRO stage {config.zero_stage}")
+    if sharding.replicas > 1:
+        parts.append(f"{sharding.replicas} copies")
+    if not sharding.reshard_after_forward:
+        parts.append("gathered weights kept until the backward pass")
+    offloaded = [name for name in ("optimizer", "parameters") if getattr(sharding, f"offload_{name}")]
+    if offloaded:
+        parts.append(f"{' and '.join(offloaded)} on the host")
+    return ", ".join(parts)
+
+
+def _weights(config: Config) -> str:
+    """The dtype of the weights, and of the copies that are updated in their place."""
+    computing = PRECISIONS[config.optimizer.precision].autocast
+    if config.sharding.engine == "deepspeed" and config.zero_stage > 0 and computing is not None:
+        return f"{computing} beside masters in {config.weights_dtype}"
+    return config.weights_dtype
 
 
 def _model_lines(config: Config, architecture: Architecture) -> list[str]:
