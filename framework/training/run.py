@@ -159,8 +159,8 @@ class _Run:
                 self.mark(STOPPED, 0, f"{request} before training started")
             return TrainResult("stopped", 0, self.directory.path, None, None, None)
         except UserError as error:
-            # Nothing was started: a directory is not made just to say so.
-            if self.directory.path.is_dir():
+            # Nothing was started: a directory is not made just to say so, unless other ranks are to learn of it.
+            if self.directory.path.is_dir() or self.place.world_size > 1:
                 self.mark_failed(error, error.exit_code)
             raise
         except Exception as error:
@@ -206,11 +206,7 @@ class _Run:
 
         if self.place.world_size > 1 and is_lost_connection(error):
             time.sleep(LOST_RANK_SECONDS)
-            lost = RunError(
-                "another rank has ended, or has not answered within sharding.timeout_seconds = "
-                f"{self.config.sharding.timeout_seconds}; what it said, if it could, is above and in "
-                f"{self.directory.path / FAILED} ({str(error).splitlines()[0]})"
-            )
+            lost = self.lost(error)
             self.mark_failed(lost, 1)
             raise lost from error
         self.mark_failed(error, 1)
@@ -218,6 +214,17 @@ class _Run:
             full = f"the disk is full: cannot write to {self.directory.path}; free space and start again"
             raise RunError(full) from error
         raise error
+
+    def lost(self, error: Exception) -> RunError:
+        """What this rank says of another one that it has lost: its own error, if it could leave one."""
+        told = self.directory.read_marker(FAILED)
+        if told is not None:
+            return RunError(f"rank {told['rank']} has ended: {told['message']}")
+        return RunError(
+            "another rank has ended without a word, or has not answered within sharding.timeout_seconds = "
+            f"{self.config.sharding.timeout_seconds}: it may have been killed, for its memory perhaps, or hang "
+            f"({str(error).splitlines()[0]})"
+        )
 
     def mark(self, marker: str, code: int, message: str, last_lines: list[str] | None = None) -> None:
         """Write an end marker, unless another rank has written one of this name."""

@@ -69,6 +69,14 @@ class RunDirectory:
             own.replace(self.path / marker)
         own.unlink(missing_ok=True)
 
+    def read_marker(self, marker: str) -> dict[str, Any] | None:
+        """What an end marker says, see `mark`; None if there is none."""
+        try:
+            record: dict[str, Any] = json.loads((self.path / marker).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return record
+
     def holds(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of this run's, not one of another run's or one that was set aside."""
         return checkpoint.resolve().parent == self.checkpoints.resolve()
