@@ -201,12 +201,11 @@ class Run:
         self.step, self.tokens, self.checkpoint = checkpoint.step, checkpoint.manifest["tokens"], checkpoint.path
         self.evaluation = checkpoint.evaluation
         self.eval_loss = self.evaluation and self.evaluation["loss"]
-        # A checkpoint need not have counted anything: its format is older than the counters.
-        if (counted := checkpoint.load_state().get("run")) is not None:
-            self.early_stopping.load_state_dict(counted["early_stopping"])
-            # Whoever resumes a run that was skipping steps wants to see whether it still does.
-            self.skipped.total = counted["skipped"]["total"]
-            self._saved_while_skipping = counted["skipped"]["in_a_row"] > 0
+        counted = checkpoint.load_state()["run"]
+        self.early_stopping.load_state_dict(counted["early_stopping"])
+        # Whoever resumes a run that was skipping steps wants to see whether it still does.
+        self.skipped.total = counted["skipped"]["total"]
+        self._saved_while_skipping = counted["skipped"]["in_a_row"] > 0
         # Another run's checkpoint is not this one's: even without a further step it is saved here.
         self._saved_step = checkpoint.step if self.directory.holds(checkpoint.path) else 0
 
