@@ -227,7 +227,7 @@ class _Run:
         )
 
     def mark(self, marker: str, code: int, message: str, last_lines: list[str] | None = None) -> None:
-        """Write an end marker, unless another rank has written one of this name."""
+        """Write an end marker, unless another rank has written one."""
         self.directory.mark(marker, code=code, message=message, rank=self.place.rank, last_lines=last_lines or [])
 
     def mark_failed(self, error: Exception, code: int) -> None:
