@@ -149,10 +149,10 @@ class _Run:
             self.mark(FAILED, code, f"second signal ({name}): ended at once")
 
         signals.on_second = second
-        # Whatever happens from here on, the marker of an earlier start must not be read as the end of this one.
-        if self.place.rank == 0:
-            self.directory.clear_markers()
         try:
+            # Whatever happens from here on, the marker of an earlier start must not be read as the end of this one.
+            if self.place.rank == 0:
+                self.directory.clear_markers()
             result, last_lines = self.train(signals)
         except StopRequested as request:
             if self.place.rank == 0:
@@ -213,7 +213,19 @@ class _Run:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = f"the disk is full: cannot write to {self.directory.path}; free space and start again"
             raise RunError(full) from error
+        if isinstance(error, OSError) and self.is_inside(error.filename):
+            raise RunError(
+                f"cannot write to the run directory: {error.filename}: {error.strerror}; set run.output_dir to "
+                "another one, or let this one be written"
+            ) from error
         raise error
+
+    def is_inside(self, path: object) -> bool:
+        """Whether a path is that of the run directory, of something in it or of a parent that it is to be made in."""
+        if not isinstance(path, str | Path):
+            return False
+        own, other = self.directory.path.absolute(), Path(path).absolute()
+        return other.is_relative_to(own) or own.is_relative_to(other)
 
     def lost(self, error: Exception) -> RunError:
         """What this rank says of another one that it has lost: its own error, if it could leave one."""
