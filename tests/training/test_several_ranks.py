@@ -315,15 +315,15 @@ Objective.loss = loss
 
 
 @pytest.mark.parametrize(
-    ("settings", "ranks", "message"),
+    ("overrides", "ranks", "message"),
     [
         ([], 2, "sharding.engine: 'single' runs in one process, but the launcher started 2"),
         (["sharding.engine=fsdp"], 3, "is no multiple of training.micro_batch_size x ranks = 2 x 3"),
         (["sharding.engine=fsdp", "sharding.replicas=3"], 2, "3 copies cannot share 2 ranks evenly"),
     ],
 )
-def test_what_a_launch_cannot_run_is_refused_before_anything_starts(make_runs, settings, ranks, message):
+def test_what_a_launch_cannot_run_is_refused_before_anything_starts(make_runs, overrides, ranks, message):
     runs = make_runs()
-    for end in runs.start("run", ranks, *settings).wait():
+    for end in runs.start("run", ranks, *overrides).wait():
         assert end.code == 2 and message in end.output
     assert not runs.path("run").exists()
