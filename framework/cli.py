@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from framework.errors import RunError, UserError
 from framework.extras import put_off_import
@@ -20,7 +23,8 @@ def run_command(main: Callable[[], int | None]) -> int:
     Python exits 1. Used as `sys.exit(run_command(main))`.
 
     Of several processes that a launcher started (`RANK`), the first speaks for all where all have the same to say: the
-    others wait a little before they speak, in which the launcher ends them when the first has ended.
+    others wait a little before they speak, in which the launcher ends them when the first has ended. `torchrun` gets
+    the message, too, for the summary that it prints at the end, instead of a traceback.
 
     Args:
         main: The command. It returns its exit code; None means 0.
@@ -33,8 +37,18 @@ def run_command(main: Callable[[], int | None]) -> int:
             return main() or 0
     except (UserError, RunError) as error:
         sys.stdout.flush()
+        _tell_torchrun(f"error: {error}")
         rank = int(os.environ.get("RANK", "0"))
         if rank:
             time.sleep(PRECEDENCE_SECONDS)
         print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         return error.exit_code
+
+
+def _tell_torchrun(message: str) -> None:
+    """Write the file that it reads a failure from, as `torch.distributed.elastic`'s `ErrorHandler` does."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        content = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
+        # A full disk must not hide the error itself.
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps(content), encoding="utf-8")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure, record
 
 from framework.cli import run_command
 from framework.errors import RunError, UserError
@@ -36,3 +38,18 @@ def test_other_exceptions_keep_their_traceback() -> None:
 def test_importing_does_not_import_torch() -> None:
     code = "import sys, framework.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_torchrun_gets_the_message_and_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+
+    @record
+    def main() -> None:
+        raise UserError("bad\n  key")
+
+    assert run_command(main) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    summary = ChildFailedError("main", {0: failure}).format_msg()
+    assert "error: bad\n    key" in summary
+    assert "Traceback" not in summary and "line" not in summary

@@ -2,7 +2,7 @@
 
 from framework.checkpoint.export import export_run
 from framework.checkpoint.finding import compare_configs, find_best, find_checkpoint, find_step, truncate_metrics
-from framework.checkpoint.layout import Checkpoint
+from framework.checkpoint.layout import Checkpoint, DamagedCheckpointError
 from framework.checkpoint.publishing import remove_leftovers, update_pointers
 from framework.checkpoint.random_state import (
     capture_random_state,
@@ -20,6 +20,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "Checkpoint",
     "CheckpointSaver",
+    "DamagedCheckpointError",
     "StoredFragments",
     "best_checkpoint",
     "capture_random_state",

@@ -21,6 +21,9 @@ from framework.sharding.ranks import Ranks
 
 Fragments = Mapping[Kind, list[Fragment]]
 
+GIVING_UP_SECONDS = 5.0
+"""How long a run that ends by an error waits for a thread that still writes; its error has to be told first."""
+
 
 class CheckpointSaver:
     """Saves checkpoints of a run, with the same files whether `checkpoint.asynchronous` is set or not.
@@ -45,6 +48,7 @@ class CheckpointSaver:
         self._copies = HostCopies()
         self._pending: PendingSave | None = None
         self._thread: threading.Thread | None = None
+        self._given_up = threading.Event()
 
     def save(
         self,
@@ -97,16 +101,21 @@ class CheckpointSaver:
         if self._pending is None:
             return None
         pending, settings = self._pending, self._settings
-        self.close()
+        self._pending = None
+        self._join(None)
         return pending.finish(
             keep_last=settings.keep_last, keep_best=settings.keep_best, best_metric=settings.best_metric
         )
 
     def close(self) -> None:
-        """Give up what is pending, once this rank's thread is done. To be called at the end, also after an error."""
+        """Give up what is pending: this rank's thread begins no further file. Called at the end, also after errors."""
         self._pending = None
+        self._given_up.set()
+        self._join(GIVING_UP_SECONDS)
+
+    def _join(self, seconds: float | None) -> None:
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
             self._thread = None
 
     def _write(self, held: Fragments, directory: Path) -> list[Path]:
@@ -114,6 +123,8 @@ class CheckpointSaver:
         self._copies.wait()
         paths = []
         for kind, fragments in held.items():
+            if self._given_up.is_set():
+                break
             path = directory / rank_file(kind, self._ranks.rank, self._ranks.world_size)
             write_fragments(path, fragments)
             paths.append(path)

@@ -18,7 +18,6 @@ from framework.checkpoint import (
     CheckpointSaver,
     best_checkpoint,
     capture_random_state,
-    find_checkpoint,
     is_among_best,
     seed_generators,
     truncate_metrics,
@@ -41,7 +40,7 @@ from framework.training.optimizer import optimizer_factory
 from framework.training.plan import settings_plan
 from framework.training.prepared import PreparedModel, placed
 from framework.training.progress import Reporter
-from framework.training.resuming import manifest_of, resume_from
+from framework.training.resuming import manifest_of, resumable_checkpoint, resume_from
 from framework.training.run import TrainResult
 from framework.training.run_data import shared_run_data
 from framework.training.run_directory import RunDirectory
@@ -89,6 +88,8 @@ def run_training(
     loader, evaluation_batches = data.loaders(ranks.place)
     if config.training.epochs is not None:
         config = in_steps(config, loader, reporter)
+    # What cannot be continued is refused before a large model is read.
+    checkpoint = resumable_checkpoint(directory.path, resume, config, train_data, ranks, reporter)
 
     # The order of the transforms: adapters, then selection and retention, then the engine.
     prepared = PreparedModel.build(config, data.tokenizer, ranks, own_options)
@@ -100,9 +101,8 @@ def run_training(
     reporter.line(f"model: {prepared.counts}, {placed(engine, ranks)}")
     seed_generators(config.run.seed, rank=ranks.rank)
 
-    checkpoint = find_checkpoint(directory.path, resume)
     if checkpoint is not None:
-        resume_from(checkpoint, config, train_data, engine, ranks, loader, reporter)
+        resume_from(checkpoint, config, engine, ranks, loader, reporter)
     step = checkpoint.step if checkpoint else 0
     plan = settings_plan(config, ranks.world_size, prepared.options)
     ranks.barrier()
@@ -201,12 +201,11 @@ class Run:
         self.step, self.tokens, self.checkpoint = checkpoint.step, checkpoint.manifest["tokens"], checkpoint.path
         self.evaluation = checkpoint.evaluation
         self.eval_loss = self.evaluation and self.evaluation["loss"]
-        # A checkpoint need not have counted anything: its format is older than the counters.
-        if (counted := checkpoint.load_state().get("run")) is not None:
-            self.early_stopping.load_state_dict(counted["early_stopping"])
-            # Whoever resumes a run that was skipping steps wants to see whether it still does.
-            self.skipped.total = counted["skipped"]["total"]
-            self._saved_while_skipping = counted["skipped"]["in_a_row"] > 0
+        counted = checkpoint.load_state()["run"]
+        self.early_stopping.load_state_dict(counted["early_stopping"])
+        # Whoever resumes a run that was skipping steps wants to see whether it still does.
+        self.skipped.total = counted["skipped"]["total"]
+        self._saved_while_skipping = counted["skipped"]["in_a_row"] > 0
         # Another run's checkpoint is not this one's: even without a further step it is saved here.
         self._saved_step = checkpoint.step if self.directory.holds(checkpoint.path) else 0
 
@@ -231,7 +230,7 @@ class Run:
         self.complete = self.finished() and not self.evaluation_is_due()
         self.save()
         self.saved(self.saver.wait())
-        cause = "done" if self.complete else f"stopped by {self.signals.requested(self.directory.stop_file)}"
+        cause = "done" if self.complete else f"stopped by {self.asked_by()}"
         result = self.result()
         details = {
             "reason": result.reason,
@@ -337,8 +336,10 @@ class Run:
     def is_among_best(self) -> bool:
         """Whether this step's evaluation makes it a checkpoint to keep as one of the best."""
         settings = self.config.checkpoint
-        if self.evaluation is None:
+        if self.evaluation is None or settings.keep_best == 0:
             return False
+        # A checkpoint that is being saved counts too.
+        self.saved(self.saver.wait())
         figure = self.evaluation[settings.best_metric]
         # The first rank's view of the disk decides.
         return self.ranks.broadcast(
@@ -385,6 +386,11 @@ class Run:
     def stopping(self) -> bool:
         """Whether any rank was asked to stop."""
         return self.ranks.any(self.asked_to_stop())
+
+    def asked_by(self) -> str:
+        """What asked any rank to stop."""
+        requests = self.ranks.gather(self.signals.requested(self.directory.stop_file))
+        return " and ".join(sorted({request for request in requests if request is not None}))
 
     def asked_to_stop(self) -> bool:
         """Whether this rank was asked to stop."""

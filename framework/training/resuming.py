@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from framework.checkpoint import Checkpoint, compare_configs, resume_random_state
+from framework.checkpoint import (
+    Checkpoint,
+    DamagedCheckpointError,
+    compare_configs,
+    find_checkpoint,
+    resume_random_state,
+)
 from framework.config import Config
 from framework.data import Dataset, Loader
 from framework.errors import UserError
@@ -65,18 +72,50 @@ def manifest_of(config: Config, plan: dict[str, Any], data: Dataset, **progress:
     }
 
 
+def resumable_checkpoint(
+    run_dir: Path, resume: str, config: Config, train_data: Dataset, ranks: Ranks, reporter: Reporter
+) -> Checkpoint | None:
+    """The checkpoint that all ranks continue from: the one that `find_checkpoint` finds for the first of them.
+
+    Args:
+        run_dir: the run directory.
+        resume: see `framework.train`.
+        config: of the run.
+        train_data: its training set.
+        ranks: of the run.
+        reporter: told of differences that change the run from here on.
+
+    Raises:
+        UserError: as for `find_checkpoint` and `check_resumable`, on all ranks; or a rank does not see the checkpoint.
+    """
+    found, problem = None, None
+    if ranks.is_first:
+        try:
+            found = find_checkpoint(run_dir, resume)
+        except UserError as error:
+            problem = str(error)
+    path, problem = ranks.broadcast((found and found.path.resolve(), problem))
+    if problem is not None:
+        raise UserError(problem)
+    if path is None:
+        return None
+    if found is None:
+        try:
+            found = Checkpoint.read(path)
+        except DamagedCheckpointError as error:
+            raise UserError(
+                f"{path} is no complete checkpoint for rank {ranks.rank}: {error}; run.output_dir must be on a file "
+                "system that all machines share"
+            ) from error
+    for difference in check_resumable(found.manifest, config, train_data):
+        reporter.line(f"warning: resuming with another setting: {difference}")
+    return found
+
+
 def resume_from(
-    checkpoint: Checkpoint,
-    config: Config,
-    train_data: Dataset,
-    engine: Engine,
-    ranks: Ranks,
-    loader: Loader,
-    reporter: Reporter,
+    checkpoint: Checkpoint, config: Config, engine: Engine, ranks: Ranks, loader: Loader, reporter: Reporter
 ) -> None:
     """Put engine, loader and random states where the checkpoint has them."""
-    for difference in check_resumable(checkpoint.manifest, config, train_data):
-        reporter.line(f"warning: resuming with another setting: {difference}")
     state = checkpoint.load_state()
     engine.load(checkpoint.weights(), checkpoint.optimizer(), state["engine"])
     loader.load_state_dict(state["loader"])

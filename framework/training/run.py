@@ -149,18 +149,18 @@ class _Run:
             self.mark(FAILED, code, f"second signal ({name}): ended at once")
 
         signals.on_second = second
-        # Whatever happens from here on, the marker of an earlier start must not be read as the end of this one.
-        if self.place.rank == 0:
-            self.directory.clear_markers()
         try:
+            # Whatever happens from here on, the marker of an earlier start must not be read as the end of this one.
+            if self.place.rank == 0:
+                self.directory.clear_markers()
             result, last_lines = self.train(signals)
         except StopRequested as request:
             if self.place.rank == 0:
                 self.mark(STOPPED, 0, f"{request} before training started")
             return TrainResult("stopped", 0, self.directory.path, None, None, None)
         except UserError as error:
-            # Nothing was started: a directory is not made just to say so.
-            if self.directory.path.is_dir():
+            # Nothing was started: a directory is not made just to say so, unless other ranks are to learn of it.
+            if self.directory.path.is_dir() or self.place.world_size > 1:
                 self.mark_failed(error, error.exit_code)
             raise
         except Exception as error:
@@ -206,21 +206,40 @@ class _Run:
 
         if self.place.world_size > 1 and is_lost_connection(error):
             time.sleep(LOST_RANK_SECONDS)
-            lost = RunError(
-                "another rank has ended, or has not answered within sharding.timeout_seconds = "
-                f"{self.config.sharding.timeout_seconds}; what it said, if it could, is above and in "
-                f"{self.directory.path / FAILED} ({str(error).splitlines()[0]})"
-            )
+            lost = self.lost(error)
             self.mark_failed(lost, 1)
             raise lost from error
         self.mark_failed(error, 1)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = f"the disk is full: cannot write to {self.directory.path}; free space and start again"
             raise RunError(full) from error
+        if isinstance(error, OSError) and self.is_inside(error.filename):
+            raise RunError(
+                f"cannot write to the run directory: {error.filename}: {error.strerror}; set run.output_dir to "
+                "another one, or let this one be written"
+            ) from error
         raise error
 
+    def is_inside(self, path: object) -> bool:
+        """Whether a path is that of the run directory, of something in it or of a parent that it is to be made in."""
+        if not isinstance(path, str | Path):
+            return False
+        own, other = self.directory.path.absolute(), Path(path).absolute()
+        return other.is_relative_to(own) or own.is_relative_to(other)
+
+    def lost(self, error: Exception) -> RunError:
+        """What this rank says of another one that it has lost: its own error, if it could leave one."""
+        told = self.directory.read_marker(FAILED)
+        if told is not None:
+            return RunError(f"rank {told['rank']} has ended: {told['message']}")
+        return RunError(
+            "another rank has ended without a word, or has not answered within sharding.timeout_seconds = "
+            f"{self.config.sharding.timeout_seconds}: it may have been killed, for its memory perhaps, or hang "
+            f"({str(error).splitlines()[0]})"
+        )
+
     def mark(self, marker: str, code: int, message: str, last_lines: list[str] | None = None) -> None:
-        """Write an end marker, unless another rank has written one of this name."""
+        """Write an end marker, unless another rank has written one."""
         self.directory.mark(marker, code=code, message=message, rank=self.place.rank, last_lines=last_lines or [])
 
     def mark_failed(self, error: Exception, code: int) -> None:

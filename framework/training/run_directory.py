@@ -47,7 +47,9 @@ class RunDirectory:
         write_json(self.path / "plan.json", plan)
 
     def mark(self, marker: str, *, code: int, message: str, rank: int, last_lines: Sequence[str]) -> None:
-        """Write the end marker, which job scripts trust more than exit codes. Of several, the first stays.
+        """Write the end marker, which job scripts trust more than exit codes. Of several, the first is the only one.
+
+        A launcher that has seen a rank fail asks the others to stop, which is no reason for them to say `STOPPED`.
 
         Args:
             marker: one of `MARKERS`.
@@ -56,6 +58,8 @@ class RunDirectory:
             rank: of the process that writes.
             last_lines: of the log or the traceback.
         """
+        if any((self.path / name).exists() for name in MARKERS):
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         record = {"code": code, "message": message, "rank": rank, "last_lines": list(last_lines)}
         own = self.path / f".{marker}.{rank}"
@@ -68,6 +72,14 @@ class RunDirectory:
             # A file system without hard links.
             own.replace(self.path / marker)
         own.unlink(missing_ok=True)
+
+    def read_marker(self, marker: str) -> dict[str, Any] | None:
+        """What an end marker says, see `mark`; None if there is none."""
+        try:
+            record: dict[str, Any] = json.loads((self.path / marker).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        return record
 
     def holds(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of this run's, not one of another run's or one that was set aside."""

@@ -228,6 +228,21 @@ def test_given_up_it_is_a_leftover(tmp_path: Path, parts: Parts, names: Any) -> 
     assert names(tmp_path) == []
 
 
+def test_giving_up_does_not_wait_for_a_slow_disk(
+    tmp_path: Path, parts: Parts, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saver, "GIVING_UP_SECONDS", 0.01)
+    keeper = CheckpointSaver(tmp_path, settings(True), Ranks())
+    Trained(parts, Ranks()).save(keeper, 3)
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == "save step 3"]
+    keeper.close()
+    assert thread.is_alive()
+    gate.set()
+    thread.join(30)
+    # The file that was being written, and no other.
+    assert [path.name for path in (tmp_path / "checkpoints" / ".step-00000003.tmp").iterdir()] == ["model.safetensors"]
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_killed_while_its_thread_writes_it_is_a_leftover(
     tmp_path: Path,

@@ -1,6 +1,6 @@
 import json
 
-from framework.training.run_directory import COMPLETED, FAILED, RunDirectory
+from framework.training.run_directory import COMPLETED, FAILED, STOPPED, RunDirectory
 
 
 def test_markers_are_json_and_cleared_with_the_request_to_stop(tmp_path):
@@ -17,6 +17,15 @@ def test_markers_are_json_and_cleared_with_the_request_to_stop(tmp_path):
     assert list(directory.path.iterdir()) == []
     directory.mark(COMPLETED, code=0, message="", rank=0, last_lines=[])
     assert [path.name for path in directory.path.iterdir()] == ["COMPLETED"]
+
+
+def test_the_first_marker_is_the_only_one(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.mark(FAILED, code=1, message="broken", rank=1, last_lines=[])
+    # What a launcher does to the other ranks then.
+    directory.mark(STOPPED, code=0, message="SIGTERM before training started", rank=0, last_lines=[])
+    assert [path.name for path in directory.path.iterdir()] == ["FAILED"]
+    assert directory.read_marker(FAILED)["message"] == "broken" and directory.read_marker(STOPPED) is None
 
 
 def test_clearing_makes_no_directory(tmp_path):

@@ -227,8 +227,9 @@ def test_all_ranks_stop_after_the_step_and_save(make_runs, asked, whole_run):
     runs = make_runs(sharding=FSDP)
     stop = runs.path("run") / "STOP"
     action = f"open('{stop}', 'w')" if asked == "by the file" else "os.kill(os.getpid(), signal.SIGTERM)"
-    ranks = runs.start("run", 2, patch=patched(STEP, 3, [1], action))
-    assert [end.code for end in ranks.wait()] == [0, 0]
+    ended = runs.start("run", 2, patch=patched(STEP, 3, [1], action)).wait()
+    assert [end.code for end in ended] == [0, 0]
+    assert f"stopped by {'STOP' if asked == 'by the file' else 'SIGTERM'} after step 3" in ended[0].output
     assert runs.marker("run")[0] == "STOPPED"
     checkpoint = find_checkpoint(runs.path("run"))
     assert (checkpoint.step, checkpoint.manifest["world_size"]) == (3, 2)
@@ -251,6 +252,30 @@ def test_a_stop_interrupts_an_evaluation_on_all_ranks(make_runs):
         assert own == other
 
 
+def test_all_ranks_continue_what_the_first_one_finds_or_refuse_it(make_runs, whole_run):
+    runs = make_runs(sharding=FSDP)
+    runs.run("run", 2, "training.max_steps=2")
+    for end in runs.start("run", 2, "data.sequence_length=40").wait():
+        assert end.code == 2 and "data.sequence_length: 32 -> 40" in end.output
+        # Not even a small model was built.
+        assert "model: " not in end.output
+    assert runs.marker("run")[0] == "FAILED"
+    # As if the second rank's machine did not see the file yet.
+    blind = "import framework.training.resuming as resuming\nif rank: resuming.find_checkpoint = lambda *_: None"
+    assert [end.code for end in runs.start("run", 2, patch=blind).wait()] == [0, 0]
+    assert runs.losses("run") == whole_run(runs)
+
+
+def test_what_one_rank_refuses_is_what_the_others_say(make_runs, tmp_path):
+    runs = make_runs(sharding=FSDP, data__cache_dir=str(tmp_path / "cache"))
+    first, second = runs.start("run", 2, f"data.train={tmp_path / 'nothing.jsonl'}").wait()
+    assert (first.code, second.code) == (2, 1)
+    assert "error: data.train: no such file or directory" in first.output
+    assert "error: rank 1: rank 0 has ended: data.train: no such file or directory" in second.output
+    marker, content = runs.marker("run")
+    assert (marker, content["rank"], content["code"]) == ("FAILED", 0, 2)
+
+
 def test_two_signals_that_come_together_are_one_request(make_runs):
     runs = make_runs(sharding=FSDP)
     both = "[os.kill(os.getpid(), number) for number in (signal.SIGINT, signal.SIGTERM)]"
@@ -266,7 +291,7 @@ def test_the_rank_with_an_error_is_the_one_that_is_quoted(make_runs):
     assert time.monotonic() - started < ENDS_BY_ITSELF_SECONDS
     assert (first.code, second.code) == (1, 1)
     assert "the cable of rank 1 is loose" in second.output
-    assert "another rank has ended" in first.output
+    assert "error: rank 1 has ended: the cable of rank 1 is loose" in first.output
     marker, content = runs.marker("run")
     assert (marker, content["rank"], content["message"]) == ("FAILED", 1, "the cable of rank 1 is loose")
 
@@ -290,15 +315,15 @@ Objective.loss = loss
 
 
 @pytest.mark.parametrize(
-    ("settings", "ranks", "message"),
+    ("overrides", "ranks", "message"),
     [
         ([], 2, "sharding.engine: 'single' runs in one process, but the launcher started 2"),
         (["sharding.engine=fsdp"], 3, "is no multiple of training.micro_batch_size x ranks = 2 x 3"),
         (["sharding.engine=fsdp", "sharding.replicas=3"], 2, "3 copies cannot share 2 ranks evenly"),
     ],
 )
-def test_what_a_launch_cannot_run_is_refused_before_anything_starts(make_runs, settings, ranks, message):
+def test_what_a_launch_cannot_run_is_refused_before_anything_starts(make_runs, overrides, ranks, message):
     runs = make_runs()
-    for end in runs.start("run", ranks, *settings).wait():
+    for end in runs.start("run", ranks, *overrides).wait():
         assert end.code == 2 and message in end.output
     assert not runs.path("run").exists()
