@@ -11,10 +11,8 @@ import sys
 from framework.cli import run_command
 from framework.config import load_config
 from framework.errors import UserError
-from framework.extras import check_bitsandbytes
 from framework.training.run import check_launch, train
 from framework.training.signals import StopRequested, StopSignals
-from framework.training.tracking import check_trackers
 
 
 def parser() -> argparse.ArgumentParser:
@@ -61,9 +59,8 @@ def main() -> int:
     """Parse, validate, then import torch and run."""
     arguments = parser().parse_args()
     config = load_config(arguments.config, arguments.overrides)
-    launch = check_launch(config, arguments.deepspeed_config, described=arguments.dry_run)
-    check_trackers(config.logging.trackers)
-    check_bitsandbytes(config)
+    preview = arguments.dry_run or arguments.inspect_data is not None
+    launch = check_launch(config, arguments.deepspeed_config, preview=preview)
     if arguments.inspect_data is not None and arguments.inspect_data < 1:
         raise UserError(f"--inspect-data: {arguments.inspect_data} samples cannot be shown; give at least 1")
     with StopSignals(together_seconds=launch.together_seconds) as signals:

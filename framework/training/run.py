@@ -82,8 +82,6 @@ def train(
         RunError: a failure while running; saved checkpoints stay as they are and the marker `FAILED` is written.
     """
     launch = check_launch(config, deepspeed_config)
-    check_trackers(config.logging.trackers)
-    check_bitsandbytes(config)
     run = _Run(config, resume, launch)
     if signals is None:
         with StopSignals(together_seconds=launch.together_seconds) as installed:
@@ -111,20 +109,36 @@ class Launch:
         return TOGETHER_SECONDS if self.place.world_size > 1 else 0.0
 
 
-def check_launch(config: Config, deepspeed_config: str | None, *, described: bool = False) -> Launch:
-    """Check that a config goes with what launched this process.
+def check_launch(config: Config, deepspeed_config: str | None, *, preview: bool = False) -> Launch:
+    """Check that a config goes with what launched this process, and with what is installed. Imports no library.
+
+    A run that is refused is `FAILED`, if its directory exists: how it ended before is no longer the case.
 
     Args:
         config: of the run.
         deepspeed_config: path of a JSON file with further options of DeepSpeed.
-        described: without a launcher, take the run to have the processes that `hardware` describes.
+        preview: nothing is to be run; without a launcher, it is about the processes that `hardware` describes.
 
     Raises:
-        UserError: the run cannot be split over as many ranks; the file is not DeepSpeed's or of no use to the engine.
+        UserError: the run cannot be split over as many ranks; a package is missing; the file is not DeepSpeed's or of
+            no use to the engine.
     """
     place = Place.of_environment()
-    ranks = config.described_ranks if described and not place.is_launched else place.world_size
+    try:
+        return _checked_launch(config, deepspeed_config, place, preview)
+    except UserError as error:
+        directory = RunDirectory(config.run.output_dir)
+        if not preview and place.rank == 0 and directory.path.is_dir():
+            directory.clear_markers()
+            directory.mark(FAILED, code=error.exit_code, message=str(error), rank=0, last_lines=[])
+        raise
+
+
+def _checked_launch(config: Config, deepspeed_config: str | None, place: Place, preview: bool) -> Launch:
+    ranks = config.described_ranks if preview and not place.is_launched else place.world_size
     check_ranks(config, ranks)
+    check_trackers(config.logging.trackers)
+    check_bitsandbytes(config)
     if deepspeed_config is None:
         return Launch(place, ranks, None)
     if config.sharding.engine != "deepspeed":

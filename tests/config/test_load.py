@@ -30,7 +30,7 @@ def test_defaults_train_exactly(small: Path) -> None:
         "model",
     )
     assert (config.sharding.engine, config.sharding.zero_stage, config.sharding.offload_optimizer) == (
-        "single",
+        None,
         0,
         False,
     )
@@ -225,7 +225,9 @@ def test_integer_serves_as_number_but_not_otherwise(small: Path, problems: Probl
     assert problems(small, 'training.max_steps="8"') == [
         '--set: training.max_steps: expected an integer of at least 1, or null, got the string "8"'
     ]
-    assert problems(small, "sharding.zero_stage=false") == ["--set: sharding.zero_stage: expected 0, got false"]
+    assert problems(small, "sharding.zero_stage=false") == [
+        "--set: sharding.zero_stage: expected an integer of at least 0 and at most 3, or null, got false"
+    ]
     assert problems(small, "hardware.gpu_memory=80") == [
         '--set: hardware.gpu_memory: expected a string such as "80GiB", or null, got 80'
     ]

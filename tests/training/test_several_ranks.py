@@ -327,3 +327,13 @@ def test_what_a_launch_cannot_run_is_refused_before_anything_starts(make_runs, o
     for end in runs.start("run", ranks, *overrides).wait():
         assert end.code == 2 and message in end.output
     assert not runs.path("run").exists()
+
+
+def test_a_run_that_is_refused_has_not_stopped_any_more(make_runs):
+    runs = make_runs(sharding=FSDP)
+    runs.run("run", 1, "training.max_steps=1")
+    assert runs.marker("run")[0] == "COMPLETED"
+    (end,) = runs.start("run", 1, "sharding.replicas=2").wait()
+    assert end.code == 2
+    marker, content = runs.marker("run")
+    assert (marker, content["code"]) == ("FAILED", 2) and "2 copies cannot share 1 ranks" in content["message"]
