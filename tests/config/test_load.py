@@ -30,8 +30,8 @@ def test_defaults_train_exactly(small: Path) -> None:
         "model",
     )
     assert (config.sharding.engine, config.sharding.zero_stage, config.sharding.offload_optimizer) == (
+        "single",
         None,
-        0,
         False,
     )
     assert config.optimizer.betas == (0.9, 0.95)
