@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from framework.config import LossScaleConfig
-from framework.sharding.deepspeed_package import deepspeed_package, let_go_with, linear_of_zero3, linear_restored
+from framework.sharding.deepspeed_package import deepspeed_package, let_go, linear_of_zero3, linear_restored
 from framework.sharding.fragments import Fragment, StoredTensors, whole
 from framework.sharding.loss_scale import LossScale
 from framework.sharding.precision import PRECISIONS
@@ -83,7 +83,6 @@ class DeepSpeedEngine:
             self._engine = self._deepspeed.initialize(
                 model=model, optimizer=optimizer, config=copy.deepcopy(self._options)
             )[0]
-        let_go_with(self._engine)
         self.model = model
         self._optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
         self._holder = self._made_holder()
@@ -237,6 +236,10 @@ class DeepSpeedEngine:
         # Stage 1 leaves them with the parameters until the step.
         unreduced = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         return Held(weights, [*self._holder.gradients(), *unreduced], optimizer)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        let_go(self._engine)
 
     def _other_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What is saved beside trained parameters: buffers, and without an adapter frozen parameters."""

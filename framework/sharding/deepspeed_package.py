@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import os
@@ -86,20 +85,20 @@ def linear_of_zero3() -> Iterator[None]:
         yield
 
 
-def let_go_with(engine: Any) -> None:
-    """Make what DeepSpeed keeps of a model for the process's lifetime end with the engine, so that both are freed.
+def let_go(engine: Any) -> None:
+    """Make DeepSpeed forget an engine and its model, which it would keep for the process's lifetime.
 
     Args:
-        engine: DeepSpeed's.
+        engine: DeepSpeed's, that is not used any more.
     """
-    from deepspeed.utils.debug import debug_clear_module_and_param_names
-
-    # Names for messages.
-    debug_clear_module_and_param_names()
+    # Hooks on parameters, in which Python cannot see the cycle of references; and names for messages.
+    engine.destroy()
     offload = getattr(engine.optimizer, "parameter_offload", None)
     if offload is not None:
-        # A cache of the class, whose keys are the coordinator and the model's modules: one of the instance instead.
-        coordinator = offload.get_param_coordinator()
-        name = f"_{type(coordinator).__name__}__params_to_release"
-        cached = inspect.getclosurevars(getattr(type(coordinator), name)).nonlocals["func"]
-        setattr(coordinator, name, functools.cache(functools.partial(cached.__wrapped__, coordinator)))
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+
+        FWD_MODULE_STACK.clear()
+        # A cache of the class, whose keys are the coordinator and the model's modules.
+        coordinator = type(offload.get_param_coordinator())
+        method = getattr(coordinator, f"_{coordinator.__name__}__params_to_release")
+        inspect.getclosurevars(method).nonlocals["func"].cache_clear()

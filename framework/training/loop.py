@@ -115,6 +115,7 @@ def run_training(
 
     signals.defer()
     with (
+        closing(engine),
         closing(loader),
         MetricsFile(directory.metrics if ranks.is_first else None) as metrics,
         Insight(config, directory, engine, ranks, objective, memory, reporter, step=step, plan=plan) as insight,
