@@ -217,6 +217,7 @@ def run(ranks: Ranks, directory: Path) -> dict[str, Any]:
         found["offload master", stage] = trained(ranks, stage, Case(zero=OFFLOAD, precision="fp32_master"))
         found["toy offload", stage] = toy(ranks, stage, offload=True)
     found["resident"] = resident(ranks)
+    found["shards"] = shards(ranks)
     return found
 
 
@@ -231,6 +232,13 @@ def resident(ranks: Ranks) -> dict[int, list[int]]:
         counts[stage] = [sum(tensor.numel() for tensor in kind) for kind in engine.held()]
         engine.discard_gradients()
     return counts
+
+
+def shards(ranks: Ranks) -> dict[int, set[int]]:
+    """The numbers by which a stochastic optimiser draws this rank's noise."""
+    case = PRECISIONS["pure_bf16"]
+    engines = {stage: engine_of(ranks, stage, case) for stage in STAGES}
+    return {stage: {group["shard"] for group in engine._optimizer.param_groups} for stage, engine in engines.items()}
 
 
 def main(directory: Path) -> None:
