@@ -16,12 +16,13 @@ from framework.config import LossScaleConfig
 from framework.sharding.deepspeed_package import deepspeed_package, let_go, linear_of_zero3, linear_restored
 from framework.sharding.fragments import Fragment, StoredTensors, whole
 from framework.sharding.loss_scale import LossScale
+from framework.sharding.optimizer_states import exported
 from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
 from framework.sharding.ranks import Ranks
 from framework.sharding.weight_names import WeightNames, saved_tensors
 from framework.sharding.zero_filling import Masters, Partitioner, fill, partition_range, whole_masters
-from framework.sharding.zero_loading import load_state, state_of
+from framework.sharding.zero_loading import load_state
 from framework.sharding.zero_stages import FlatPartitions, PartitionedParameters, WholeParameters
 
 _HELD_DTYPES = {"fp32_master": torch.bfloat16, "pure_bf16": torch.bfloat16, "fp16": torch.float16}
@@ -193,7 +194,7 @@ class DeepSpeedEngine:
         for piece in self._holder.pieces():
             name, shape = names[piece.parameter], shape_of(piece.parameter)
             if piece.owner not in states:
-                states = {piece.owner: state_of(self._optimizer, piece.owner)}
+                states = {piece.owner: exported(self._optimizer, piece.owner)}
             for key, value in states[piece.owner].items():
                 if value.dim() > 0:
                     part = value.view(-1)[piece.offset : piece.offset + piece.count]

@@ -172,7 +172,16 @@ def refusals(ranks: Ranks) -> list[str]:
     except UserError as error:
         messages.append(str(error))
     engine = engine_of(ranks, 3, Case())
+    train(engine, ranks, Case(), range(1))
     weights, optimizer = saved(engine, ranks)
+    incomplete = Memory([])
+    for kind in ("tensors", "shapes"):
+        kept = {name: value for name, value in vars(optimizer)[kind].items() if name != "exp_avg.model.norm.weight"}
+        setattr(incomplete, kind, kept)
+    try:
+        engine.load(weights, incomplete, {})
+    except UserError as error:
+        messages.append(str(error))
     weights.tensors["model.norm.bias"] = weights.tensors.pop("model.norm.weight")
     weights.shapes["model.norm.bias"] = weights.shapes.pop("model.norm.weight")
     try:

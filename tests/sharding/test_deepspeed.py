@@ -236,8 +236,9 @@ def test_ranks_with_parts_of_their_own_draw_noise_of_their_own(launched: tuple[F
 
 
 def test_what_does_not_fit_is_refused(two: dict[Any, Any]) -> None:
-    precision, names = two["refusals"]
+    precision, incomplete, names = two["refusals"]
     assert precision.startswith("optimizer.precision: DeepSpeed does not support fp16 on cpu: ")
+    assert "missing: exp_avg.model.norm.weight" in incomplete
     assert "missing: model.norm.weight" in names and "unexpected: model.norm.bias" in names
 
 
