@@ -234,8 +234,9 @@ class DeepSpeedEngine:
             value for states in self._optimizer.state.values() for value in states.values() if torch.is_tensor(value)
         ]
         weights = [*self._holder.weights(), *self.model.buffers()]
-        # Stage 1 leaves them with the parameters until the step.
-        unreduced = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        # Stage 1 leaves them with the parameters until the step, and stage 0 has no others.
+        held_there = () if self._holder.replicated else self.model.parameters()
+        unreduced = [parameter.grad for parameter in held_there if parameter.grad is not None]
         return Held(weights, [*self._holder.gradients(), *unreduced], optimizer)
 
     def close(self) -> None:
