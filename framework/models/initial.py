@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -18,6 +19,9 @@ from framework.models.deferred import Deferred
 from framework.models.stored import stored_weights_deferred
 
 logger = logging.getLogger(__name__)
+
+_ABOUT_META = re.compile(r"\bmeta tensor|\bmeta device|'Meta'")
+"""What torch says of tensors without values."""
 
 _SMALLEST = 2**14
 """Elements of the smallest tensor that is not held on the host: below are norms, biases and tables of positions."""
@@ -130,7 +134,7 @@ def _recorded(value: Any, deferred: Deferred) -> bool:
 def _for_want_of_values(error: BaseException | None) -> bool:
     """Whether an error comes from a tensor on the meta device."""
     while error is not None:
-        if isinstance(error, NotImplementedError) or "meta" in str(error):
+        if isinstance(error, NotImplementedError) or _ABOUT_META.search(str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

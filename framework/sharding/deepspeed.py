@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
-import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,15 +13,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from framework.config import LossScaleConfig
-from framework.errors import UserError
+from framework.sharding.deepspeed_package import deepspeed_package, let_go, linear_of_zero3, linear_restored
 from framework.sharding.fragments import Fragment, StoredTensors, whole
 from framework.sharding.loss_scale import LossScale
+from framework.sharding.optimizer_states import exported
 from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
 from framework.sharding.ranks import Ranks
 from framework.sharding.weight_names import WeightNames, saved_tensors
 from framework.sharding.zero_filling import Masters, Partitioner, fill, partition_range, whole_masters
-from framework.sharding.zero_loading import load_state, state_of
+from framework.sharding.zero_loading import load_state
 from framework.sharding.zero_stages import FlatPartitions, PartitionedParameters, WholeParameters
 
 _HELD_DTYPES = {"fp32_master": torch.bfloat16, "pure_bf16": torch.bfloat16, "fp16": torch.float16}
@@ -64,7 +62,9 @@ class DeepSpeedEngine:
         self._dtype = _HELD_DTYPES.get(precision, torch.float32) if self._stage > 0 else None
         self._sum_dtype = _SUM_DTYPES.get(precision, torch.float32)
         self._scale = _loss_scale(options["fp16"]) if self._precision.loss_scaling else None
-        self._deepspeed = _package(ranks, self.device, options)
+        self._deepspeed = deepspeed_package(ranks, self.device, options)
+        saves_memory = options["zero_optimization"].get("memory_efficient_linear", True)
+        self._linear = linear_of_zero3 if self.sharded and saves_memory else nullcontext
 
     def prepare(
         self, model: nn.Module, build_optimizer: OptimizerFactory, initial: InitialTensors | None = None
@@ -76,24 +76,32 @@ class DeepSpeedEngine:
         """
         self._deepspeed.init_distributed()
         optimizer = build_optimizer(model)
-        masters: Masters = {}
+        for group in optimizer.param_groups:
+            # For updates that draw random numbers: ranks with parts of their own need noise of their own.
+            group["shard"] = self._ranks.rank if self._stage > 0 else 0
+        with linear_restored():
+            masters = self._fill(model, initial)
+            self._engine = self._deepspeed.initialize(
+                model=model, optimizer=optimizer, config=copy.deepcopy(self._options)
+            )[0]
+        self.model = model
+        self._optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
+        self._holder = self._made_holder()
+        self._restore_masters(masters)
+
+    def _fill(self, model: nn.Module, initial: InitialTensors | None) -> Masters:
+        """Give the model its values, in stage 3 this rank's partitions of them; what 16 bits lose."""
         if self._stage == 3:
             assert self._dtype is not None
             partitioner = Partitioner(self._deepspeed.zero, self._options, self._dtype)
             fill(model, initial, partitioner)
             _move_buffers(model, self.device)
-            masters = partitioner.masters
-        else:
-            fill(model, initial, lambda _: None)
-            if self._dtype not in (None, torch.float32):
-                whole_masters(model.parameters(), self._dtype, masters)
-        self._engine = self._deepspeed.initialize(
-            model=model, optimizer=optimizer, config=copy.deepcopy(self._options)
-        )[0]
-        self.model = model
-        self._optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
-        self._holder = self._made_holder()
-        self._restore_masters(masters)
+            return partitioner.masters
+        masters: Masters = {}
+        fill(model, initial, lambda _: None)
+        if self._dtype not in (None, torch.float32):
+            whole_masters(model.parameters(), self._dtype, masters)
+        return masters
 
     def _made_holder(self) -> WholeParameters | FlatPartitions | PartitionedParameters:
         if self._stage == 0:
@@ -112,14 +120,19 @@ class DeepSpeedEngine:
                 piece.values.copy_(master[start : start + piece.count])
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Autocast in stage 0, as the single engine does; nothing where the weights have the precision themselves."""
+        """Autocast in stage 0, as the single engine does; else the weights have the precision themselves.
+
+        In stage 3 linears are DeepSpeed's within it, unless the options say otherwise.
+        """
         if self._stage > 0 or self._precision.autocast is None:
-            return nullcontext()
+            return self._linear()
         return torch.autocast(self.device.type, dtype=getattr(torch, self._precision.autocast))
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine.backward`; scaled in fp16."""
-        self._holder.backward(loss if self._scale is None else loss * self._scale.value)
+        # Blocks are run again in it.
+        with self._linear():
+            self._holder.backward(loss if self._scale is None else loss * self._scale.value)
 
     def step(self, *, loss: Tensor, max_grad_norm: float | None, learning_rate: float) -> StepResult:
         """See `Engine.step`."""
@@ -181,7 +194,7 @@ class DeepSpeedEngine:
         for piece in self._holder.pieces():
             name, shape = names[piece.parameter], shape_of(piece.parameter)
             if piece.owner not in states:
-                states = {piece.owner: state_of(self._optimizer, piece.owner)}
+                states = {piece.owner: exported(self._optimizer, piece.owner)}
             for key, value in states[piece.owner].items():
                 if value.dim() > 0:
                     part = value.view(-1)[piece.offset : piece.offset + piece.count]
@@ -221,9 +234,14 @@ class DeepSpeedEngine:
             value for states in self._optimizer.state.values() for value in states.values() if torch.is_tensor(value)
         ]
         weights = [*self._holder.weights(), *self.model.buffers()]
-        # Stage 1 leaves them with the parameters until the step.
-        unreduced = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        # Stage 1 leaves them with the parameters until the step, and stage 0 has no others.
+        held_there = () if self._holder.replicated else self.model.parameters()
+        unreduced = [parameter.grad for parameter in held_there if parameter.grad is not None]
         return Held(weights, [*self._holder.gradients(), *unreduced], optimizer)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        let_go(self._engine)
 
     def _other_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What is saved beside trained parameters: buffers, and without an adapter frozen parameters."""
@@ -257,32 +275,3 @@ def _loss_scale(fp16: Mapping[str, Any]) -> LossScale:
             minimum=float(fp16["min_loss_scale"]),
         )
     )
-
-
-def _package(ranks: Ranks, device: torch.device, options: dict[str, Any]) -> Any:
-    """The package, quiet, for this device and without compiling anything."""
-    # DeepSpeed chooses its device by what the machine has, and warns where that is none.
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    # What launchers set; a process that was started without one is alone on its machine.
-    os.environ.setdefault("LOCAL_RANK", str(ranks.place.local_rank))
-    try:
-        import deepspeed
-        from deepspeed.accelerator import get_accelerator
-    except ImportError as error:
-        raise UserError(
-            f'sharding.engine: "deepspeed" needs the package deepspeed ({error}): pip install "selectrain[deepspeed]"'
-        ) from None
-    # DeepSpeed 0.19 calls these names of torch, once an exchange.
-    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
-        warnings.filterwarnings("ignore", f".*torch.distributed.{name}. is deprecated", FutureWarning)
-    if "log_level" not in options:
-        deepspeed.utils.logger.setLevel(logging.ERROR)
-    # An operator for exchanges between processes on CPUs, which would be compiled now; gloo does the same.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for key, supported in (("fp16", "is_fp16_supported"), ("bf16", "is_bf16_supported")):
-        if options[key]["enabled"] and not getattr(get_accelerator(), supported)():
-            raise UserError(
-                f"optimizer.precision: DeepSpeed does not support {key} on {device.type}: use another precision, or "
-                "sharding.zero_stage 0"
-            )
-    return deepspeed

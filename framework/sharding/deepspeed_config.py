@@ -83,7 +83,15 @@ def bucket_sizes(sizes: ModelSizes) -> dict[str, int]:
     }
 
 
-def read_own_options(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class OwnOptions:
+    """A user's own DeepSpeed JSON: its values, and where it is from."""
+
+    values: dict[str, Any]
+    source: str
+
+
+def read_own_options(path: Path) -> OwnOptions:
     """A user's own DeepSpeed JSON.
 
     Raises:
@@ -97,7 +105,7 @@ def read_own_options(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read as a DeepSpeed config: {error}") from None
     if not isinstance(own, dict):
         raise UserError(f"{path}: a DeepSpeed config is a JSON object")
-    return own
+    return OwnOptions(own, str(path))
 
 
 def deepspeed_options(

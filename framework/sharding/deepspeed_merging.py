@@ -75,7 +75,7 @@ def _merge_zero(zero: dict[str, Any], own: Any) -> Iterator[str]:
             if value not in (neutral, None):
                 yield f"{name}: {reason}: leave it out"
         elif key in SIZE_KEYS:
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
+            if not _is_count(value):
                 yield f"{name}: {json.dumps(value)} is not a number of elements"
             else:
                 zero[key] = int(value)
@@ -138,7 +138,11 @@ def _compare_optimizer(own: Any, config: Config) -> Iterator[str]:
         "eps": ("optimizer.epsilon", settings.epsilon),
         "weight_decay": ("optimizer.weight_decay", settings.weight_decay),
     }
-    for key, value in own.get("params", {}).items():
+    params = {} if own.get("params") in (None, AUTO) else own["params"]
+    if not isinstance(params, dict):
+        yield f"optimizer.params: an object is needed, not {json.dumps(params)}"
+        return
+    for key, value in params.items():
         if value == AUTO or (key in ("adam_w_mode", "torch_adam") and value is True):
             continue
         if key in mine:
@@ -152,8 +156,10 @@ def _compare_optimizer(own: Any, config: Config) -> Iterator[str]:
 
 
 def _compare_scheduler(own: Any) -> Iterator[str]:
-    params = own.get("params", {}) if isinstance(own, dict) else {"": own}
-    if any(value != AUTO for value in params.values()):
+    params = own.get("params") if isinstance(own, dict) else own
+    if isinstance(own, dict) and params in (None, AUTO):
+        return
+    if not isinstance(params, dict) or any(value != AUTO for value in params.values()):
         yield "scheduler: the run's `schedule` section sets the learning rate of every step: leave it out"
 
 
@@ -170,6 +176,13 @@ def _is_on(value: Any) -> bool:
     if isinstance(value, dict):
         return bool(value.get("enabled", bool(value)))
     return value not in (False, None, 0)
+
+
+def _is_count(value: Any) -> bool:
+    """Whether it is a number of things; in JSON that may be written `5e8`, and `1e999` is infinity."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return value >= 0 and (isinstance(value, int) or value.is_integer())
 
 
 def _unknown(name: str, known: list[str]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from framework.config import Config
 from framework.models import Architecture
-from framework.sharding.deepspeed_config import ModelSizes, deepspeed_options
+from framework.sharding.deepspeed_config import ModelSizes, OwnOptions, deepspeed_options
 from framework.sharding.protocol import Engine
 from framework.sharding.ranks import Ranks
 from framework.sharding.single import SingleEngine
@@ -18,7 +18,7 @@ def model_sizes(architecture: Architecture) -> ModelSizes:
     return ModelSizes(found.parameters, found.blocks, found.hidden_size, found.vocab_size)
 
 
-def engine_options(config: Config, sizes: ModelSizes, ranks: int, own: dict[str, Any] | None) -> dict[str, Any]:
+def engine_options(config: Config, sizes: ModelSizes, ranks: int, own: OwnOptions | None) -> dict[str, Any]:
     """What the engine is told, as JSON values with nothing left open.
 
     Args:
@@ -32,7 +32,9 @@ def engine_options(config: Config, sizes: ModelSizes, ranks: int, own: dict[str,
     """
     sharding = config.sharding
     if sharding.engine == "deepspeed":
-        return deepspeed_options(config, sizes, ranks, own)
+        if own is None:
+            return deepspeed_options(config, sizes, ranks)
+        return deepspeed_options(config, sizes, ranks, own.values, source=own.source)
     options: dict[str, Any] = {"precision": config.optimizer.precision}
     if sharding.engine == "fsdp":
         options |= {

@@ -280,6 +280,9 @@ class FsdpEngine:
             optimizer=[value for state in self.optimizer.state.values() for value in state.values()],
         )
 
+    def close(self) -> None:
+        """See `Engine.close`: nothing would be kept."""
+
     def _reshard(self) -> None:
         """Free gathered weights, which an evaluation leaves behind: they would not see a change of the shards."""
         for module in self.model.modules():

@@ -125,3 +125,7 @@ class Engine(Protocol):
     def held(self) -> Held:
         """What this rank holds now."""
         ...
+
+    def close(self) -> None:
+        """Let go of what the process would keep of model and optimiser; the last call."""
+        ...

@@ -140,6 +140,9 @@ class SingleEngine:
             optimizer=[value for states in self.optimizer.state.values() for value in states.values()],
         )
 
+    def close(self) -> None:
+        """See `Engine.close`: nothing would be kept."""
+
 
 def _global_norm(gradients: list[Tensor], device: torch.device) -> Tensor:
     """Euclidean norm of all gradients together, computed in float32 whatever their dtype; a float32 scalar."""

@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from framework.sharding.clipping import clip_factor
 from framework.sharding.zero_filling import partition_range
-
-CLIP_EPSILON = 1e-6
-"""Of `torch.nn.utils.clip_grad_norm_`, and of DeepSpeed."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +81,7 @@ class WholeParameters:
             max_norm: bound of the global norm after the division; None for none.
             divisor: of the gradients.
         """
-        factor = 1 / divisor
-        if max_norm is not None:
-            factor *= min(1.0, max_norm / (norm / divisor + CLIP_EPSILON))
+        factor = clip_factor(norm / divisor, max_norm) / divisor
         if factor != 1.0:
             torch._foreach_mul_(self.gradients(), factor)
         self._engine.step()

@@ -1,13 +1,11 @@
-"""A run from top to bottom: data, model, transforms, resume, train, evaluate, save."""
+"""The training loop: steps, evaluations and checkpoints of a run that is ready."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,6 @@ from framework.checkpoint import (
     best_checkpoint,
     capture_random_state,
     is_among_best,
-    seed_generators,
-    truncate_metrics,
 )
 from framework.config import Config
 from framework.data import Batch, Dataset, Loader
@@ -32,121 +28,18 @@ from framework.training.evaluation import evaluate
 from framework.training.flops import Flops
 from framework.training.insight import Insight
 from framework.training.memory import CpuMemoryTracker, device_peak_memory, reset_device_peak
-from framework.training.memory_report import MemoryWatch
 from framework.training.metrics import EvalRecord, MetricsFile, TrainRecord
 from framework.training.non_finite import SkippedSteps, describe_non_finite
 from framework.training.objective import Objective
-from framework.training.optimizer import optimizer_factory
-from framework.training.plan import settings_plan
-from framework.training.prepared import PreparedModel, placed
 from framework.training.progress import Reporter
-from framework.training.resuming import manifest_of, resumable_checkpoint, resume_from
+from framework.training.resuming import manifest_of
 from framework.training.run import TrainResult
-from framework.training.run_data import shared_run_data
 from framework.training.run_directory import RunDirectory
 from framework.training.schedule import scheduled_rate
-from framework.training.setup import (
-    cpu_tracker,
-    in_steps,
-    open_directory,
-    report_epochs,
-    use_deterministic_kernels,
-    warm_up,
-)
 from framework.training.signals import StopSignals
 from framework.training.step import train_window
 
 EvaluationBatches = Callable[..., Iterator[Batch]]
-
-
-def run_training(
-    config: Config,
-    *,
-    resume: str,
-    own_options: dict[str, Any] | None,
-    ranks: Ranks,
-    directory: RunDirectory,
-    signals: StopSignals,
-    reporter: Reporter,
-) -> TrainResult:
-    """Do what `framework.train` promises, the end marker aside. See there for errors.
-
-    Args:
-        config: of the run.
-        resume: as there.
-        own_options: a user's own options of DeepSpeed.
-        ranks: connected.
-        directory: of the run.
-        signals: that ask to stop.
-        reporter: for people.
-    """
-    if config.training.deterministic:
-        use_deterministic_kernels()
-
-    data = shared_run_data(config, ranks, reporter.line)
-    config, train_data, eval_data = data.config, data.train, data.eval
-    loader, evaluation_batches = data.loaders(ranks.place)
-    if config.training.epochs is not None:
-        config = in_steps(config, loader, reporter)
-    # What cannot be continued is refused before a large model is read.
-    checkpoint = resumable_checkpoint(directory.path, resume, config, train_data, ranks, reporter)
-
-    # The order of the transforms: adapters, then selection and retention, then the engine.
-    prepared = PreparedModel.build(config, data.tokenizer, ranks, own_options)
-    engine, objective = prepared.engine, prepared.objective
-    memory = MemoryWatch(config, directory.memory, engine.device, objective.tally, ranks.rank)
-    ranks.meet()
-    with memory.guard("placing the model", phase="placing"):
-        engine.prepare(prepared.model, optimizer_factory(config, reporter.line), prepared.initial)
-    reporter.line(f"model: {prepared.counts}, {placed(engine, ranks)}")
-    seed_generators(config.run.seed, rank=ranks.rank)
-
-    if checkpoint is not None:
-        resume_from(checkpoint, config, engine, ranks, loader, reporter)
-    step = checkpoint.step if checkpoint else 0
-    plan = settings_plan(config, ranks.world_size, prepared.options)
-    ranks.barrier()
-    if ranks.is_first:
-        continues = checkpoint is not None and directory.holds(checkpoint.path)
-        open_directory(directory, config, plan, after_step=step if continues else 0, reporter=reporter)
-        truncate_metrics(directory.metrics, step)
-    ranks.barrier()
-    report_epochs(config, loader, reporter)
-
-    signals.defer()
-    with (
-        closing(loader),
-        MetricsFile(directory.metrics if ranks.is_first else None) as metrics,
-        Insight(config, directory, engine, ranks, objective, memory, reporter, step=step, plan=plan) as insight,
-        cpu_tracker(config, engine) or nullcontext() as tracker,
-        closing(CheckpointSaver(directory.path, config.checkpoint, ranks)) as saver,
-    ):
-        longest = next(evaluation_batches(train_data, rank=0, ranks=1))
-        with memory.guard("longest batch"):
-            objective.check(engine.model, longest)
-            if engine.device.type == "cuda":
-                warm_up(engine, ranks, objective, longest)
-        evaluation = partial(evaluation_batches, eval_data) if eval_data is not None else None
-        run = Run(
-            config=config,
-            directory=directory,
-            signals=signals,
-            reporter=reporter,
-            engine=engine,
-            ranks=ranks,
-            objective=objective,
-            loader=loader,
-            train_data=train_data,
-            evaluation_batches=evaluation,
-            metrics=metrics,
-            tracker=tracker,
-            insight=insight,
-            saver=saver,
-            plan=plan,
-        )
-        run.begin(checkpoint)
-        run.train()
-    return run.result()
 
 
 class Run:

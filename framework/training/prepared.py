@@ -12,6 +12,7 @@ from framework.config import Config
 from framework.models import configured_model, count_parameters, sharded_model
 from framework.models.architecture import describe
 from framework.models.wrapping import unwrapped
+from framework.sharding.deepspeed_config import OwnOptions
 from framework.sharding.engines import engine_options, make_engine, model_sizes
 from framework.sharding.protocol import Engine, InitialTensors
 from framework.sharding.ranks import Ranks
@@ -47,7 +48,7 @@ class PreparedModel:
         config: Config,
         tokenizer: PreTrainedTokenizerBase | None,
         ranks: Ranks,
-        own_options: dict[str, Any] | None,
+        own_options: OwnOptions | None,
     ) -> PreparedModel:
         """Build model and engine of a run.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from torch import nn
@@ -22,6 +21,7 @@ from framework.models import (
     configured_tokenizer,
     tokenizer_source,
 )
+from framework.sharding.deepspeed_config import OwnOptions
 from framework.sharding.engines import engine_options, model_sizes
 from framework.sharding.precision import PRECISIONS
 from framework.training.eight_bit import eight_bit_state_bytes
@@ -34,7 +34,7 @@ from framework.training.run_data import load_run_data
 POOLED_TOKENS = {"first": "the first token", "last": "the last token", "mean": "the mean of all tokens"}
 
 
-def dry_run(config: Config, ranks: int | None = None, own_options: dict[str, Any] | None = None) -> str:
+def dry_run(config: Config, ranks: int | None = None, own_options: OwnOptions | None = None) -> str:
     """Check a run as far as its architecture, and its files where they exist, and describe it.
 
     Reads neither weights nor data, and writes nothing.

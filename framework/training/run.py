@@ -9,11 +9,11 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Never
+from typing import TYPE_CHECKING, Never
 
 from framework.errors import RunError, UserError
 from framework.extras import check_bitsandbytes
-from framework.sharding.deepspeed_config import read_own_options
+from framework.sharding.deepspeed_config import OwnOptions, read_own_options
 from framework.sharding.place import Place, check_ranks
 from framework.training.run_directory import COMPLETED, FAILED, STOPPED, RunDirectory
 from framework.training.signals import StopRequested, StopSignals
@@ -101,7 +101,7 @@ class Launch:
 
     place: Place
     ranks: int
-    own_options: dict[str, Any] | None
+    own_options: OwnOptions | None
 
     @property
     def together_seconds(self) -> float:
@@ -186,8 +186,8 @@ class _Run:
     def train(self, signals: StopSignals) -> tuple[TrainResult, list[str]]:
         """The run itself, with the ranks connected; its result and the last lines that it printed."""
         from framework.sharding.ranks import joined_ranks
-        from framework.training.loop import run_training
         from framework.training.progress import Reporter
+        from framework.training.start import run_training
 
         sharding = self.config.sharding
         with (

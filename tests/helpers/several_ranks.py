@@ -6,6 +6,7 @@ watches over them: a rank whose neighbour dies has to notice it by itself.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import runpy
@@ -20,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch", "transformers", "peft", "framework.training.loop", "framework.token_selection"]
+PRELOADED = ["torch", "transformers", "peft", "framework.training.start", "framework.token_selection"]
 TIMEOUT_SECONDS = 180
 TRAIN = Path(__file__).parents[2] / "launchers" / "train.py"
 
@@ -137,6 +138,31 @@ def train(options: list[str], patch: str = "") -> None:
     exec(patch, {"os": os, "signal": signal, "time": time, "rank": int(os.environ["RANK"])})
     sys.argv = [str(TRAIN), *options]
     runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+def train_one_after_the_other(config: str, shardings: list[dict[str, Any]], runs: str) -> None:
+    """`framework.train` again and again in this process, which has no connections in between; writes what it leaves.
+
+    Args:
+        config: path of a config.
+        shardings: its `sharding` section in each run.
+        runs: directory for the runs, numbered, and for `left.json`: what is left after each.
+    """
+    import gc
+
+    import torch
+    from transformers import PreTrainedModel
+
+    import framework
+
+    linear, left = torch.nn.functional.linear, []
+    for number, sharding in enumerate(shardings):
+        overrides = [f"run.output_dir={runs}/{number}", f"sharding={json.dumps(sharding)}"]
+        framework.train(framework.load_config(Path(config), overrides))
+        gc.collect()
+        models = sum(isinstance(found, PreTrainedModel) for found in gc.get_objects())
+        left.append([models, torch.nn.functional.linear is linear, torch.distributed.is_initialized()])
+    Path(runs, "left.json").write_text(json.dumps(left))
 
 
 def _run(environment: dict[str, str], output: Path, function: Callable[..., None], arguments: tuple) -> None:

@@ -172,7 +172,16 @@ def refusals(ranks: Ranks) -> list[str]:
     except UserError as error:
         messages.append(str(error))
     engine = engine_of(ranks, 3, Case())
+    train(engine, ranks, Case(), range(1))
     weights, optimizer = saved(engine, ranks)
+    incomplete = Memory([])
+    for kind in ("tensors", "shapes"):
+        kept = {name: value for name, value in vars(optimizer)[kind].items() if name != "exp_avg.model.norm.weight"}
+        setattr(incomplete, kind, kept)
+    try:
+        engine.load(weights, incomplete, {})
+    except UserError as error:
+        messages.append(str(error))
     weights.tensors["model.norm.bias"] = weights.tensors.pop("model.norm.weight")
     weights.shapes["model.norm.bias"] = weights.shapes.pop("model.norm.weight")
     try:
@@ -217,6 +226,7 @@ def run(ranks: Ranks, directory: Path) -> dict[str, Any]:
         found["offload master", stage] = trained(ranks, stage, Case(zero=OFFLOAD, precision="fp32_master"))
         found["toy offload", stage] = toy(ranks, stage, offload=True)
     found["resident"] = resident(ranks)
+    found["shards"] = shards(ranks)
     return found
 
 
@@ -231,6 +241,13 @@ def resident(ranks: Ranks) -> dict[int, list[int]]:
         counts[stage] = [sum(tensor.numel() for tensor in kind) for kind in engine.held()]
         engine.discard_gradients()
     return counts
+
+
+def shards(ranks: Ranks) -> dict[int, set[int]]:
+    """The numbers by which a stochastic optimiser draws this rank's noise."""
+    case = PRECISIONS["pure_bf16"]
+    engines = {stage: engine_of(ranks, stage, case) for stage in STAGES}
+    return {stage: {group["shard"] for group in engine._optimizer.param_groups} for stage, engine in engines.items()}
 
 
 def main(directory: Path) -> None:

@@ -229,9 +229,16 @@ def test_ranks_hold_their_parts(launched: tuple[Found, str]) -> None:
         assert held[3][1:] == [pytest.approx(size / 2, rel=0.01), pytest.approx(size, rel=0.01)]
 
 
+def test_ranks_with_parts_of_their_own_draw_noise_of_their_own(launched: tuple[Found, str]) -> None:
+    for rank, found in enumerate(launched[0]):
+        # In stage 0 they make the same update and have to stay equal.
+        assert found["shards"] == {0: {0}, 1: {rank}, 2: {rank}, 3: {rank}}
+
+
 def test_what_does_not_fit_is_refused(two: dict[Any, Any]) -> None:
-    precision, names = two["refusals"]
+    precision, incomplete, names = two["refusals"]
     assert precision.startswith("optimizer.precision: DeepSpeed does not support fp16 on cpu: ")
+    assert "missing: exp_avg.model.norm.weight" in incomplete
     assert "missing: model.norm.weight" in names and "unexpected: model.norm.bias" in names
 
 

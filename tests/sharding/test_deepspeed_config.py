@@ -18,6 +18,7 @@ from framework.sharding.deepspeed_config import (
     MAX_LIVE,
     MIN_BUCKET,
     ModelSizes,
+    OwnOptions,
     bucket_sizes,
     deepspeed_options,
     read_own_options,
@@ -179,6 +180,22 @@ def test_what_deepspeed_would_ignore_or_crash_on_is_named_with_what_is_near() ->
     ]
 
 
+def test_values_of_another_kind_are_named() -> None:
+    own = {
+        "optimizer": {"type": "AdamW", "params": [1e-4]},
+        "scheduler": {"type": "WarmupLR", "params": [10]},
+        "zero_optimization": {"reduce_bucket_size": float("inf"), "sub_group_size": 1.5},
+    }
+    assert problems(own) == [
+        "optimizer.params: an object is needed, not [0.0001]",
+        "scheduler: the run's `schedule` section sets the learning rate of every step: leave it out",
+        "zero_optimization.reduce_bucket_size: Infinity is not a number of elements",
+        "zero_optimization.sub_group_size: 1.5 is not a number of elements",
+    ]
+    for empty in (None, "auto", {}):
+        assert merged({name: {"params": empty} for name in ("optimizer", "scheduler")}) == merged({})
+
+
 def test_what_changes_the_result_is_refused_with_the_reason() -> None:
     own = {
         "prescale_gradients": True,
@@ -216,7 +233,7 @@ def test_a_broken_file_is_named_with_the_line(tmp_path: Path, text: str, expecte
 def test_a_file_is_read(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"train_batch_size": "auto"}')
-    assert read_own_options(path) == {"train_batch_size": "auto"}
+    assert read_own_options(path) == OwnOptions({"train_batch_size": "auto"}, str(path))
 
 
 @pytest.mark.parametrize(

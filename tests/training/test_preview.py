@@ -1,6 +1,7 @@
 import pytest
 
 from framework.errors import UserError
+from framework.sharding.deepspeed_config import OwnOptions
 from framework.training.plan import state_bytes
 from framework.training.preview import dry_run
 
@@ -41,8 +42,10 @@ def test_a_dry_run_describes_the_ranks_of_the_hardware_or_of_the_launch(make_con
 
 
 def test_a_dry_run_finds_what_contradicts_a_users_own_options(make_config):
-    own = {"zero_optimization": {"stage": 1}, "gradient_clipping": 0.1}
-    with pytest.raises(UserError, match=r"(?s)2 problems.*zero_optimization\.stage is 1.*gradient_clipping is 0\.1"):
+    own = OwnOptions({"zero_optimization": {"stage": 1}, "gradient_clipping": 0.1}, "ds.json")
+    with pytest.raises(
+        UserError, match=r"(?s)ds\.json: 2 problems.*zero_optimization\.stage is 1.*gradient_clipping is 0\.1"
+    ):
         dry_run(make_config(**ZERO), own_options=own)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from several_ranks import KILL, Ended, Ranks, patched, start_training
+from several_ranks import KILL, Ended, Ranks, patched, run, start_training, train_one_after_the_other
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import framework
@@ -337,3 +337,14 @@ def test_a_run_that_is_refused_has_not_stopped_any_more(make_runs):
     assert end.code == 2
     marker, content = runs.marker("run")
     assert (marker, content["code"]) == ("FAILED", 2) and "2 copies cannot share 1 ranks" in content["message"]
+
+
+def test_runs_of_any_engine_follow_each_other_in_one_process_and_leave_nothing(make_runs, tmp_path):
+    runs = make_runs()
+    stages = [{"engine": "deepspeed", "zero_stage": stage} for stage in (3, 3, 2, 0)]
+    shardings = [*stages, {"engine": "single"}, FSDP, stages[1]]
+    run(1, tmp_path / "outputs", train_one_after_the_other, str(runs.config), shardings, str(tmp_path))
+    assert json.loads((tmp_path / "left.json").read_text()) == [[0, True, False]] * len(shardings)
+    expected = runs.losses("4")
+    for number in range(len(shardings)):
+        assert runs.losses(str(number)) == pytest.approx(expected, rel=1e-5)
