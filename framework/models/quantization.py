@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -202,26 +201,6 @@ def quantizable(model: PreTrainedModel) -> list[str]:
         for name, linear in module.named_modules()
         if type(linear) is nn.Linear and not stays(f"{block}.{name}", linear)
     ]
-
-
-def quantized_tensors(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a quantised model out of those of the model that it was.
-
-    Args:
-        model: quantised, with an adapter or without; may be on the meta device.
-        tensors: names in `model` and whole values; the weight of an `NF4Linear` as the matrix that it stands for.
-
-    Yields:
-        The same, with three tensors of bytes in place of each such matrix.
-    """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
-    for name, tensor in tensors:
-        layer, _, own = name.rpartition(".")
-        if layer in layers and own == "weight":
-            for part, value in pack(tensor)._asdict().items():
-                yield f"{layer}.{part}", value
-        else:
-            yield name, tensor
 
 
 def quantized_elements(model: nn.Module) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import TINY, own_task, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -18,7 +19,6 @@ from framework.errors import UserError
 from framework.models import configured_model, initial, load_model
 from framework.models.initial import sharded_model
 from framework.training.memory import CpuMemoryTracker
-from tools.families import TINY, own_task, tiny_config
 
 # Sizes that fit tiny models, for methods whose defaults do not.
 _ADAPTERS: dict[str, dict[str, Any]] = {
@@ -210,6 +210,16 @@ def test_added_tokens(name: str, vocabulary: int, kind: str | None, tiny_tokeniz
     model = family(name, vocab_size=vocabulary, **tie)
     assert_same_as_whole(run_config(path=save(tmp_path, model), pad_vocabulary_to=16, **options))
     assert_same_as_whole(run_config("pure_bf16", **model, **options))
+
+
+@pytest.mark.parametrize("added", [[], ["<tool>"]], ids=["", "added"])
+def test_quantised_weights(added: list[str], tmp_path: Path, tiny_tokenizer_path: Path) -> None:
+    drawn = family("llama", vocab_size=106)
+    options = {"adapter": {"kind": "lora", "rank": 4, "alpha": 8}, "quantization": "nf4", "added_tokens": added}
+    model = assert_same_as_whole(run_config("fp32_master", tiny_tokenizer_path, **drawn, **options))
+    assert any(parameter.dtype == torch.uint8 for parameter in model.parameters())
+    stored = {"path": save(tmp_path, drawn), "task": drawn["task"]}
+    assert_same_as_whole(run_config("pure_bf16", tiny_tokenizer_path, **stored, **options))
 
 
 def test_rows_between_the_embedding_and_the_added_tokens_start_as_the_mean(tiny_tokenizer_path: Path) -> None:

@@ -14,10 +14,8 @@ from framework.config import AdapterConfig
 from framework.config.adapters import ADAPTER_METHODS, CALLS_ITS_LAYERS, packed_problem
 from framework.errors import UserError
 from framework.extras import bitsandbytes
-from framework.models import AddedTokens, count_parameters, load_model, read_architecture
+from framework.models import count_parameters, load_model, read_architecture
 from framework.models.adapters import add_adapter
-from framework.models.architecture import build_empty
-from framework.models.configuration import read_model_config
 from framework.models.products import matrix_products
 from framework.models.quantization import (
     BLOCK,
@@ -26,7 +24,6 @@ from framework.models.quantization import (
     packed_bytes,
     quantizable,
     quantize,
-    quantized_tensors,
     unpack,
 )
 from framework.retention import blocks_of
@@ -248,33 +245,6 @@ def test_the_adapter_has_the_dtype_that_it_has_beside_float_weights(family_confi
     if dtype != torch.float16:
         ids = torch.arange(3, 19).reshape(2, 8)
         model(input_ids=ids, labels=ids).loss.backward()
-
-
-def test_streamed_into_an_empty_model_it_is_the_same(family_config: Any) -> None:
-    """As sharding engines fill a model on the meta device: float tensors come one at a time, under its names."""
-    values, added = family_config("llama"), AddedTokens(1)
-    whole = load(values, added_tokens=added)
-    config = read_model_config(None, values)
-    options = {"task": "causal_lm", "dtype": torch.float32, "attention": "sdpa", "trust_remote_code": False}
-    empty, token_ids = build_empty(config, added_tokens=added, **options)
-    quantize(empty)
-    empty = add_adapter(empty, AdapterConfig(**LORA), task="causal_lm", added_tokens=token_ids)
-    plain = load_model(
-        path=None,
-        from_config=values,
-        task="causal_lm",
-        dtype=torch.float32,
-        attention="sdpa",
-        seed=0,
-        adapter=AdapterConfig(**LORA),
-        added_tokens=added,
-    )
-    shapes = {name: (p.shape, p.dtype) for name, p in empty.state_dict().items()}
-    filled = dict(quantized_tensors(empty, plain.state_dict().items()))
-    expected = whole.state_dict()
-    assert filled.keys() == expected.keys() == shapes.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(filled[name], tensor) and shapes[name] == (tensor.shape, tensor.dtype)
 
 
 def test_it_is_counted_as_what_it_stands_for(family_config: Any) -> None:
