@@ -14,7 +14,7 @@ from framework.checkpoint.ranking import best_checkpoint, is_among_best, is_bett
 from framework.checkpoint.saver import CheckpointSaver
 from framework.checkpoint.saving import save_checkpoint
 from framework.checkpoint.stored import StoredFragments
-from framework.checkpoint.weights import WEIGHTS_FILE, load_weights, save_weights
+from framework.checkpoint.weights import WEIGHTS_FILE, load_weights
 
 __all__ = [
     "WEIGHTS_FILE",
@@ -36,7 +36,6 @@ __all__ = [
     "restore_random_state",
     "resume_random_state",
     "save_checkpoint",
-    "save_weights",
     "seed_generators",
     "truncate_metrics",
     "update_pointers",

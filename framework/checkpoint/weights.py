@@ -1,4 +1,4 @@
-"""The weights of a model, written to and read from files tensor by tensor.
+"""The weights of a checkpoint on their way into a model, tensor by tensor.
 
 A checkpoint holds the named parameters and persistent buffers of the model as it trains (names of a PEFT-wrapped model
 are those of the wrapper). With an adapter, only the trainable parameters and the buffers are stored: the frozen ones
@@ -7,30 +7,14 @@ come from the base model. A tensor that is known under several names (tied embed
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 
 from framework.checkpoint.stored import rank_file
-from framework.checkpoint.tensor_files import write_tensors
 from framework.sharding.fragments import StoredTensors
-from framework.sharding.weight_names import WeightNames, saved_tensors, tensors_by_name
+from framework.sharding.weight_names import WeightNames, tensors_by_name
 
 WEIGHTS_FILE = rank_file("model")
-
-
-def save_weights(path: Path, model: nn.Module) -> None:
-    """Write the weights of `model` to one file, one tensor at a time.
-
-    Args:
-        path: The file to write; its directory must exist. It is synced to the disk before this returns.
-        model: A model with materialised tensors on any device, plain or wrapped by PEFT.
-
-    Raises:
-        OSError: The file cannot be written, with the `errno` of the system (`ENOSPC` for a full disk).
-    """
-    write_tensors(path, saved_tensors(model))
 
 
 def load_weights(stored: StoredTensors, model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from saved_weights import save_weights
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
 from transformers import (
@@ -24,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from framework.checkpoint import WEIGHTS_FILE, export_run, save_checkpoint, save_weights
+from framework.checkpoint import WEIGHTS_FILE, export_run, save_checkpoint
 from framework.checkpoint import export as export_module
 from framework.config import load_config
 from framework.errors import RunError, UserError

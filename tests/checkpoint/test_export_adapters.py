@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from saved_weights import save_weights
 from transformers import AutoModelForCausalLM
 
-from framework.checkpoint import WEIGHTS_FILE, export_run, find_step, load_weights, save_checkpoint, save_weights
+from framework.checkpoint import WEIGHTS_FILE, export_run, find_step, load_weights, save_checkpoint
 from framework.config import load_config
 from framework.config.adapters import ADAPTER_METHODS
 from framework.errors import UserError

@@ -10,12 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from saved_weights import save_weights
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from framework.checkpoint.stored import StoredFragments
 from framework.checkpoint.tensor_files import write_tensors
-from framework.checkpoint.weights import load_weights, map_weights, save_weights
+from framework.checkpoint.weights import load_weights, map_weights
 from framework.errors import UserError
 
 
