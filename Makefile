@@ -35,7 +35,7 @@ test: $(VENV)/.installed-dev
 	$(call PYTEST,$(VENV))
 
 test-lowest: $(LOWEST_VENV)/.installed
-	$(call PYTEST,$(LOWEST_VENV))
+	$(call PYTEST,$(LOWEST_VENV)) -m "not slow"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check

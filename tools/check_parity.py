@@ -26,6 +26,8 @@ from pathlib import Path
 from chat_tokenizer import save_tokenizer, train_sentencepiece
 from parity_cases import ACCUMULATION, ADAPTERS, ARMS, ENGINES, RANKS, Case, pairwise_cover, whole_matrix
 
+from framework.training.run_directory import COMPLETED
+
 WORKER = Path(__file__).with_name("parity_worker.py")
 LIMITS = {"fp32": 1e-5, "fp32_master": 2e-2, "pure_bf16": 2e-2, "fp16": 5e-3}
 """Largest relative difference of a loss, by precision; bf16 has 8 bits of precision, which is 4e-3 a rounding."""
@@ -54,9 +56,10 @@ def write_data(directory: Path) -> None:
 
 
 def run_cases(cases: Sequence[Case], directory: Path, steps: int) -> None:
-    """Run all cases, those of equal numbers of ranks in one launch."""
+    """Run all cases that are not finished yet, those of equal numbers of ranks in one launch."""
     for ranks in RANKS:
         configs = [case.config(directory, steps) for case in cases if case.ranks == ranks]
+        configs = [config for config in configs if not (Path(config["run"]["output_dir"]) / COMPLETED).exists()]
         if not configs:
             continue
         path = directory / f"configs-{ranks}.json"
@@ -133,7 +136,11 @@ def main() -> int:
     parser.add_argument("--precision", choices=LIMITS, default="fp32")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--output", type=Path, help="file for the table")
-    parser.add_argument("--directory", type=Path, help="where the runs go; a temporary directory by default")
+    parser.add_argument(
+        "--directory",
+        type=Path,
+        help="where the runs go, and where an interrupted check goes on; a temporary directory by default",
+    )
     arguments = parser.parse_args()
     cases = [case for case in whole_matrix() if case.engine in arguments.engines]
     cases = cases if arguments.all else pairwise_cover(cases)
