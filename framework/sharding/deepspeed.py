@@ -20,6 +20,7 @@ from framework.sharding.optimizer_states import exported
 from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
 from framework.sharding.ranks import Ranks
+from framework.sharding.stepping import judged_step, set_learning_rate
 from framework.sharding.weight_names import WeightNames, saved_tensors
 from framework.sharding.zero_filling import Masters, Partitioner, fill, partition_range, whole_masters
 from framework.sharding.zero_loading import load_state
@@ -141,23 +142,15 @@ class DeepSpeedEngine:
         self._holder.reduce()
         loss_value, held_norm = self._totals(loss)
         norm = held_norm / divisor
-        finite = math.isfinite(loss_value) and math.isfinite(norm)
-        if finite:
-            for group in self._optimizer.param_groups:
-                group["lr"] = learning_rate * group.get("learning_rate_scale", 1.0)
+
+        def update() -> None:
+            set_learning_rate(self._optimizer.param_groups, learning_rate)
             self._holder.update(held_norm, max_grad_norm, divisor)
-        else:
+
+        result = judged_step(loss_value, norm, self._scale, update)
+        if result.skipped:
             self._holder.discard()
-        too_large = self._scale is not None and self._scale.follow(
-            loss_finite=math.isfinite(loss_value), gradients_finite=math.isfinite(norm)
-        )
-        return StepResult(
-            loss_value,
-            norm,
-            finite=finite or too_large,
-            skipped=not finite,
-            loss_scale=None if self._scale is None else scale,
-        )
+        return result
 
     def _totals(self, loss: Tensor) -> tuple[float, float]:
         """Loss and norm of the gradients as they are held, over all ranks: the step's one wait for the device."""

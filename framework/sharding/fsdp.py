@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -22,7 +21,6 @@ from torch.distributed.fsdp import (
 from framework.config import LossScaleConfig
 from framework.errors import UserError
 from framework.models.wrapping import unwrapped
-from framework.sharding.clipping import clip_factor
 from framework.sharding.fragments import Fragment, StoredTensors, whole
 from framework.sharding.groups import check_parameters, gathered_modules
 from framework.sharding.local_shards import LocalShards, local_tensor
@@ -33,6 +31,7 @@ from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
 from framework.sharding.ranks import Ranks
 from framework.sharding.shards import Shard
+from framework.sharding.stepping import clip_factor, judged_step, update_weights
 from framework.sharding.weight_names import WeightNames, tensors_by_name
 
 _SHARD, _REPLICA = "shard", "replica"
@@ -191,27 +190,19 @@ class FsdpEngine:
         scale = 1.0 if self._scale is None else self._scale.value
         loss_value, norm = self._agree(loss, gradients)
         norm /= scale
-        loss_finite, norm_finite = math.isfinite(loss_value), math.isfinite(norm)
-        finite = loss_finite and norm_finite
-        if finite:
-            clip = clip_factor(norm, max_grad_norm)
-            if gradients and clip != scale:
-                torch._foreach_mul_(gradients, clip / scale)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate * group.get("learning_rate_scale", 1.0)
-            self.optimizer.step()
-        too_large = self._scale is not None and self._scale.follow(
-            loss_finite=loss_finite, gradients_finite=norm_finite
-        )
-        del gradients
-        self.discard_gradients()
-        return StepResult(
+        result = judged_step(
             loss_value,
             norm,
-            finite=finite or too_large,
-            skipped=not finite,
-            loss_scale=None if self._scale is None else scale,
+            self._scale,
+            lambda: update_weights(
+                self.optimizer,
+                gradients,
+                factor=clip_factor(norm, max_grad_norm) / scale,
+                learning_rate=learning_rate,
+            ),
         )
+        self.discard_gradients()
+        return result
 
     @torch.no_grad()
     def _agree(self, loss: Tensor, gradients: list[Tensor]) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 
 from framework.checkpoint.weights import load_weights
 from framework.config import LossScaleConfig
-from framework.sharding.clipping import clip_factor
 from framework.sharding.fragments import Fragment, StoredTensors, whole
 from framework.sharding.loss_scale import LossScale
 from framework.sharding.optimizer_states import check_states, exported, take_over
 from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
+from framework.sharding.stepping import clip_factor, judged_step, update_weights
 from framework.sharding.weight_names import WeightNames, saved_tensors
 
 
@@ -73,27 +72,19 @@ class SingleEngine:
         scale = 1.0 if self._scale is None else self._scale.value
         # The step's one wait for the device.
         loss_value, norm = torch.stack((loss.detach().float(), _global_norm(gradients, self.device) / scale)).tolist()
-        loss_finite, norm_finite = math.isfinite(loss_value), math.isfinite(norm)
-        finite = loss_finite and norm_finite
-        if finite:
-            clip = clip_factor(norm, max_grad_norm)
-            if gradients and clip != scale:
-                torch._foreach_mul_(gradients, clip / scale)
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate * group.get("learning_rate_scale", 1.0)
-            self.optimizer.step()
-        too_large = self._scale is not None and self._scale.follow(
-            loss_finite=loss_finite, gradients_finite=norm_finite
-        )
-        del gradients
-        self.discard_gradients()
-        return StepResult(
+        result = judged_step(
             loss_value,
             norm,
-            finite=finite or too_large,
-            skipped=not finite,
-            loss_scale=None if self._scale is None else scale,
+            self._scale,
+            lambda: update_weights(
+                self.optimizer,
+                gradients,
+                factor=clip_factor(norm, max_grad_norm) / scale,
+                learning_rate=learning_rate,
+            ),
         )
+        self.discard_gradients()
+        return result
 
     def discard_gradients(self) -> None:
         """Free the gradients."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from framework.sharding.clipping import clip_factor
+from framework.sharding.stepping import clip_factor
 from framework.sharding.zero_filling import partition_range
 
 
