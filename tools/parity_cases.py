@@ -120,13 +120,13 @@ def whole_matrix() -> list[Case]:
 def pairwise_cover(cases: Sequence[Case] | None = None) -> list[Case]:
     """Cases such that any two values of two settings that some case combines meet in at least one of these.
 
-    Greedy: always the case with most pairs that were not seen yet, the first of equals.
+    Greedy: always the case with most pairs that were not seen yet, of equals the one with the least work.
     """
     left = list(whole_matrix() if cases is None else cases)
     unseen = {pair for case in left for pair in _pairs(case)}
     chosen = []
     while unseen:
-        best = max(left, key=lambda case: len(unseen & _pairs(case)))
+        best = max(left, key=lambda case: (len(unseen & _pairs(case)), -max(case.ranks, 2) * case.accumulation))
         chosen.append(best)
         unseen -= _pairs(best)
     return chosen

@@ -30,7 +30,7 @@ CASES = {
 CASES_OF_STAGE = {
     0: ["all full", "selective LoRA"],
     1: ["all full", "selective LoRA"],
-    2: ["all full", "checkpoint full", "selective full", "selective LoRA"],
+    2: ["all full", "selective LoRA"],
     3: [*CASES],
 }
 PRECISIONS = {name: Case(precision=name) for name in ("fp32_master", "pure_bf16", "fp16")}

@@ -11,6 +11,7 @@ HERE = Path(__file__).parent
 
 
 @pytest.mark.multiprocess
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = os.pathsep.join([str(HERE.parents[1]), str(HERE.parents[1] / "tools")])

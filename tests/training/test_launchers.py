@@ -16,7 +16,7 @@ import pytest
 from framework.checkpoint import find_checkpoint
 from framework.training.run_directory import MARKERS
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "launchers" / "train.py")

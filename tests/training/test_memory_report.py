@@ -10,8 +10,10 @@ import torch
 
 import framework
 from framework.errors import RunError, UserError
-from framework.training import evaluation, loop, memory_report
+from framework.sharding.single import SingleEngine
+from framework.training import evaluation, memory_report
 from framework.training.memory_report import largest_tensors, options_to_change
+from framework.training.objective import Objective
 
 
 class FakeAllocator:
@@ -40,7 +42,7 @@ def on_cuda(monkeypatch):
 
 def exhaust(monkeypatch, *, step: int) -> None:
     """Let memory run out in the second micro-batch of a step."""
-    plain, calls = loop.SingleEngine.backward, []
+    plain, calls = SingleEngine.backward, []
 
     def backward(engine, loss):
         calls.append(1)
@@ -48,7 +50,7 @@ def exhaust(monkeypatch, *, step: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore advice")
         plain(engine, loss)
 
-    monkeypatch.setattr(loop.SingleEngine, "backward", backward)
+    monkeypatch.setattr(SingleEngine, "backward", backward)
 
 
 def test_the_message_says_where_what_and_what_to_change(make_config, monkeypatch, on_cuda):
@@ -117,9 +119,9 @@ def fail(*_):
 def test_before_the_first_step(make_config, monkeypatch):
     config = make_config()
     with monkeypatch.context() as patch, pytest.raises(RunError, match=r"^longest batch: out of memory"):
-        patch.setattr(loop, "warm_up", fail)
+        patch.setattr(Objective, "check", fail)
         framework.train(config)
-    monkeypatch.setattr(loop.SingleEngine, "prepare", fail)
+    monkeypatch.setattr(SingleEngine, "prepare", fail)
     with pytest.raises(RunError, match=r"^placing the model: out of memory on cpu\n") as caught:
         framework.train(config)
     assert "pure_bf16" in str(caught.value) and "micro_batch_size" not in str(caught.value)

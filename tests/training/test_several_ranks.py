@@ -118,6 +118,7 @@ KILL_POINTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("everybody", [False, True], ids=["one", "all"])
 @pytest.mark.parametrize("point", KILL_POINTS)
 def test_killed_at_any_point_it_resumes_to_the_bit(make_runs, point, everybody, whole_run):

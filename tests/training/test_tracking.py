@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import framework
 from framework.errors import RunError, UserError
 from framework.sharding.ranks import Place, Ranks
-from framework.training import evaluation, loop, tracking
+from framework.training import evaluation, loop, start, tracking
 from framework.training.insight import Insight
 from framework.training.loss import Evaluated
 from framework.training.metrics import EvalRecord, TrainRecord
@@ -265,7 +265,7 @@ def test_only_the_first_rank_writes(make_config, monkeypatch):
     def of_the_second(config, directory, engine, ranks, *others, **options):
         return Insight(config, directory, engine, Ranks(Place(rank=1)), *others, **options)
 
-    monkeypatch.setattr(loop, "Insight", of_the_second)
+    monkeypatch.setattr(start, "Insight", of_the_second)
     result = framework.train(config)
     assert not (result.run_dir / "tensorboard").exists()
     assert not (result.run_dir / "environment.json").exists()
