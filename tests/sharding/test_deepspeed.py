@@ -19,6 +19,7 @@ import deepspeed_cases as cases  # noqa: E402
 import deepspeed_ranks as ranks  # noqa: E402
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.multiprocess,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is an optional dependency"),
 ]

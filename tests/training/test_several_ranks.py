@@ -20,7 +20,7 @@ from framework.checkpoint import export_run, find_checkpoint
 from framework.config import load_config
 from framework.training.run_directory import MARKERS
 
-pytestmark = pytest.mark.multiprocess
+pytestmark = [pytest.mark.multiprocess, pytest.mark.slow]
 
 FSDP = {"engine": "fsdp"}
 STEP = "framework.training.loop:train_window"
@@ -118,7 +118,6 @@ KILL_POINTS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("everybody", [False, True], ids=["one", "all"])
 @pytest.mark.parametrize("point", KILL_POINTS)
 def test_killed_at_any_point_it_resumes_to_the_bit(make_runs, point, everybody, whole_run):
