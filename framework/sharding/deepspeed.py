@@ -56,7 +56,7 @@ class DeepSpeedEngine:
         """
         self.device = device or ranks.place.device()
         self._ranks = ranks
-        self._options = options
+        self._options = _for_device(options, self.device)
         self._stage = options["zero_optimization"]["stage"]
         self.sharded = self._stage == 3
         self._precision = PRECISIONS[precision]
@@ -268,3 +268,15 @@ def _loss_scale(fp16: Mapping[str, Any]) -> LossScale:
             minimum=float(fp16["min_loss_scale"]),
         )
     )
+
+
+def _for_device(options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The options without what needs streams, which a CPU has not.
+
+    There, gathering weights ahead of their use and reducing gradients beside the backward pass gives wrong values now
+    and then under load: exchanges of gloo go on in threads that nothing orders with the computation.
+    """
+    own = copy.deepcopy(dict(options))
+    if device.type == "cpu":
+        own["zero_optimization"] |= {"overlap_comm": False, "stage3_prefetch_bucket_size": 0}
+    return own

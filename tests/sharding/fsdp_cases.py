@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import framework
+from framework.extras import shards_bytes
 from framework.models.wrapping import unwrapped
 from framework.retention import apply_checkpointing
 from framework.selection import select, supervised_positions
@@ -27,8 +28,8 @@ CLIP, RATE = 0.25, 0.01
 class Case:
     """A model, how it is trained, and the engine's options.
 
-    `rank` is LoRA's, 0 for full training; `bytes` puts frozen uint8 weights into the blocks; `sometimes` a parameter
-    that only some micro-batches use.
+    `rank` is LoRA's, 0 for full training; `bytes` puts frozen uint8 weights into the blocks, where FSDP2 takes such;
+    `sometimes` a parameter that only some micro-batches use.
     """
 
     policy: str = "all"
@@ -111,7 +112,7 @@ def model_of(case: Case, seed: int = 0) -> nn.Module:
         max_position_embeddings=TOKENS,
     )
     model = LlamaForCausalLM(config)
-    if case.bytes:
+    if case.bytes and shards_bytes():
         for layer in model.model.layers:
             layer.mlp.down_proj = ByteLinear(47, 32)
     if case.sometimes:
