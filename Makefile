@@ -25,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo         train the embedded default, then compare time and memory with exact training"
 	@echo "make test         run all tests"
-	@echo "make test-lowest  run the tests, but for slow ones, with the oldest versions of the dependencies"
+	@echo "make test-lowest  run the tests of one process, but for slow ones, with the oldest versions of the dependencies"
 	@echo "make check        lint, formatting and types"
 
 demo: $(VENV)/.installed
@@ -35,7 +35,7 @@ test: $(VENV)/.installed-dev
 	$(call PYTEST,$(VENV))
 
 test-lowest: $(LOWEST_VENV)/.installed
-	$(call PYTEST,$(LOWEST_VENV)) -m "not slow"
+	$(call PYTEST,$(LOWEST_VENV)) -m "not slow and not multiprocess"
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check
