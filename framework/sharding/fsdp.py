@@ -31,7 +31,7 @@ from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
 from framework.sharding.ranks import Ranks
 from framework.sharding.shards import Shard
-from framework.sharding.stepping import clip_factor, judged_step, update_weights
+from framework.sharding.stepping import clipped_step
 from framework.sharding.weight_names import WeightNames, tensors_by_name
 
 _SHARD, _REPLICA = "shard", "replica"
@@ -190,16 +190,14 @@ class FsdpEngine:
         scale = 1.0 if self._scale is None else self._scale.value
         loss_value, norm = self._agree(loss, gradients)
         norm /= scale
-        result = judged_step(
-            loss_value,
-            norm,
+        result = clipped_step(
+            self.optimizer,
+            gradients,
             self._scale,
-            lambda: update_weights(
-                self.optimizer,
-                gradients,
-                factor=clip_factor(norm, max_grad_norm) / scale,
-                learning_rate=learning_rate,
-            ),
+            loss=loss_value,
+            norm=norm,
+            max_grad_norm=max_grad_norm,
+            learning_rate=learning_rate,
         )
         self.discard_gradients()
         return result

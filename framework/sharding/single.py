@@ -16,7 +16,7 @@ from framework.sharding.loss_scale import LossScale
 from framework.sharding.optimizer_states import check_states, exported, take_over
 from framework.sharding.precision import PRECISIONS
 from framework.sharding.protocol import Held, InitialTensors, OptimizerFactory, StepResult
-from framework.sharding.stepping import clip_factor, judged_step, update_weights
+from framework.sharding.stepping import clipped_step
 from framework.sharding.weight_names import WeightNames, saved_tensors
 
 
@@ -72,16 +72,14 @@ class SingleEngine:
         scale = 1.0 if self._scale is None else self._scale.value
         # The step's one wait for the device.
         loss_value, norm = torch.stack((loss.detach().float(), _global_norm(gradients, self.device) / scale)).tolist()
-        result = judged_step(
-            loss_value,
-            norm,
+        result = clipped_step(
+            self.optimizer,
+            gradients,
             self._scale,
-            lambda: update_weights(
-                self.optimizer,
-                gradients,
-                factor=clip_factor(norm, max_grad_norm) / scale,
-                learning_rate=learning_rate,
-            ),
+            loss=loss_value,
+            norm=norm,
+            max_grad_norm=max_grad_norm,
+            learning_rate=learning_rate,
         )
         self.discard_gradients()
         return result

@@ -39,14 +39,26 @@ def judged_step(loss: float, norm: float, scale: LossScale | None, update: Calla
     return StepResult(loss, norm, finite=finite or too_large, skipped=not finite, loss_scale=used)
 
 
-def update_weights(
-    optimizer: torch.optim.Optimizer, gradients: list[Tensor], *, factor: float, learning_rate: float
-) -> None:
-    """Scale gradients, in place, and let the optimiser update."""
-    if gradients and factor != 1.0:
-        torch._foreach_mul_(gradients, factor)
-    set_learning_rate(optimizer.param_groups, learning_rate)
-    optimizer.step()
+def clipped_step(
+    optimizer: torch.optim.Optimizer,
+    gradients: list[Tensor],
+    scale: LossScale | None,
+    *,
+    loss: float,
+    norm: float,
+    max_grad_norm: float | None,
+    learning_rate: float,
+) -> StepResult:
+    """A judged step of an optimiser whose gradients, still multiplied with the loss scale, are clipped in place."""
+    factor = clip_factor(norm, max_grad_norm) / (1.0 if scale is None else scale.value)
+
+    def update() -> None:
+        if gradients and factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        set_learning_rate(optimizer.param_groups, learning_rate)
+        optimizer.step()
+
+    return judged_step(loss, norm, scale, update)
 
 
 def set_learning_rate(groups: Iterable[dict[str, Any]], learning_rate: float) -> None:

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import deepspeed_ranks as ranks  # noqa: E402
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.multiprocess,
-    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is an optional dependency"),
 ]
 
 TIMEOUT_SECONDS = 600

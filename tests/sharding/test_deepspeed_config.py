@@ -263,7 +263,6 @@ def test_torch_is_not_imported() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is an optional dependency")
 def test_deepspeed_knows_the_keys() -> None:
     """Against its source, because importing it changes torch for the rest of this process."""
     from framework.sharding.deepspeed_keys import PASSED_ZERO_KEYS, REFUSED_ZERO_KEYS
