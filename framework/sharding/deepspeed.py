@@ -271,12 +271,13 @@ def _loss_scale(fp16: Mapping[str, Any]) -> LossScale:
 
 
 def _for_device(options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The options without what needs streams, which a CPU has not.
+    """The options, on the CPU with gathers one by one.
 
-    There, gathering weights ahead of their use and reducing gradients beside the backward pass gives wrong values now
-    and then under load: exchanges of gloo go on in threads that nothing orders with the computation.
+    DeepSpeed 0.19 gathers the parameters that stay whole after an update in one go and waits for the last exchange
+    only. NCCL's run in order, so that the last one comes last; gloo's do not, and a norm or a bias may be used before it
+    is there.
     """
     own = copy.deepcopy(dict(options))
     if device.type == "cpu":
-        own["zero_optimization"] |= {"overlap_comm": False, "stage3_prefetch_bucket_size": 0}
+        own["zero_optimization"]["stage3_allgather_sequential"] = True
     return own

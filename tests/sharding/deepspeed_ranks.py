@@ -6,9 +6,12 @@ What it finds, a dictionary, is written to `WORLD_SIZE-RANK.pt`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from deepspeed_cases import ACCUMULATION, CLIP, RANKS, Case, Memory, adamw, evaluation, options, stochastic
@@ -191,6 +194,33 @@ def refusals(ranks: Ranks) -> list[str]:
     return messages
 
 
+class LateGather:
+    """A gather that happens when it is waited for, and never before."""
+
+    def __init__(self, gather: Any, arguments: dict[str, Any]) -> None:
+        self._gather, self._arguments = gather, arguments
+
+    def wait(self) -> None:
+        if self._arguments:
+            self._gather(**self._arguments, async_op=False)
+            self._arguments = {}
+
+
+@contextmanager
+def late_gathers() -> Iterator[None]:
+    """Let DeepSpeed's asynchronous gathers be as late as they may."""
+    from deepspeed.comm.torch import TorchBackend
+
+    at_once = TorchBackend.all_gather_into_tensor
+
+    def gather(self: Any, output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        given = {"self": self, "output_tensor": output_tensor, "input_tensor": input_tensor, "group": group}
+        return LateGather(at_once, given) if async_op else at_once(**given)
+
+    with mock.patch.object(TorchBackend, "all_gather_into_tensor", gather):
+        yield
+
+
 def pretend_fp16() -> None:
     """Let DeepSpeed take float16 on the CPU, where it asks for instructions of the newest ones."""
     from deepspeed.accelerator import get_accelerator
@@ -225,6 +255,8 @@ def run(ranks: Ranks, directory: Path) -> dict[str, Any]:
         found["offload", stage] = trained(ranks, stage, Case(zero=OFFLOAD_BOTH if stage == 3 else OFFLOAD))
         found["offload master", stage] = trained(ranks, stage, Case(zero=OFFLOAD, precision="fp32_master"))
         found["toy offload", stage] = toy(ranks, stage, offload=True)
+    with late_gathers():
+        found["late gathers"] = trained(ranks, 3, Case())
     found["resident"] = resident(ranks)
     found["shards"] = shards(ranks)
     return found

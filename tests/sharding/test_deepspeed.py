@@ -107,6 +107,11 @@ def test_twenty_clipped_steps_are_those_of_a_plain_loop(two: dict[Any, Any], sta
     assert_same_run(two["long", stage], wanted, 1e-5)
 
 
+def test_no_weight_is_used_before_its_gather_is_waited_for(two: dict[Any, Any]) -> None:
+    found, plain = two["late gathers"], two["all full", 3]
+    assert found["results"] == plain["results"] and found["evaluated"] == plain["evaluated"]
+
+
 @pytest.mark.parametrize(
     ("name", "stage"), [(name, stage) for stage, names in ranks.CASES_OF_STAGE.items() for name in names]
 )
