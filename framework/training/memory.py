@@ -111,13 +111,16 @@ class CpuMemoryTracker(TorchDispatchMode):
             def died(_: Any) -> None:
                 tracker = owner()
                 if tracker is not None:
-                    tracker.current -= tracker._live.pop(key)[1]
+                    tracker._change(-tracker._live.pop(key)[1])
 
             reference = weakref.ref(storage, died)
         else:
             reference = known[0]
-            self.current -= known[1]
         self._live[key] = (reference, size)
+        self._change(size if known is None else size - known[1])
+
+    def _change(self, size: int) -> None:
+        """More bytes are live, or fewer."""
         self.current += size
         self.peak = max(self.peak, self.current)
 

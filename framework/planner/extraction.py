@@ -1,0 +1,111 @@
+"""The law of a run's step, from recorded steps of small models."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from framework.config import Config
+from framework.data import Batch
+from framework.planner.fitting import Fitter, UnknownSizeError
+from framework.planner.law import PARTS, PASSES, Part, StepLaw, part_of
+from framework.planner.probes import Family, probes
+from framework.planner.recording import RecordedPart, Recording, record_step
+from framework.training.objective import draw_selection
+
+LIBRARIES = ("torch", "transformers", "peft")
+"""Whose versions a law depends on."""
+
+
+def law_settings(config: Config, family: Family) -> dict[str, Any]:
+    """What a law depends on, as JSON values: all that probes do not vary.
+
+    Args:
+        config: of the run.
+        family: of its model.
+    """
+    model, adapter = config.model, config.model.adapter
+    return {
+        "family": family.kept(),
+        "task": model.task,
+        "attention": model.attention,
+        "adapter": None if adapter is None else adapter.model_dump(mode="json", exclude={"rank", "alpha"}),
+        "quantization": model.quantization,
+        "precision": config.optimizer.precision,
+        "optimizer": config.optimizer.name,
+        "clipping": config.training.max_grad_norm is not None,
+        "packing": config.data.packing,
+        "retention": config.retention.model_dump(mode="json"),
+        "strategy": config.selection.strategy,
+        "everything selected": config.resolved_ratio == 1.0,
+        "tokentune": config.selection.tokentune,
+        "normalization": config.selection.normalization,
+        "versions": {name: version(name).partition("+")[0] for name in LIBRARIES},
+    }
+
+
+def law_key(settings: dict[str, Any]) -> str:
+    """A short name for settings, from their hash."""
+    canonical = json.dumps(settings, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def extract_law(config: Config, family: Family) -> StepLaw:
+    """The law of a run's step with the single engine.
+
+    Raises:
+        UnknownSizeError: a tensor's size is no polynomial in the symbols.
+    """
+    samples, recordings = [], []
+    for small, batch, sizes in probes(config, family):
+        samples.append(sizes | selection_sizes(small, batch))
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            recordings.append(record_step(small, [batch], [batch, batch]))
+    return fitted_law(samples, recordings)
+
+
+def selection_sizes(config: Config, batch: Batch) -> dict[str, float]:
+    """The symbols that are a selection's, `labels` among them where it leaves some out; none for exact training."""
+    selection = draw_selection(config, batch)
+    if selection is None:
+        return {}
+    rows, slots = selection.positions.shape
+    labels = int((selection.mask(batch.documents.shape[1]) & batch.supervised).sum())
+    return {"rows": selection.selected_tokens, "slots": rows * slots, "labels": labels}
+
+
+def fitted_law(samples: list[dict[str, float]], recordings: list[Recording]) -> StepLaw:
+    """The polynomials of recordings whose allocations come in the same order.
+
+    Args:
+        samples: sizes of the symbols in each recording.
+        recordings: of small models.
+    """
+    fit = Fitter(samples)
+    names = [part.name for part in recordings[0].parts]
+    if names != [*PARTS, *PARTS, "optimizer step"]:
+        raise UnknownSizeError(f"the parts of a step come in another order: {', '.join(names)}")
+    fitted = [_fitted_part(fit, parts) for parts in zip(*(r.parts for r in recordings), strict=True)]
+    count = len(PARTS)
+    passes = {
+        name: dict(zip(PARTS, fitted[number * count : (number + 1) * count], strict=True))
+        for number, name in enumerate(PASSES)
+    }
+    return StepLaw(passes, fitted[-1])
+
+
+def _fitted_part(fit: Fitter, parts: tuple[RecordedPart, ...]) -> Part:
+    name = parts[0].name
+    if len({tuple(change > 0 for change in part.changes) for part in parts}) > 1:
+        raise UnknownSizeError(f"{name}: models of different sizes allocate in different orders")
+    try:
+        changes = [fit(counts) for counts in zip(*(part.changes for part in parts), strict=True)]
+        gradients = [fit(counts) for counts in zip(*(part.gradients for part in parts), strict=True)]
+    except UnknownSizeError as error:
+        raise UnknownSizeError(f"{name}: {error}") from error
+    return part_of(changes, sum(gradients, start=type(changes[0])() if changes else fit([0] * len(parts))))

@@ -1,0 +1,143 @@
+"""From byte counts at several sizes to the polynomials that give them. Must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import product
+
+import numpy as np
+
+from framework.planner.polynomials import Polynomial, Sizes
+
+TOKENS = (
+    (),
+    ("batch",),
+    ("tokens",),
+    ("batch", "tokens"),
+    ("real",),
+    ("rows",),
+    ("slots",),
+    ("labels",),
+    ("tokens", "tokens"),
+    ("batch", "tokens", "tokens"),
+    ("slots", "tokens"),
+    ("rows", "tokens"),
+    ("labels", "tokens"),
+)
+"""What a tensor has of a batch."""
+
+WIDTHS = (
+    (),
+    ("hidden",),
+    ("mlp",),
+    ("vocab",),
+    ("heads",),
+    ("kv_heads",),
+    ("head_dim",),
+    ("rank",),
+    ("head_dim", "heads"),
+    ("head_dim", "kv_heads"),
+    ("hidden", "hidden"),
+    ("hidden", "mlp"),
+    ("hidden", "vocab"),
+    ("head_dim", "heads", "hidden"),
+    ("head_dim", "hidden", "kv_heads"),
+    ("hidden", "rank"),
+    ("mlp", "rank"),
+    ("rank", "vocab"),
+    ("head_dim", "heads", "rank"),
+    ("head_dim", "kv_heads", "rank"),
+)
+"""What it has of a model."""
+
+_DENOMINATOR = 32
+"""Of a coefficient: bytes of a fraction of an element, such as the halves that rotary embeddings turn."""
+
+
+class UnknownSizeError(ValueError):
+    """No polynomial of the kind that is looked for gives a byte count."""
+
+
+class Fitter:
+    """Finds polynomials of one or two terms; their products are those of `TOKENS` and `WIDTHS`.
+
+    Args:
+        samples: sizes of all symbols that occur, at each of the places where byte counts are known. The more there are,
+            and the less they have in common, the less a polynomial fits by chance; six of primes or twice primes do.
+    """
+
+    def __init__(self, samples: Sequence[Sizes]) -> None:
+        symbols = set(samples[0])
+        pairs = [tokens + widths for tokens, widths in product(TOKENS, WIDTHS)]
+        self._monomials = [monomial for monomial in pairs if symbols.issuperset(monomial)]
+        one = [Polynomial({monomial: 1}) for monomial in self._monomials]
+        self._values = np.array([[p.value(sample) for sample in samples] for p in one])
+        self._known: dict[tuple[int, ...], Polynomial] = {}
+
+    def __call__(self, counts: Sequence[int]) -> Polynomial:
+        """The polynomial that has these values, the simplest if there are several.
+
+        Args:
+            counts: one for each sample.
+
+        Raises:
+            UnknownSizeError: there is none.
+        """
+        key = tuple(counts)
+        if key not in self._known:
+            self._known[key] = self._fit(np.array(counts, dtype=float))
+        return self._known[key]
+
+    def _fit(self, counts: np.ndarray) -> Polynomial:
+        if not counts.any():
+            return Polynomial()
+        found = self._one_term(counts)
+        if found is None:
+            found = self._two_terms(counts)
+        if found is None:
+            raise UnknownSizeError(f"no polynomial gives {[*map(int, counts)]}")
+        return found
+
+    def _one_term(self, counts: np.ndarray) -> Polynomial | None:
+        ratios = counts / self._values
+        (fitting,) = np.nonzero(np.ptp(ratios, axis=1) <= 1e-9 * np.abs(ratios[:, 0]))
+        for index in sorted(fitting, key=lambda i: len(self._monomials[i])):
+            coefficient = _rational(ratios[index, 0])
+            if coefficient is not None:
+                return Polynomial({self._monomials[index]: coefficient})
+        return None
+
+    def _two_terms(self, counts: np.ndarray) -> Polynomial | None:
+        """Pairs of monomials: two samples give the coefficients, the others have to agree."""
+        best: Polynomial | None = None
+        a = self._values
+        for index in range(len(a)):
+            b = a[index + 1 :]
+            determinant = a[index, 0] * b[:, 1] - a[index, 1] * b[:, 0]
+            with np.errstate(divide="ignore", invalid="ignore"):
+                first = (counts[0] * b[:, 1] - counts[1] * b[:, 0]) / determinant
+                second = (a[index, 0] * counts[1] - a[index, 1] * counts[0]) / determinant
+                rest = first[:, None] * a[index] + second[:, None] * b - counts
+            (fitting,) = np.nonzero(np.abs(rest).max(axis=1) <= 1e-7 * np.abs(counts).max())
+            for other in fitting:
+                coefficients = _rational(first[other]), _rational(second[other])
+                if coefficients[0] is None or coefficients[1] is None:
+                    continue
+                found = Polynomial(
+                    {
+                        self._monomials[index]: coefficients[0],
+                        self._monomials[index + 1 + other]: coefficients[1],
+                    }
+                )
+                if best is None or len(str(found)) < len(str(best)):
+                    best = found
+        return best
+
+
+def _rational(value: float) -> Fraction | None:
+    """The coefficient, if it is one that a byte count can have."""
+    scaled = round(value * _DENOMINATOR)
+    if scaled == 0 or abs(value * _DENOMINATOR - scaled) > 1e-5 * max(1.0, abs(scaled)) or abs(value) > 4096:
+        return None
+    return Fraction(scaled, _DENOMINATOR)

@@ -1,0 +1,148 @@
+"""The law of a step's memory: what each part of it allocates, as polynomials. Must not import torch.
+
+A step is taken apart at the borders of blocks: what comes before the first one, each block forward, the loss (head
+included), each block backward, and the optimiser's step. Blocks between the first and the last are alike, so a law that
+was recorded with three of them holds for any depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from framework.planner.polynomials import Polynomial, Sizes
+
+PASSES = ("first", "later")
+"""Micro-batches of a step: those after the first find gradients that they add to."""
+
+PARTS = (
+    "inputs",
+    "forward first",
+    "forward middle",
+    "forward last",
+    "loss",
+    "backward last",
+    "backward middle",
+    "backward first",
+)
+"""Of a micro-batch, in order."""
+
+STEP = "optimizer step"
+
+PHASE_OF_PART = {
+    part: {"inputs": "forward", "loss": "loss", STEP: STEP}.get(
+        part, "forward" if part.startswith("forward") else "block backward"
+    )
+    for part in (*PARTS, STEP)
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a step.
+
+    Attributes:
+        net: bytes that it leaves behind, less those of others that it frees.
+        peaks: bytes above its start that may be its highest; which of them is depends on the sizes.
+        gradients: bytes of `net` that are gradients of parameters.
+    """
+
+    net: Polynomial
+    peaks: tuple[Polynomial, ...]
+    gradients: Polynomial = Polynomial()
+
+    def peak(self, sizes: Sizes) -> float:
+        """Bytes above its start at its highest."""
+        return max((peak.value(sizes) for peak in self.peaks), default=0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return {"net": str(self.net), "peaks": [*map(str, self.peaks)], "gradients": str(self.gradients)}
+
+    @classmethod
+    def of_json(cls, value: dict[str, Any]) -> Part:
+        """The part that `to_json` gave."""
+        peaks = tuple(map(Polynomial.parse, value["peaks"]))
+        return cls(Polynomial.parse(value["net"]), peaks, Polynomial.parse(value["gradients"]))
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A part of a step at given sizes.
+
+    Attributes:
+        part: its name.
+        start: bytes above the start of the step, at its start.
+        peak: the same, at its highest.
+        gradients: bytes of `start` that are gradients of parameters.
+    """
+
+    part: str
+    start: float
+    peak: float
+    gradients: float
+
+
+@dataclass(frozen=True)
+class StepLaw:
+    """What a step allocates beside weights and the optimiser's state.
+
+    Attributes:
+        passes: for each of `PASSES` its parts, by the names of `PARTS`.
+        step: the optimiser's.
+    """
+
+    passes: dict[str, dict[str, Part]]
+    step: Part
+
+    def moments(self, sizes: Sizes, *, blocks: int, accumulation: int) -> Iterator[Moment]:
+        """The parts of a step in order; of equal ones in a row, such as blocks, the first and the last.
+
+        Args:
+            sizes: of the symbols.
+            blocks: depth of the model, three or more.
+            accumulation: micro-batches of a step.
+        """
+        start = gradients = 0.0
+        for number in range(min(accumulation, 2)):
+            parts = self.passes[PASSES[number]]
+            for name in PARTS:
+                part, repeated = parts[name], blocks - 2 if name.endswith("middle") else 1
+                net, peak, own = part.net.value(sizes), part.peak(sizes), part.gradients.value(sizes)
+                for index in sorted({0, repeated - 1}):
+                    yield Moment(name, start + index * net, start + index * net + peak, gradients + index * own)
+                start += repeated * net
+                gradients += repeated * own
+        yield Moment(STEP, start, start + self.step.peak(sizes), gradients)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        passes = {name: {part: law.to_json() for part, law in parts.items()} for name, parts in self.passes.items()}
+        return {"passes": passes, "step": self.step.to_json()}
+
+    @classmethod
+    def of_json(cls, value: dict[str, Any]) -> StepLaw:
+        """The law that `to_json` gave."""
+        passes = {
+            name: {part: Part.of_json(law) for part, law in parts.items()} for name, parts in value["passes"].items()
+        }
+        return cls(passes, Part.of_json(value["step"]))
+
+
+def part_of(changes: Sequence[Polynomial], gradients: Polynomial) -> Part:
+    """A part from its allocations, in order; frees are negative.
+
+    Peaks that another one is never below are left out.
+    """
+    level, levels = Polynomial(), [Polynomial()]
+    for change in changes:
+        level += change
+        levels.append(level)
+    peaks: list[Polynomial] = []
+    for candidate in dict.fromkeys(levels):
+        if any(candidate.never_above(peak) for peak in peaks):
+            continue
+        peaks = [peak for peak in peaks if not peak.never_above(candidate)]
+        peaks.append(candidate)
+    return Part(level, tuple(peaks), gradients)

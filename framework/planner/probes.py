@@ -1,0 +1,213 @@
+"""Small models that are built like a large one, and batches for them, at sizes that have little in common."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from framework.config import Config
+from framework.data import Batch
+from framework.data.batch import NO_DOCUMENT
+from framework.data.dataset import IGNORED
+from framework.errors import UserError
+from framework.planner.polynomials import Sizes
+from framework.planner.recording import BLOCKS
+from framework.selection import supervised_positions
+
+MLP_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
+"""By what names families know the width of their MLP."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Widths of a small model.
+
+    Attributes:
+        heads: of the queries.
+        kv_heads: of keys and values, where there are fewer and more than one; a divisor of `heads`.
+        head_dim: of a head, even.
+        hidden_of_head: hidden size / heads, where it need not be `head_dim`.
+        mlp: of the MLP.
+        vocab: rows of the embedding.
+        rank: of an adapter.
+        batch: sequences.
+        tokens: of each of them, a multiple of 8.
+        prompt: tokens of the first sequence that have no label.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_of_head: int
+    mlp: int
+    vocab: int
+    rank: int
+    batch: int
+    tokens: int
+    prompt: int
+
+
+PROBES = (
+    Widths(6, 3, 14, 10, 34, 106, 5, 2, 40, 7),
+    Widths(4, 2, 22, 26, 46, 142, 3, 3, 56, 11),
+    Widths(10, 5, 10, 14, 58, 166, 7, 2, 72, 23),
+    Widths(6, 2, 26, 22, 74, 118, 2, 4, 48, 13),
+    Widths(8, 4, 6, 18, 38, 130, 9, 3, 64, 31),
+    Widths(12, 3, 18, 6, 62, 158, 11, 2, 88, 17),
+    Widths(10, 2, 34, 38, 94, 122, 6, 5, 40, 9),
+    Widths(8, 2, 38, 30, 82, 134, 13, 3, 80, 29),
+)
+
+
+def values_of(hf_config: PreTrainedConfig) -> dict[str, Any]:
+    """The settings of a Hugging Face config that a model is built by, as JSON values."""
+    values = hf_config.to_dict()
+    unused = ("transformers_version", "torch_dtype", "dtype", "_name_or_path", "architectures")
+    return {name: value for name, value in values.items() if name not in unused}
+
+
+class Family:
+    """A model's config as what is varied in probes, and the rest.
+
+    Args:
+        hf_config: of the model.
+    """
+
+    def __init__(self, hf_config: PreTrainedConfig) -> None:
+        self._values = values_of(hf_config)
+        self._names = dict(type(hf_config).attribute_map)
+        self.depth = int(self._value("num_hidden_layers"))
+        self._mlp = next((key for key in map(self._name, MLP_KEYS) if self._values.get(key) is not None), None)
+        heads = self._value("num_attention_heads")
+        self._kv_heads = self._value("num_key_value_heads")
+        self._grouped = self._kv_heads is not None and self._kv_heads not in (1, heads)
+        self._own_head_dim = self._name("head_dim") in self._values
+
+    def _name(self, key: str) -> str:
+        return self._names.get(key, key)
+
+    def _value(self, key: str) -> Any:
+        return self._values.get(self._name(key))
+
+    def sizes_of_model(self) -> dict[str, float]:
+        """The symbols that are the model's, at its own sizes."""
+        heads, hidden = self._value("num_attention_heads"), self._value("hidden_size")
+        sizes = {
+            "hidden": hidden,
+            "heads": heads,
+            "kv_heads": self._kv_heads or heads,
+            "head_dim": self._value("head_dim") or hidden // heads,
+            "vocab": self._value("vocab_size"),
+            "positions": self._value("max_position_embeddings"),
+        }
+        if self._mlp is not None:
+            sizes["mlp"] = self._values[self._mlp]
+        return {symbol: float(value) for symbol, value in sizes.items() if value is not None}
+
+    def small(self, widths: Widths) -> dict[str, Any]:
+        """The config of a small model of the family, as JSON values."""
+        values = copy.deepcopy(self._values)
+        for name, value in values.items():
+            if isinstance(value, list) and len(value) == self.depth:
+                values[name] = [value[0], value[self.depth // 2], value[-1]]
+        head = widths.hidden_of_head if self._own_head_dim else widths.head_dim
+        new: dict[str, Any] = {
+            "num_hidden_layers": BLOCKS,
+            "hidden_size": widths.heads * head,
+            "num_attention_heads": widths.heads,
+            "vocab_size": widths.vocab,
+            "max_position_embeddings": 2 * widths.tokens,
+        }
+        if self._own_head_dim:
+            new["head_dim"] = widths.head_dim
+        if self._kv_heads is not None:
+            others = widths.heads if self._kv_heads != 1 else 1
+            new["num_key_value_heads"] = widths.kv_heads if self._grouped else others
+        values |= {self._name(key): value for key, value in new.items() if self._name(key) in values}
+        if self._mlp is not None:
+            values[self._mlp] = widths.mlp
+        if values.get("pad_token_id") is not None:
+            values["pad_token_id"] = 0
+        return values
+
+    def kept(self) -> dict[str, Any]:
+        """What all models of this law share: the config without what probes vary."""
+        varied = self.small(PROBES[0])
+        other = self.small(PROBES[1])
+        return {name: value for name, value in varied.items() if other[name] == value}
+
+
+def probe_config(config: Config, values: dict[str, Any], widths: Widths) -> Config:
+    """A run of the small model `values` with the settings of a run that decide what a step allocates."""
+    json = config.to_json()
+    json["model"] |= {"path": None, "from_config": values, "tokenizer": "unused", "added_tokens": []}
+    if json["model"]["adapter"] is not None and json["model"]["adapter"]["rank"] is not None:
+        json["model"]["adapter"]["rank"] = widths.rank
+    json["data"] |= {"sequence_length": widths.tokens}
+    json["sharding"] = {"engine": "single"}
+    json["training"] |= {
+        "global_batch_size": 2 * widths.batch,
+        "micro_batch_size": widths.batch,
+        "max_steps": 2,
+        "epochs": None,
+    }
+    json["schedule"] = {}
+    return Config.model_validate(json, strict=False)
+
+
+def probe_batch(widths: Widths, *, packed: bool) -> Batch:
+    """A batch in which sequences have different numbers of labels, and of tokens where they are not packed."""
+    drawn = torch.Generator().manual_seed(widths.vocab)
+    shape = (widths.batch, widths.tokens)
+    ids = torch.randint(1, widths.vocab, shape, generator=drawn)
+    labels, mask = ids.clone(), torch.ones(shape, dtype=torch.int64)
+    documents = torch.arange(widths.batch)[:, None].expand(shape).clone()
+    labels[:, 0] = IGNORED
+    for row in range(widths.batch):
+        labels[row, : widths.prompt + row] = IGNORED
+        if row and not packed:
+            labels[row, widths.tokens - row :] = IGNORED
+            mask[row, widths.tokens - row :] = 0
+            documents[row, widths.tokens - row :] = NO_DOCUMENT
+    supervised = supervised_positions(labels, causal=True)
+    inputs = {"input_ids": ids, "labels": labels}
+    if packed:
+        inputs["position_ids"] = torch.arange(widths.tokens).expand(shape).contiguous()
+    else:
+        inputs["attention_mask"] = mask
+    return Batch(inputs, documents, supervised, int(supervised.sum()))
+
+
+def probes(config: Config, family: Family) -> Iterator[tuple[Config, Batch, dict[str, float]]]:
+    """Runs of small models, a batch for each, and the symbols' sizes but for those of a selection.
+
+    Raises:
+        UserError: the planner has no batches for the task.
+    """
+    if config.model.task != "causal_lm":
+        raise UserError(f"model.task: the planner knows causal_lm only, not {config.model.task}")
+    for widths in PROBES:
+        values = family.small(widths)
+        batch = probe_batch(widths, packed=config.data.packing)
+        built = type(family)(_config_of(values))
+        sizes = built.sizes_of_model() | batch_sizes(batch)
+        if config.model.adapter is not None and config.model.adapter.rank is not None:
+            sizes["rank"] = widths.rank
+        yield probe_config(config, values, widths), batch, sizes
+
+
+def batch_sizes(batch: Batch) -> dict[str, float]:
+    """The symbols that are a batch's."""
+    rows, tokens = batch.documents.shape
+    return {"batch": rows, "tokens": tokens, "real": batch.tokens, "labels": batch.supervised_tokens}
+
+
+def _config_of(values: Sizes | dict[str, Any]) -> PreTrainedConfig:
+    from framework.models.configuration import read_model_config
+
+    return read_model_config(None, dict(values))

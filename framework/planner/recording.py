@@ -1,0 +1,168 @@
+"""What a step of a small model allocates, in order: one recorded step, taken apart at the borders of its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from framework.config import Config
+from framework.data import Batch
+from framework.models.wrapping import unwrapped
+from framework.planner.law import PARTS, STEP
+from framework.retention import blocks_of
+from framework.sharding.place import Place
+from framework.sharding.ranks import Ranks
+from framework.training.memory import CpuMemoryTracker
+from framework.training.optimizer import optimizer_factory
+from framework.training.prepared import PreparedModel
+from framework.training.step import train_window
+
+BLOCKS = 3
+"""Depth of the models that are recorded: a first block, a last one, and one like all between them."""
+
+
+@dataclass
+class RecordedPart:
+    """A part of a step.
+
+    Attributes:
+        name: of `PARTS`, or the optimiser's step.
+        changes: bytes of each allocation, in order; negative for what is freed.
+        gradients: bytes of each parameter's gradient that is there at its end and was not at its start.
+    """
+
+    name: str
+    changes: list[int] = field(default_factory=list)
+    gradients: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A step of two micro-batches.
+
+    Attributes:
+        parts: those of the first micro-batch, of the second, and the optimiser's step.
+        start: bytes of weights, buffers and the optimiser's state, which are there before and after.
+        peak: the most that was live, `start` included.
+    """
+
+    parts: tuple[RecordedPart, ...]
+    start: int
+    peak: int
+
+
+class _Recorder(CpuMemoryTracker):
+    """A tracker that writes down what it sees."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        super().__init__()
+        self._parameters = [*parameters]
+        self._with_gradient: set[nn.Parameter] = set()
+        self.parts: list[RecordedPart] = []
+
+    def begin(self, name: str) -> None:
+        """From here on it is another part."""
+        self.end()
+        self.parts.append(RecordedPart(name))
+
+    def end(self) -> None:
+        """Note the gradients that the current part leaves."""
+        if self.parts:
+            new = [p for p in self._parameters if p.grad is not None and p not in self._with_gradient]
+            self.parts[-1].gradients += [_bytes(p.grad) for p in new]
+            self._with_gradient |= {*new}
+
+    def _change(self, size: int) -> None:
+        super()._change(size)
+        if self.parts:
+            self.parts[-1].changes.append(size)
+
+
+def record_step(config: Config, first: list[Batch], second: list[Batch]) -> Recording:
+    """Make two steps of a run in this process, of which the second is recorded: the optimiser has its state then.
+
+    Args:
+        config: of the run, of a model with `BLOCKS` blocks and the single engine.
+        first: micro-batches of the first step.
+        second: the two of the second step.
+    """
+    ranks = Ranks(Place())
+    prepared = PreparedModel.build(config, None, ranks, None)
+    engine, objective = prepared.engine, prepared.objective
+    engine.prepare(prepared.model, optimizer_factory(config, lambda line: None), prepared.initial)
+    norm = config.training.max_grad_norm
+    train_window(engine, ranks, objective, first, config.optimizer.learning_rate, norm)
+    recorder = _Recorder(engine.model.parameters())
+    for tensors in engine.held():
+        recorder.track(tensors)
+    start = recorder.current
+    recorder.reset_peak()
+    with _borders(engine.model, recorder), recorder:
+        recorder.begin(PARTS[0])
+        train_window(_Announcing(engine, recorder), ranks, objective, second, config.optimizer.learning_rate, norm)
+        recorder.end()
+    return Recording(tuple(recorder.parts), start, recorder.peak)
+
+
+class _Announcing:
+    """An engine that says when its optimiser's step begins."""
+
+    def __init__(self, engine: Any, recorder: _Recorder) -> None:
+        self._engine, self._recorder = engine, recorder
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def step(self, **arguments: Any) -> Any:
+        """The engine's."""
+        self._recorder.begin(STEP)
+        return self._engine.step(**arguments)
+
+
+class _borders:
+    """Within this context the recorder hears of the borders of a model's blocks."""
+
+    def __init__(self, model: nn.Module, recorder: _Recorder) -> None:
+        self._blocks = [*blocks_of(unwrapped(model)).values()]
+        self._recorder = recorder
+
+    def __enter__(self) -> None:
+        assert len(self._blocks) == BLOCKS
+        self._handles = []
+        for place, block in zip(("first", "middle", "last"), self._blocks, strict=True):
+            self._handles.append(block.register_forward_pre_hook(self._entering(place)))
+            self._handles.append(block.register_forward_hook(self._leaving(place)))
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _entering(self, place: str) -> Any:
+        def enter(*_: Any) -> None:
+            # A block that is recomputed enters again, in the backward pass.
+            if torch._C._current_graph_task_id() == -1:
+                if place == "first" and self._recorder.parts[-1].name != PARTS[0]:
+                    self._recorder.begin(PARTS[0])
+                self._recorder.begin(f"forward {place}")
+
+        return enter
+
+    def _leaving(self, place: str) -> Any:
+        def leave(block: nn.Module, inputs: Any, output: Any) -> None:
+            if torch._C._current_graph_task_id() != -1:
+                return
+            if place == "last":
+                self._recorder.begin("loss")
+            hidden: Tensor = output[0] if isinstance(output, tuple) else output
+            hidden.register_hook(lambda gradient: self._recorder.begin(f"backward {place}"))
+
+        return leave
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    assert tensor is not None
+    return tensor.untyped_storage().nbytes()
