@@ -11,10 +11,15 @@ import torch
 
 from framework.config import Config
 from framework.data import Batch
-from framework.planner.fitting import Fitter, UnknownSizeError
+from framework.errors import UserError
+from framework.models import configured_architecture
+from framework.planner.fake_ranks import first_of
+from framework.planner.fitting import Fitter, UnknownSizeError, fit_held
 from framework.planner.law import PARTS, PASSES, Part, StepLaw, part_of
-from framework.planner.probes import Family, probes
 from framework.planner.recording import RecordedPart, Recording, record_step
+from framework.planner.small_models import PROBES, Family, Widths, probe_batch, probe_config
+from framework.planner.symbols import batch_symbols
+from framework.sharding.deepspeed_config import OwnOptions
 from framework.training.objective import draw_selection
 
 LIBRARIES = ("torch", "transformers", "peft")
@@ -35,6 +40,7 @@ def law_settings(config: Config, family: Family) -> dict[str, Any]:
         "attention": model.attention,
         "adapter": None if adapter is None else adapter.model_dump(mode="json", exclude={"rank", "alpha"}),
         "quantization": model.quantization,
+        "sharding": config.sharding.model_dump(mode="json", exclude={"timeout_seconds", "replicas"}),
         "precision": config.optimizer.precision,
         "optimizer": config.optimizer.name,
         "clipping": config.training.max_grad_norm is not None,
@@ -55,18 +61,48 @@ def law_key(settings: dict[str, Any]) -> str:
 
 
 def extract_law(config: Config, family: Family) -> StepLaw:
-    """The law of a run's step with the single engine.
+    """The law of a run's step. The process must not be a rank of anything.
 
     Raises:
+        UserError: the planner has no batches for the task.
         UnknownSizeError: a tensor's size is no polynomial in the symbols.
     """
-    samples, recordings = [], []
-    for small, batch, sizes in probes(config, family):
-        samples.append(sizes | selection_sizes(small, batch))
-        with torch.random.fork_rng(devices=()):
-            torch.manual_seed(0)
-            recordings.append(record_step(small, [batch], [batch, batch]))
-    return fitted_law(samples, recordings)
+    if config.model.task != "causal_lm":
+        raise UserError(f"model.task: the planner knows causal_lm only, not {config.model.task}")
+    recorded = [_recorded(config, family, widths) for widths in PROBES]
+    return fitted_law([sizes for sizes, _ in recorded], [recording for _, recording in recorded])
+
+
+def _recorded(config: Config, family: Family, widths: Widths) -> tuple[dict[str, float], Recording]:
+    """A small model's step, and the sizes of its symbols."""
+    small, batch = probe_config(config, family.small(widths), widths), probe_batch(widths, packed=config.data.packing)
+    ranks = small.described_ranks
+    with torch.random.fork_rng(devices=()), first_of(ranks) as connected:
+        torch.manual_seed(0)
+        recording = record_step(small, batch, connected, _one_bucket(small))
+    sizes = recording.symbols | batch_symbols(batch) | selection_sizes(small, batch)
+    sizes |= job_symbols(small, ranks, recording.options)
+    return sizes, recording
+
+
+def _one_bucket(config: Config) -> OwnOptions | None:
+    """DeepSpeed's options with buckets that hold the whole model."""
+    if config.sharding.engine != "deepspeed":
+        return None
+    size = configured_architecture(config, None).parameters
+    return OwnOptions({"zero_optimization": {"reduce_bucket_size": size, "allgather_bucket_size": size}}, "probe")
+
+
+def job_symbols(config: Config, ranks: int, options: dict[str, Any]) -> dict[str, float]:
+    """Sizes that are neither the model's nor a batch's."""
+    sizes: dict[str, float] = {}
+    if config.model.adapter is not None and config.model.adapter.rank is not None:
+        sizes["rank"] = config.model.adapter.rank
+    if config.sharding.engine != "single":
+        sizes["share"] = config.sharding.replicas / ranks
+    if config.sharding.engine == "deepspeed":
+        sizes["bucket"] = options["zero_optimization"]["reduce_bucket_size"]
+    return sizes
 
 
 def selection_sizes(config: Config, batch: Batch) -> dict[str, float]:
@@ -86,6 +122,7 @@ def fitted_law(samples: list[dict[str, float]], recordings: list[Recording]) -> 
         samples: sizes of the symbols in each recording.
         recordings: of small models.
     """
+    start = fit_held([recording.start for recording in recordings], samples)
     fit = Fitter(samples)
     names = [part.name for part in recordings[0].parts]
     if names != [*PARTS, *PARTS, "optimizer step"]:
@@ -96,7 +133,7 @@ def fitted_law(samples: list[dict[str, float]], recordings: list[Recording]) -> 
         name: dict(zip(PARTS, fitted[number * count : (number + 1) * count], strict=True))
         for number, name in enumerate(PASSES)
     }
-    return StepLaw(passes, fitted[-1])
+    return StepLaw(start, passes, fitted[-1])
 
 
 def _fitted_part(fit: Fitter, parts: tuple[RecordedPart, ...]) -> Part:
@@ -105,7 +142,6 @@ def _fitted_part(fit: Fitter, parts: tuple[RecordedPart, ...]) -> Part:
         raise UnknownSizeError(f"{name}: models of different sizes allocate in different orders")
     try:
         changes = [fit(counts) for counts in zip(*(part.changes for part in parts), strict=True)]
-        gradients = [fit(counts) for counts in zip(*(part.gradients for part in parts), strict=True)]
     except UnknownSizeError as error:
         raise UnknownSizeError(f"{name}: {error}") from error
-    return part_of(changes, sum(gradients, start=type(changes[0])() if changes else fit([0] * len(parts))))
+    return part_of(changes)

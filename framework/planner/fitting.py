@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 
@@ -36,6 +36,7 @@ WIDTHS = (
     ("kv_heads",),
     ("head_dim",),
     ("rank",),
+    ("positions",),
     ("head_dim", "heads"),
     ("head_dim", "kv_heads"),
     ("hidden", "hidden"),
@@ -48,8 +49,36 @@ WIDTHS = (
     ("rank", "vocab"),
     ("head_dim", "heads", "rank"),
     ("head_dim", "kv_heads", "rank"),
+    ("hidden", "positions"),
+    ("block",),
+    ("block_trained",),
+    ("block_packed",),
+    ("parameters",),
+    ("trained",),
+    ("packed",),
+    ("bucket",),
 )
 """What it has of a model."""
+
+SHARES = ((), ("share",))
+"""Whether a rank has a part of it: `share` is one over the number of ranks that have one each."""
+
+HELD = (
+    (),
+    ("parameters",),
+    ("parameters", "share"),
+    ("trained",),
+    ("share", "trained"),
+    ("trained_tensors",),
+    ("buffers",),
+    ("packed",),
+    ("packed", "share"),
+    ("small",),
+    ("share", "small"),
+)
+"""What a rank holds between steps is a sum of these."""
+
+_MOST_TERMS = 5
 
 _DENOMINATOR = 32
 """Of a coefficient: bytes of a fraction of an element, such as the halves that rotary embeddings turn."""
@@ -69,7 +98,7 @@ class Fitter:
 
     def __init__(self, samples: Sequence[Sizes]) -> None:
         symbols = set(samples[0])
-        pairs = [tokens + widths for tokens, widths in product(TOKENS, WIDTHS)]
+        pairs = [tokens + widths + share for tokens, widths, share in product(TOKENS, WIDTHS, SHARES)]
         self._monomials = [monomial for monomial in pairs if symbols.issuperset(monomial)]
         one = [Polynomial({monomial: 1}) for monomial in self._monomials]
         self._values = np.array([[p.value(sample) for sample in samples] for p in one])
@@ -133,6 +162,30 @@ class Fitter:
                 if best is None or len(str(found)) < len(str(best)):
                     best = found
         return best
+
+
+def fit_held(counts: Sequence[int], samples: Sequence[Sizes]) -> Polynomial:
+    """The polynomial in `HELD` that has these values, with as few terms as do.
+
+    Args:
+        counts: bytes, one for each sample.
+        samples: sizes of the symbols.
+
+    Raises:
+        UnknownSizeError: there is none.
+    """
+    monomials = [monomial for monomial in HELD if set(samples[0]).issuperset(monomial)]
+    values = np.array([[Polynomial({m: 1}).value(sample) for m in monomials] for sample in samples])
+    for terms in range(1, _MOST_TERMS + 1):
+        for chosen in combinations(range(len(monomials)), terms):
+            part = values[:, chosen]
+            found, _, rank, _ = np.linalg.lstsq(part, np.array(counts, float), rcond=None)
+            if rank < terms or np.abs(part @ found - counts).max() > 0.5:
+                continue
+            coefficients = [_rational(value) for value in found]
+            if None not in coefficients:
+                return Polynomial({monomials[i]: c for i, c in zip(chosen, coefficients, strict=True) if c is not None})
+    raise UnknownSizeError(f"no polynomial gives what is held, {[*map(int, counts)]}")
 
 
 def _rational(value: float) -> Fraction | None:

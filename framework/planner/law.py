@@ -13,6 +13,9 @@ from typing import Any
 
 from framework.planner.polynomials import Polynomial, Sizes
 
+BLOCKS = 3
+"""Depth of the models that are recorded: a first block, a last one, and one like all between them."""
+
 PASSES = ("first", "later")
 """Micro-batches of a step: those after the first find gradients that they add to."""
 
@@ -45,12 +48,10 @@ class Part:
     Attributes:
         net: bytes that it leaves behind, less those of others that it frees.
         peaks: bytes above its start that may be its highest; which of them is depends on the sizes.
-        gradients: bytes of `net` that are gradients of parameters.
     """
 
     net: Polynomial
     peaks: tuple[Polynomial, ...]
-    gradients: Polynomial = Polynomial()
 
     def peak(self, sizes: Sizes) -> float:
         """Bytes above its start at its highest."""
@@ -58,13 +59,12 @@ class Part:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"net": str(self.net), "peaks": [*map(str, self.peaks)], "gradients": str(self.gradients)}
+        return {"net": str(self.net), "peaks": [*map(str, self.peaks)]}
 
     @classmethod
     def of_json(cls, value: dict[str, Any]) -> Part:
         """The part that `to_json` gave."""
-        peaks = tuple(map(Polynomial.parse, value["peaks"]))
-        return cls(Polynomial.parse(value["net"]), peaks, Polynomial.parse(value["gradients"]))
+        return cls(Polynomial.parse(value["net"]), tuple(map(Polynomial.parse, value["peaks"])))
 
 
 @dataclass(frozen=True)
@@ -75,24 +75,24 @@ class Moment:
         part: its name.
         start: bytes above the start of the step, at its start.
         peak: the same, at its highest.
-        gradients: bytes of `start` that are gradients of parameters.
     """
 
     part: str
     start: float
     peak: float
-    gradients: float
 
 
 @dataclass(frozen=True)
 class StepLaw:
-    """What a step allocates beside weights and the optimiser's state.
+    """What a rank holds, and what a step allocates beside it.
 
     Attributes:
+        start: weights, buffers and the optimiser's state, which are there before and after.
         passes: for each of `PASSES` its parts, by the names of `PARTS`.
         step: the optimiser's.
     """
 
+    start: Polynomial
     passes: dict[str, dict[str, Part]]
     step: Part
 
@@ -104,22 +104,21 @@ class StepLaw:
             blocks: depth of the model, three or more.
             accumulation: micro-batches of a step.
         """
-        start = gradients = 0.0
+        start = 0.0
         for number in range(min(accumulation, 2)):
             parts = self.passes[PASSES[number]]
             for name in PARTS:
                 part, repeated = parts[name], blocks - 2 if name.endswith("middle") else 1
-                net, peak, own = part.net.value(sizes), part.peak(sizes), part.gradients.value(sizes)
+                net, peak = part.net.value(sizes), part.peak(sizes)
                 for index in sorted({0, repeated - 1}):
-                    yield Moment(name, start + index * net, start + index * net + peak, gradients + index * own)
+                    yield Moment(name, start + index * net, start + index * net + peak)
                 start += repeated * net
-                gradients += repeated * own
-        yield Moment(STEP, start, start + self.step.peak(sizes), gradients)
+        yield Moment(STEP, start, start + self.step.peak(sizes))
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         passes = {name: {part: law.to_json() for part, law in parts.items()} for name, parts in self.passes.items()}
-        return {"passes": passes, "step": self.step.to_json()}
+        return {"start": str(self.start), "passes": passes, "step": self.step.to_json()}
 
     @classmethod
     def of_json(cls, value: dict[str, Any]) -> StepLaw:
@@ -127,10 +126,10 @@ class StepLaw:
         passes = {
             name: {part: Part.of_json(law) for part, law in parts.items()} for name, parts in value["passes"].items()
         }
-        return cls(passes, Part.of_json(value["step"]))
+        return cls(Polynomial.parse(value["start"]), passes, Part.of_json(value["step"]))
 
 
-def part_of(changes: Sequence[Polynomial], gradients: Polynomial) -> Part:
+def part_of(changes: Sequence[Polynomial]) -> Part:
     """A part from its allocations, in order; frees are negative.
 
     Peaks that another one is never below are left out.
@@ -145,4 +144,4 @@ def part_of(changes: Sequence[Polynomial], gradients: Polynomial) -> Part:
             continue
         peaks = [peak for peak in peaks if not peak.never_above(candidate)]
         peaks.append(candidate)
-    return Part(level, tuple(peaks), gradients)
+    return Part(level, tuple(peaks))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +11,15 @@ from torch import Tensor, nn
 from framework.config import Config
 from framework.data import Batch
 from framework.models.wrapping import unwrapped
-from framework.planner.law import PARTS, STEP
+from framework.planner.law import BLOCKS, PARTS, STEP
+from framework.planner.symbols import model_symbols
 from framework.retention import blocks_of
-from framework.sharding.place import Place
+from framework.sharding.deepspeed_config import OwnOptions
 from framework.sharding.ranks import Ranks
 from framework.training.memory import CpuMemoryTracker
 from framework.training.optimizer import optimizer_factory
 from framework.training.prepared import PreparedModel
 from framework.training.step import train_window
-
-BLOCKS = 3
-"""Depth of the models that are recorded: a first block, a last one, and one like all between them."""
 
 
 @dataclass
@@ -32,12 +29,10 @@ class RecordedPart:
     Attributes:
         name: of `PARTS`, or the optimiser's step.
         changes: bytes of each allocation, in order; negative for what is freed.
-        gradients: bytes of each parameter's gradient that is there at its end and was not at its start.
     """
 
     name: str
     changes: list[int] = field(default_factory=list)
-    gradients: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -48,33 +43,27 @@ class Recording:
         parts: those of the first micro-batch, of the second, and the optimiser's step.
         start: bytes of weights, buffers and the optimiser's state, which are there before and after.
         peak: the most that was live, `start` included.
+        symbols: sizes of the model.
+        options: of the engine.
     """
 
     parts: tuple[RecordedPart, ...]
     start: int
     peak: int
+    symbols: dict[str, float]
+    options: dict[str, Any]
 
 
 class _Recorder(CpuMemoryTracker):
     """A tracker that writes down what it sees."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._parameters = [*parameters]
-        self._with_gradient: set[nn.Parameter] = set()
         self.parts: list[RecordedPart] = []
 
     def begin(self, name: str) -> None:
         """From here on it is another part."""
-        self.end()
         self.parts.append(RecordedPart(name))
-
-    def end(self) -> None:
-        """Note the gradients that the current part leaves."""
-        if self.parts:
-            new = [p for p in self._parameters if p.grad is not None and p not in self._with_gradient]
-            self.parts[-1].gradients += [_bytes(p.grad) for p in new]
-            self._with_gradient |= {*new}
 
     def _change(self, size: int) -> None:
         super()._change(size)
@@ -82,30 +71,33 @@ class _Recorder(CpuMemoryTracker):
             self.parts[-1].changes.append(size)
 
 
-def record_step(config: Config, first: list[Batch], second: list[Batch]) -> Recording:
+def record_step(config: Config, batch: Batch, ranks: Ranks, own_options: OwnOptions | None = None) -> Recording:
     """Make two steps of a run in this process, of which the second is recorded: the optimiser has its state then.
 
     Args:
-        config: of the run, of a model with `BLOCKS` blocks and the single engine.
-        first: micro-batches of the first step.
-        second: the two of the second step.
+        config: of the run, of a model with `BLOCKS` blocks.
+        batch: both micro-batches of each step.
+        ranks: of the run; see `first_of`.
+        own_options: of DeepSpeed.
     """
-    ranks = Ranks(Place())
-    prepared = PreparedModel.build(config, None, ranks, None)
+    first = second = [batch, batch]
+    prepared = PreparedModel.build(config, None, ranks, own_options)
+    symbols = model_symbols(prepared.model)
     engine, objective = prepared.engine, prepared.objective
     engine.prepare(prepared.model, optimizer_factory(config, lambda line: None), prepared.initial)
     norm = config.training.max_grad_norm
     train_window(engine, ranks, objective, first, config.optimizer.learning_rate, norm)
-    recorder = _Recorder(engine.model.parameters())
+    recorder = _Recorder()
     for tensors in engine.held():
         recorder.track(tensors)
     start = recorder.current
     recorder.reset_peak()
-    with _borders(engine.model, recorder), recorder:
+    with _Borders(engine.model, recorder), recorder:
         recorder.begin(PARTS[0])
         train_window(_Announcing(engine, recorder), ranks, objective, second, config.optimizer.learning_rate, norm)
-        recorder.end()
-    return Recording(tuple(recorder.parts), start, recorder.peak)
+    found = Recording(tuple(recorder.parts), start, recorder.peak, symbols, prepared.options)
+    engine.close()
+    return found
 
 
 class _Announcing:
@@ -123,7 +115,7 @@ class _Announcing:
         return self._engine.step(**arguments)
 
 
-class _borders:
+class _Borders:
     """Within this context the recorder hears of the borders of a model's blocks."""
 
     def __init__(self, model: nn.Module, recorder: _Recorder) -> None:
@@ -161,8 +153,3 @@ class _borders:
             hidden.register_hook(lambda gradient: self._recorder.begin(f"backward {place}"))
 
         return leave
-
-
-def _bytes(tensor: Tensor | None) -> int:
-    assert tensor is not None
-    return tensor.untyped_storage().nbytes()

@@ -274,8 +274,8 @@ def _for_device(options: Mapping[str, Any], device: torch.device) -> dict[str, A
     """The options, on the CPU with gathers one by one.
 
     DeepSpeed 0.19 gathers the parameters that stay whole after an update in one go and waits for the last exchange
-    only. NCCL's run in order, so that the last one comes last; gloo's do not, and a norm or a bias may be used before it
-    is there.
+    only. NCCL's run in order, so that the last one comes last; gloo's do not, and a norm or a bias may be used before
+    it is there.
     """
     own = copy.deepcopy(dict(options))
     if device.type == "cpu":

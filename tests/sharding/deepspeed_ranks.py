@@ -213,8 +213,8 @@ def late_gathers() -> Iterator[None]:
 
     at_once = TorchBackend.all_gather_into_tensor
 
-    def gather(self: Any, output_tensor: Tensor, input_tensor: Tensor, group: Any = None, async_op: bool = False) -> Any:
-        given = {"self": self, "output_tensor": output_tensor, "input_tensor": input_tensor, "group": group}
+    def gather(self: Any, async_op: bool = False, **arguments: Any) -> Any:
+        given = {"self": self, **arguments}
         return LateGather(at_once, given) if async_op else at_once(**given)
 
     with mock.patch.object(TorchBackend, "all_gather_into_tensor", gather):

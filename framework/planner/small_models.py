@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +13,7 @@ from framework.config import Config
 from framework.data import Batch
 from framework.data.batch import NO_DOCUMENT
 from framework.data.dataset import IGNORED
-from framework.errors import UserError
-from framework.planner.polynomials import Sizes
-from framework.planner.recording import BLOCKS
+from framework.planner.law import BLOCKS
 from framework.selection import supervised_positions
 
 MLP_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
@@ -38,6 +35,8 @@ class Widths:
         batch: sequences.
         tokens: of each of them, a multiple of 8.
         prompt: tokens of the first sequence that have no label.
+        ranks: of a run that has several; the widths and the products of those that are widths of matrices are
+            multiples of it.
     """
 
     heads: int
@@ -50,17 +49,18 @@ class Widths:
     batch: int
     tokens: int
     prompt: int
+    ranks: int
 
 
 PROBES = (
-    Widths(6, 3, 14, 10, 34, 106, 5, 2, 40, 7),
-    Widths(4, 2, 22, 26, 46, 142, 3, 3, 56, 11),
-    Widths(10, 5, 10, 14, 58, 166, 7, 2, 72, 23),
-    Widths(6, 2, 26, 22, 74, 118, 2, 4, 48, 13),
-    Widths(8, 4, 6, 18, 38, 130, 9, 3, 64, 31),
-    Widths(12, 3, 18, 6, 62, 158, 11, 2, 88, 17),
-    Widths(10, 2, 34, 38, 94, 122, 6, 5, 40, 9),
-    Widths(8, 2, 38, 30, 82, 134, 13, 3, 80, 29),
+    Widths(6, 3, 28, 20, 68, 212, 4, 2, 40, 7, 2),
+    Widths(4, 2, 44, 52, 92, 284, 8, 3, 56, 11, 4),
+    Widths(10, 5, 20, 28, 116, 332, 12, 2, 72, 23, 2),
+    Widths(6, 2, 52, 44, 148, 236, 20, 4, 48, 13, 4),
+    Widths(8, 4, 12, 36, 76, 260, 16, 3, 64, 31, 2),
+    Widths(12, 3, 36, 12, 124, 316, 28, 2, 88, 17, 4),
+    Widths(10, 2, 68, 76, 188, 244, 36, 5, 40, 9, 4),
+    Widths(8, 2, 76, 60, 164, 268, 44, 3, 80, 29, 2),
 )
 
 
@@ -121,7 +121,7 @@ class Family:
             "hidden_size": widths.heads * head,
             "num_attention_heads": widths.heads,
             "vocab_size": widths.vocab,
-            "max_position_embeddings": 2 * widths.tokens,
+            "max_position_embeddings": 100 + widths.vocab,
         }
         if self._own_head_dim:
             new["head_dim"] = widths.head_dim
@@ -149,9 +149,10 @@ def probe_config(config: Config, values: dict[str, Any], widths: Widths) -> Conf
     if json["model"]["adapter"] is not None and json["model"]["adapter"]["rank"] is not None:
         json["model"]["adapter"]["rank"] = widths.rank
     json["data"] |= {"sequence_length": widths.tokens}
-    json["sharding"] = {"engine": "single"}
+    ranks = 1 if config.sharding.engine == "single" else widths.ranks
+    json["hardware"] = {"gpus_per_node": ranks}
     json["training"] |= {
-        "global_batch_size": 2 * widths.batch,
+        "global_batch_size": 2 * widths.batch * ranks,
         "micro_batch_size": widths.batch,
         "max_steps": 2,
         "epochs": None,
@@ -181,33 +182,3 @@ def probe_batch(widths: Widths, *, packed: bool) -> Batch:
     else:
         inputs["attention_mask"] = mask
     return Batch(inputs, documents, supervised, int(supervised.sum()))
-
-
-def probes(config: Config, family: Family) -> Iterator[tuple[Config, Batch, dict[str, float]]]:
-    """Runs of small models, a batch for each, and the symbols' sizes but for those of a selection.
-
-    Raises:
-        UserError: the planner has no batches for the task.
-    """
-    if config.model.task != "causal_lm":
-        raise UserError(f"model.task: the planner knows causal_lm only, not {config.model.task}")
-    for widths in PROBES:
-        values = family.small(widths)
-        batch = probe_batch(widths, packed=config.data.packing)
-        built = type(family)(_config_of(values))
-        sizes = built.sizes_of_model() | batch_sizes(batch)
-        if config.model.adapter is not None and config.model.adapter.rank is not None:
-            sizes["rank"] = widths.rank
-        yield probe_config(config, values, widths), batch, sizes
-
-
-def batch_sizes(batch: Batch) -> dict[str, float]:
-    """The symbols that are a batch's."""
-    rows, tokens = batch.documents.shape
-    return {"batch": rows, "tokens": tokens, "real": batch.tokens, "labels": batch.supervised_tokens}
-
-
-def _config_of(values: Sizes | dict[str, Any]) -> PreTrainedConfig:
-    from framework.models.configuration import read_model_config
-
-    return read_model_config(None, dict(values))
