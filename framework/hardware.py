@@ -152,15 +152,15 @@ DEVICES = (
     _row("A100 80GB", r"(NVIDIA )?A100-SXM4-80GB", 80, 2039, _GA100, (32, 300), "8.0", _A100, "A100", "A100 SXM"),
     _row("A100 40GB", r"(NVIDIA )?A100-SXM4-40GB", 40, 1555, _GA100, (32, 300), "8.0", _A100),
     _row(
-        "A100 PCIe 80GB", r"(NVIDIA )?A100(-PCIE-| )80GB( PCIe)?", 80, 1935, _GA100, _PCIE4, "8.0", _A100, "A100 PCIe"
+        "A100 PCIe 80GB", r"(NVIDIA )?A100(-PCIE-80GB| 80GB PCIe)", 80, 1935, _GA100, _PCIE4, "8.0", _A100, "A100 PCIe"
     ),
-    _row("A100 PCIe 40GB", r"(NVIDIA )?A100(-PCIE-| )40GB( PCIe)?", 40, 1555, _GA100, _PCIE4, "8.0", _A100),
+    _row("A100 PCIe 40GB", r"(NVIDIA )?A100(-PCIE-40GB| 40GB PCIe)", 40, 1555, _GA100, _PCIE4, "8.0", _A100),
     _row("A800 80GB", r"(NVIDIA )?A800-SXM4-80GB", 80, 2039, _GA100, (32, 200), "8.0", _A800, "A800", "A800 SXM"),
     _row("A800 40GB", r"(NVIDIA )?A800-SXM4-40GB", 40, 1555, _GA100, (32, 200), "8.0", _A800),
     _row(
-        "A800 PCIe 80GB", r"(NVIDIA )?A800(-PCIE-| )80GB( PCIe)?", 80, 1935, _GA100, _PCIE4, "8.0", _A800, "A800 PCIe"
+        "A800 PCIe 80GB", r"(NVIDIA )?A800(-PCIE-80GB| 80GB PCIe)", 80, 1935, _GA100, _PCIE4, "8.0", _A800, "A800 PCIe"
     ),
-    _row("A800 PCIe 40GB", r"(NVIDIA )?A800(-PCIE-| )40GB( PCIe)?", 40, 1555, _GA100, _PCIE4, "8.0", _A800),
+    _row("A800 PCIe 40GB", r"(NVIDIA )?A800(-PCIE-40GB| 40GB PCIe)", 40, 1555, _GA100, _PCIE4, "8.0", _A800),
     _row("A40", r"NVIDIA A40", 48, 696, (149.7, 74.8, 37.4), _PCIE4, "8.6", "NVIDIA A40 datasheet", ecc=True),
     _row("A30", r"NVIDIA A30", 24, 933, (165, 82, 10.3), _PCIE4, "8.0", "NVIDIA A30 datasheet"),
     _row("A10", r"NVIDIA A10", 24, 600, (125, 62.5, 31.2), _PCIE4, "8.6", "NVIDIA A10 datasheet", ecc=True),
