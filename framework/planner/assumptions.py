@@ -56,9 +56,11 @@ def assumed_figures(device: Device) -> dict[str, tuple[Any, str]]:
         matrix_source += ", which is taken to be 0.80, as on H100"
     dtypes = ["float16", "float32"] + ["bfloat16"] * device.bfloat16 + ["tf32"] * (device.tf32 is not None)
     hopper = device.architecture == "9.0"
-    attention = "FlashAttention-2's abstract: 35 % of the peak on H100 (arXiv 2407.08608)"
+    attention = "FlashAttention-2 reaches 35 % of the peak on H100 (arXiv 2407.08608, abstract)"
     if not hopper:
-        attention = "FlashAttention-2's abstract: 50 to 73 % of the peak on A100 (arXiv 2307.08691), its lower end"
+        attention = (
+            "FlashAttention-2 reaches 50 to 73 % of the peak on A100 (arXiv 2307.08691, abstract); the lower end"
+        )
     link_source = f"assumption: {_LINK} of the link, about what nccl-tests report within an NVLink machine"
     copy_source = f"assumption: {_COPY} of the link, what packets leave of PCI Express"
     return {

@@ -53,7 +53,7 @@ def record_drift(device: str, record: Drift, host: str | None = None) -> None:
     """Add a record. Runs may do so at once; a failure to write is logged, as no run should end for it.
 
     Args:
-        device: the driver's name for it.
+        device: the name of its devices, as `Device.name`.
         record: to add.
         host: name of the machine; None for this one.
     """

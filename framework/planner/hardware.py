@@ -243,7 +243,8 @@ def _budget(device: Device, profile: Profile, ranks: int, gpus_per_node: int) ->
     """What a device has for the allocator, and why."""
     if device.name == CPU:
         share = device.visible_bytes // gpus_per_node
-        return share, f"budget: {_gib(share)}, the machine's memory, shared by {gpus_per_node} processes"
+        shared = f", shared by {gpus_per_node} processes" if gpus_per_node > 1 else ""
+        return share, f"budget: {_gib(share)}, the machine's memory{shared}"
     taken = profile.outside_bytes(ranks)
     budget = device.visible_bytes - taken
     if budget <= 0:

@@ -42,10 +42,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Profile:
-    """Figures of one machine. Efficiencies are achieved rates / the device's peak rates, both of `framework.hardware`.
+    """Figures of one machine. Efficiencies are achieved rates / the peaks that `framework.hardware` has.
 
     Attributes:
-        device: the driver's name for it.
+        device: the name of its devices, as `Device.name`.
         host: name of the machine; empty for assumptions about no particular one.
         context_bytes: device memory of one process besides the allocator's: CUDA's context, and libraries' kernels.
         communication_bytes: the same of the communication library, in processes that have others to talk to.
@@ -117,7 +117,7 @@ class Profile:
             figures: new values by name; those by dtype replace what they have dtypes for.
             sources: how each was measured.
         """
-        merged = {
+        merged: dict[str, Any] = {
             name: {**getattr(self, name), **value} if isinstance(value, Mapping) else value
             for name, value in figures.items()
         }
