@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from framework.hardware import PEAKS, peak_flops
+from framework.hardware import DEVICES, peak_flops
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_what_is_not_in_the_table_is_unknown(name, dtype):
 
 
 def test_every_row_is_one_device_with_a_source():
-    names = [peak.pattern for peak in PEAKS]
+    names = [device.pattern for device in DEVICES]
     assert len(set(names)) == len(names)
-    for peak in PEAKS:
-        re.compile(peak.pattern)
-        assert peak.source
-        assert peak.fp32 <= (peak.tf32 or peak.half) <= peak.half
+    for device in DEVICES:
+        re.compile(device.pattern)
+        assert device.source
+        assert device.fp32 <= (device.tf32 or device.half) <= device.half
