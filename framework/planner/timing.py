@@ -117,7 +117,7 @@ class TimeModel:
     def _update(self, choice: Choice, rates: Rates) -> float:
         """Clipping, the optimiser, and where there is a 16-bit copy of the weights, that."""
         width = self._precision.weight_bytes
-        rule = STOCHASTIC_BYTES if self._precision.stochastic_rounding else ADAMW_BYTES
+        rule: float = STOCHASTIC_BYTES if self._precision.stochastic_rounding else ADAMW_BYTES
         if self.job.optimizer == "adamw_8bit":
             rule = EIGHT_BIT_BYTES
         # The norm reads the gradients; scaling, which is taken to happen at every step, reads and writes them.
@@ -131,7 +131,8 @@ class TimeModel:
 
     def _sum(self, choice: Choice, rates: Rates) -> float:
         """Adding a micro-batch's gradients to those before it: two are read, one is written."""
-        held = self.job.trainable if reduces_once(choice, self.job.precision) else self._held(choice)
+        whole = reduces_once(choice, self.job.precision)
+        held: float = self.job.trainable if whole else self._held(choice)
         # Stage 3 brings its sums to the device to add to them.
         home = rates.memory_bytes if choice.zero_stage == 3 else self._home(choice, rates)
         return 3 * self._precision.weight_bytes * held / home

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from framework.planner.choice import Choice
+from framework.planner.pairs import Pairs
 from framework.sharding.precision import PRECISIONS
 
 if TYPE_CHECKING:
@@ -118,14 +119,6 @@ class Work(NamedTuple):
     blocks: int
 
 
-class _Pairs(NamedTuple):
-    """Query-key pairs of a sequence: what the kernel computes for all queries; within the mask, all and labelled."""
-
-    executed: int
-    seen: float
-    labelled: float
-
-
 class _Blocks:
     """Sums over blocks: multiply-adds per row, and per query-key pair by reach."""
 
@@ -159,7 +152,16 @@ class WorkModel:
         self._replayed = _Blocks(block for block in blocks if block.differentiated and block.name not in whole)
         self._whole = _Blocks(block for block in blocks if block.differentiated and block.name in whole)
         self._differentiated = any(block.differentiated for block in blocks)
-        self._pairs = {reach: _pairs(job, reach) for reach, *_ in self._all.attention}
+        self._pairs = {
+            reach: Pairs.of(
+                reach,
+                kernel=job.kernel,
+                tokens=job.sequence_length,
+                document_tokens=job.document_tokens,
+                labelled_share=job.labelled_share,
+            )
+            for reach, *_ in self._all.attention
+        }
         self._classes = job.products.head.forward / job.hidden_size
         self._in_blocks = job.parameters - job.outside - job.quantized
 
@@ -228,6 +230,11 @@ class WorkModel:
             moved += CAST * job.trainable
         return Work(2 * matrices, 2 * pairs, self._width * touched, moved, self._replayed.count + self._whole.count)
 
+    def flops(self, choice: Choice) -> float:
+        """Floating-point operations that run in a micro-batch on one rank: `Flops.hardware`."""
+        passes = (self.forward(choice), self.recomputation(choice), self.backward(choice))
+        return sum(work.matrices + work.attention for work in passes)
+
     def selected_share(self, choice: Choice) -> float:
         """Selected tokens / all tokens. `supervised` selects every labelled token, whatever the ratio."""
         if choice.strategy == "none":
@@ -255,7 +262,7 @@ class WorkModel:
         return tokens * self.selected_share(choice) if selected else tokens
 
     def _row(self, blocks: _Blocks, block: float, adapter: float) -> float:
-        """Bytes that a row moves in blocks. A layer's LoRA has its rank times (inputs + outputs) elements: half each."""
+        """Bytes that a row moves in blocks. LoRA has rank x (inputs + outputs) elements, taken to be half each."""
         rank = self._job.adapter_rank
         adapted = blocks.trained / (2 * rank) if rank else 0
         return blocks.count * self._job.hidden_size * block + adapted * adapter
@@ -295,47 +302,3 @@ class WorkModel:
         labelled = job.labelled_share
         context = (share - labelled) / (1 - labelled) if labelled < 1 else 0.0
         return found.labelled + context * (found.seen - found.labelled)
-
-
-def _pairs(job: Job, reach: Reach) -> _Pairs:
-    tokens, length = job.sequence_length, job.document_tokens or job.sequence_length
-    starts = range(0, tokens, length)
-    documents = [(start, min(start + length, tokens)) for start in starts]
-    seen = sum(_seen(start, stop, stop - start, reach) for start, stop in documents)
-    labelled = sum(_seen(start, stop, (stop - start) * job.labelled_share, reach) for start, stop in documents)
-    executed = round(seen)
-    if job.kernel in ("eager", "sdpa"):
-        limit = min(reach.window or tokens, reach.chunk or tokens)
-        triangle = job.kernel == "sdpa" and job.document_tokens is None and reach.causal and limit >= tokens
-        executed = tokens * (tokens + 1) // 2 if triangle else tokens**2
-    return _Pairs(executed, seen, labelled)
-
-
-def _seen(start: int, stop: int, queries: float, reach: Reach) -> float:
-    """Keys that the last `queries` tokens of a document see, which begins at `start` of its sequence."""
-    if reach.causal:
-        return _causal(start, stop, reach) - _causal(start, stop - queries, reach)
-    tokens = stop - start
-    limit = None if reach.window is None else reach.window + 1
-    # Behind a query and itself, and before it.
-    behind = _triangle(tokens, limit) - _triangle(tokens - queries, limit)
-    if limit is not None:
-        return behind + _triangle(queries, limit) - queries
-    return behind + queries * (queries - 1) / 2
-
-
-def _causal(start: int, stop: float, reach: Reach) -> float:
-    """Pairs of a causal document, cut at the borders of chunks."""
-    tokens, chunk = stop - start, reach.chunk
-    if chunk is None or (first := chunk - start % chunk) >= tokens:
-        return _triangle(tokens, reach.window)
-    whole, rest = divmod(tokens - first, chunk)
-    parts = _triangle(first, reach.window), whole * _triangle(chunk, reach.window), _triangle(rest, reach.window)
-    return sum(parts)
-
-
-def _triangle(tokens: float, window: int | None) -> float:
-    """Σ over i < tokens of min(i + 1, window)."""
-    if window is None or tokens <= window:
-        return tokens * (tokens + 1) / 2
-    return window * (window + 1) / 2 + (tokens - window) * window
