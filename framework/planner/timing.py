@@ -79,6 +79,7 @@ class TimeModel:
     def __init__(self, job: Job) -> None:
         self.job, self.work = job, WorkModel(job)
         self._precision = PRECISIONS[job.precision]
+        self._known: dict[tuple[object, ...], tuple[Work, Work, Work]] = {}
 
     def step(self, choice: Choice, rates: Rates) -> StepTime:
         """The time of one optimiser step.
@@ -89,9 +90,9 @@ class TimeModel:
         """
         transfers = Transfers(self.job, self.work.compute_bytes(choice), choice, rates)
         count, blocks = choice.accumulation, len(self.job.products.blocks)
-        forward = _seconds(self.work.forward(choice), rates) + transfers.gather_traffic / rates.memory_bytes
-        again = _seconds(self.work.recomputation(choice), rates)
-        backward = _seconds(self.work.backward(choice), rates) + transfers.backward_traffic / rates.memory_bytes
+        forward, again, backward = (_seconds(work, rates) for work in self._passes(choice))
+        forward += transfers.gather_traffic / rates.memory_bytes
+        backward += transfers.backward_traffic / rates.memory_bytes
         waited = copied = hidden = 0.0
         passes: tuple[tuple[float, float, float], ...] = (
             (forward, transfers.forward, transfers.forward_copies),
@@ -113,6 +114,21 @@ class TimeModel:
             hidden=count * hidden,
             tokens=choice.ranks * choice.micro_batch_size * count * self.job.sequence_length,
         )
+
+    def _passes(self, choice: Choice) -> tuple[Work, Work, Work]:
+        """Forward, recomputation, backward; the same for many choices that differ in who holds what."""
+        key = (
+            choice.policy,
+            choice.retain_linears,
+            choice.strategy,
+            choice.ratio,
+            choice.micro_batch_size,
+            self.work.under_autocast(choice),
+        )
+        if key not in self._known:
+            work = self.work
+            self._known[key] = work.forward(choice), work.recomputation(choice), work.backward(choice)
+        return self._known[key]
 
     def _update(self, choice: Choice, rates: Rates) -> float:
         """Clipping, the optimiser, and where there is a 16-bit copy of the weights, that."""

@@ -1,13 +1,15 @@
 """What the passes of one micro-batch compute and move on one rank, in closed form. Must not import torch.
 
 Operations are those that `framework.training.flops.FlopTally` counts as hardware operations, for sequences without
-padding whose labelled tokens are the last ones of their document. Numbers of tokens are not rounded, so a selection of
-half a token costs half a token.
+padding whose labelled tokens are the last ones of their document. Numbers of tokens are not rounded, and random ones
+are their mean.
 
 What is no matrix product is bound by memory: norms, activations, rotary embeddings, sums, casts, the loss. Its bytes
 are coefficients times sizes, found by adding up what every operator of a real step reads and writes
 (`tests/planner/test_work.py` does it again): a Llama block with four query heads to a key head and an MLP 3.5 times as
-wide as the hidden state, of which other families differ by some tens of percent. Kernels that fuse operators move less.
+wide as the hidden state. Other families differ by some tens of percent (Qwen3, which normalises queries and keys: 32 %
+more), and kernels that fuse operators move less. Left out are dropout, and what selective retention copies: selected
+rows, and keys and values, in 8 bits or not.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ class Traffic(NamedTuple):
         logit_backward: of its gradient.
         score: of attention that forms scores, per query, key and head.
         score_backward: of its gradient.
-        adapter: of LoRA without dropout, per token and element of an adapted layer's output.
+        adapter: of LoRA without dropout, per token and element of an adapted layer's output. What its products read and
+            write is part of it: with a rank of some tens they are bound by memory too.
         adapter_backward: of its gradient.
     """
 
@@ -48,13 +51,13 @@ class Traffic(NamedTuple):
     adapter_backward: float
 
 
-HALF = Traffic(145, 318, 18, 26, 29, 28, 10, 9.5)
+HALF = Traffic(145, 318, 18, 26, 29, 28, 14, 17)
 """16-bit weights. Norms, the softmax and the loss cast to float32."""
 
-AUTOCAST = Traffic(188, 424, 18, 26, 26, 29, 18, 20)
+AUTOCAST = Traffic(188, 424, 18, 26, 26, 29, 22, 28)
 """Float32 weights under autocast: rows between blocks are float32. The casts of weights are counted apart."""
 
-FULL = Traffic(202, 452, 12, 20, 26, 21, 20, 19)
+FULL = Traffic(202, 452, 12, 20, 26, 21, 28, 34)
 """Float32."""
 
 CAST = 6
@@ -74,7 +77,7 @@ class Job:
         precision: the config's `optimizer.precision`.
         optimizer: the config's `optimizer.name`.
         sequence_length: tokens of a sequence.
-        labelled_share: labelled tokens / all tokens.
+        labelled_share: labelled tokens / all tokens; of a classifier's tokens, those that its head reads.
         kernel: the config's `model.attention`; what it computes is as in `FlopTally`.
         document_tokens: length of the documents that sequences are packed of; None for one document a sequence, which
             is not packed.
@@ -149,9 +152,11 @@ class WorkModel:
         self._precision = PRECISIONS[job.precision]
         blocks, whole = job.products.blocks, job.recomputed_whole
         self._all = _Blocks(blocks)
-        self._replayed = _Blocks(block for block in blocks if block.differentiated and block.name not in whole)
-        self._whole = _Blocks(block for block in blocks if block.differentiated and block.name in whole)
-        self._differentiated = any(block.differentiated for block in blocks)
+        replayed = _Blocks(block for block in blocks if block.differentiated and block.name not in whole)
+        unselective = _Blocks(block for block in blocks if block.differentiated and block.name in whole)
+        # Those that a backward pass goes through, and whether selective retention replays them.
+        self._backward = [part for part in ((replayed, True), (unselective, False)) if part[0].count]
+        self._differentiated = sum(part.count for part, _ in self._backward)
         self._pairs = {
             reach: Pairs.of(
                 reach,
@@ -195,7 +200,8 @@ class WorkModel:
             return Work(0, 0, 0, 0, 0)
         traffic = self._traffic(choice)
         matrices = pairs = read = moved = 0.0
-        for blocks, selected in ((self._replayed, choice.policy == "selective"), (self._whole, False)):
+        for blocks, replayed in self._backward:
+            selected = replayed and choice.policy == "selective"
             rows = self._rows(choice, selected)
             forward = blocks.forward - (blocks.linear if selected and choice.retain_linears else 0)
             attention, scores = self._attention(blocks, choice, selected=selected, passes=1, flash=False)
@@ -205,7 +211,7 @@ class WorkModel:
             moved += CAST * self._in_blocks
         if not (choice.policy == "selective" and choice.retain_linears):
             moved += self._unpacking()
-        return Work(2 * matrices, 2 * pairs, self._width * read, moved, self._replayed.count + self._whole.count)
+        return Work(2 * matrices, 2 * pairs, self._width * read, moved, self._differentiated)
 
     def backward(self, choice: Choice) -> Work:
         """The backward pass without recomputation."""
@@ -213,12 +219,13 @@ class WorkModel:
         tokens = choice.micro_batch_size * job.sequence_length
         head = tokens * self._head_share(choice)
         products, body = job.products.head, job.products.body
-        deep = int(self._differentiated)
+        deep = min(1, self._differentiated)
         matrices = (body.forward * deep + body.trained) * tokens + (products.forward * deep + products.trained) * head
         touched = (body.forward + products.forward) * deep + body.trained + products.trained
         moved = head * self._classes * traffic.logit_backward + self._unpacking()
         pairs = 0.0
-        for blocks, selected in ((self._replayed, choice.policy == "selective"), (self._whole, False)):
+        for blocks, replayed in self._backward:
+            selected = replayed and choice.policy == "selective"
             rows = self._rows(choice, selected)
             flash = job.kernel != "eager"
             attention, scores = self._attention(blocks, choice, selected=selected, passes=2, flash=flash)
@@ -228,7 +235,7 @@ class WorkModel:
             touched += blocks.forward + blocks.trained
         if self.under_autocast(choice):
             moved += CAST * job.trainable
-        return Work(2 * matrices, 2 * pairs, self._width * touched, moved, self._replayed.count + self._whole.count)
+        return Work(2 * matrices, 2 * pairs, self._width * touched, moved, self._differentiated)
 
     def flops(self, choice: Choice) -> float:
         """Floating-point operations that run in a micro-batch on one rank: `Flops.hardware`."""

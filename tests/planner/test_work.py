@@ -134,9 +134,10 @@ def test_pairs_are_those_that_the_mask_leaves(reach, document_tokens):
 
 
 class Moved(TorchDispatchMode):
-    """Bytes that operators read and write, but for products, views and allocations."""
+    """Bytes that operators read and write, but for products, views and allocations. Those with adapters count."""
 
     LEFT_OUT = ("mm", "addmm", "bmm", "detach", "_unsafe_view", "lift_fresh")
+    RANK = 2
 
     def __init__(self):
         super().__init__()
@@ -146,7 +147,8 @@ class Moved(TorchDispatchMode):
         output = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         attention = name.startswith("_scaled_dot_product")
-        if not (function.is_view or attention or name in self.LEFT_OUT or name.startswith("empty")):
+        thin = name == "mm" and self.RANK in (*args[0].shape, *args[1].shape)
+        if thin or not (function.is_view or attention or name in self.LEFT_OUT or name.startswith("empty")):
             tensors = (leaf for leaf in tree_leaves((args, kwargs, output)) if isinstance(leaf, torch.Tensor))
             # What is expanded is read once.
             self.bytes[name] += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
@@ -174,7 +176,7 @@ def small_llama(precision: str, attention: str, blocks: int, adapter: bool):
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(PRECISIONS[precision])
     if not adapter:
         return model
-    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(r=Moved.RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
     model.enable_input_require_grads()
     return adapted
@@ -207,7 +209,7 @@ def test_bytes_of_a_block_are_what_its_operators_move(precision, attention, adap
             precision=precision,
             sequence_length=SEQUENCE,
             kernel=attention,
-            adapter_rank=2 if adapter else None,
+            adapter_rank=Moved.RANK if adapter else None,
         )
         counted.append(moved_by(model, precision))
         work = WorkModel(made)
