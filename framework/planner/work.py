@@ -1,0 +1,311 @@
+"""What the passes of one micro-batch compute and move on one rank, in closed form. Must not import torch.
+
+Operations are those that `framework.training.flops.FlopTally` counts as hardware operations, for sequences without
+padding whose labelled tokens are the last ones of their document. Numbers of tokens are not rounded, and random ones
+are their mean.
+
+What is no matrix product is bound by memory: norms, activations, rotary embeddings, sums, casts, the loss. Its bytes
+are coefficients times sizes, found by adding up what every operator of a real step reads and writes
+(`tests/planner/test_work.py` does it again): a Llama block with four query heads to a key head and an MLP 3.5 times as
+wide as the hidden state. Other families differ by some tens of percent (Qwen3, which normalises queries and keys: 32 %
+more), and kernels that fuse operators move less. Left out are dropout, and what selective retention copies: selected
+rows, and keys and values, in 8 bits or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from framework.planner.choice import Choice
+from framework.planner.pairs import Pairs
+from framework.sharding.precision import PRECISIONS
+
+if TYPE_CHECKING:
+    from framework.models.products import BlockProducts, ModelProducts, Reach
+
+
+class Traffic(NamedTuple):
+    """Bytes that operators other than products read and write in a way of computing.
+
+    Attributes:
+        block: of a block's forward pass, per token and element of the hidden state.
+        block_backward: of its backward pass.
+        logit: of the loss, per logit.
+        logit_backward: of its gradient.
+        score: of attention that forms scores, per query, key and head.
+        score_backward: of its gradient.
+        adapter: of LoRA without dropout, per token and element of an adapted layer's output. What its products read and
+            write is part of it: with a rank of some tens they are bound by memory too.
+        adapter_backward: of its gradient.
+    """
+
+    block: float
+    block_backward: float
+    logit: float
+    logit_backward: float
+    score: float
+    score_backward: float
+    adapter: float
+    adapter_backward: float
+
+
+HALF = Traffic(145, 318, 18, 26, 29, 28, 14, 17)
+"""16-bit weights. Norms, the softmax and the loss cast to float32."""
+
+AUTOCAST = Traffic(188, 424, 18, 26, 26, 29, 22, 28)
+"""Float32 weights under autocast: rows between blocks are float32. The casts of weights are counted apart."""
+
+FULL = Traffic(202, 452, 12, 20, 26, 21, 28, 34)
+"""Float32."""
+
+CAST = 6
+"""Bytes to make a 16-bit element of a float32 one, or the other way."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all choices have in common.
+
+    Attributes:
+        products: the model's matrix products.
+        parameters: elements of all parameters, tied ones once, adapters included.
+        trainable: those that are trained.
+        outside: those that are not in blocks: embeddings, head and final norm.
+        hidden_size: width of the rows between blocks.
+        precision: the config's `optimizer.precision`.
+        optimizer: the config's `optimizer.name`.
+        sequence_length: tokens of a sequence.
+        labelled_share: labelled tokens / all tokens; of a classifier's tokens, those that its head reads.
+        kernel: the config's `model.attention`; what it computes is as in `FlopTally`.
+        document_tokens: length of the documents that sequences are packed of; None for one document a sequence, which
+            is not packed.
+        quantized: those of `parameters` that are quantised to NF4.
+        quantized_bytes: what holds these.
+        adapter_rank: of LoRA; None for no adapter, and for one that is taken to move no bytes beside its products.
+        recomputed_whole: blocks that selective retention recomputes on all rows, by name.
+    """
+
+    products: ModelProducts
+    parameters: int
+    trainable: int
+    outside: int
+    hidden_size: int
+    precision: str
+    optimizer: str
+    sequence_length: int
+    labelled_share: float
+    kernel: str
+    document_tokens: int | None = None
+    quantized: int = 0
+    quantized_bytes: int = 0
+    adapter_rank: int | None = None
+    recomputed_whole: frozenset[str] = frozenset()
+
+
+class Work(NamedTuple):
+    """Of one pass of one micro-batch on one rank.
+
+    Attributes:
+        matrices: floating-point operations of products with weights.
+        attention: floating-point operations of attention.
+        weights: bytes of weights that products read, and of gradients that they write, however few the rows.
+        moved: bytes that other operators read and write.
+        blocks: blocks that it goes through.
+    """
+
+    matrices: float
+    attention: float
+    weights: float
+    moved: float
+    blocks: int
+
+
+class _Blocks:
+    """Sums over blocks: multiply-adds per row, and per query-key pair by reach."""
+
+    def __init__(self, blocks: Iterable[BlockProducts]) -> None:
+        self.count = self.forward = self.trained = self.linear = 0
+        pairs: dict[Reach, tuple[int, int, int]] = {}
+        for block in blocks:
+            self.count += 1
+            self.forward += block.products.forward
+            self.trained += block.products.trained
+            self.linear += block.products.linear
+            if (attention := block.attention) is not None:
+                pair, score, heads = pairs.get(attention.reach, (0, 0, 0))
+                score += attention.heads * attention.key_size
+                pairs[attention.reach] = pair + attention.pair, score, heads + attention.heads
+        self.attention = [(reach, *sums) for reach, sums in pairs.items()]
+
+
+class WorkModel:
+    """The work of every choice's passes.
+
+    Args:
+        job: what the choices have in common.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._precision = PRECISIONS[job.precision]
+        blocks, whole = job.products.blocks, job.recomputed_whole
+        self._all = _Blocks(blocks)
+        replayed = _Blocks(block for block in blocks if block.differentiated and block.name not in whole)
+        unselective = _Blocks(block for block in blocks if block.differentiated and block.name in whole)
+        # Those that a backward pass goes through, and whether selective retention replays them.
+        self._backward = [part for part in ((replayed, True), (unselective, False)) if part[0].count]
+        self._differentiated = sum(part.count for part, _ in self._backward)
+        self._pairs = {
+            reach: Pairs.of(
+                reach,
+                kernel=job.kernel,
+                tokens=job.sequence_length,
+                document_tokens=job.document_tokens,
+                labelled_share=job.labelled_share,
+            )
+            for reach, *_ in self._all.attention
+        }
+        self._classes = job.products.head.forward / job.hidden_size
+        self._in_blocks = job.parameters - job.outside - job.quantized
+
+    def under_autocast(self, choice: Choice) -> bool:
+        """Whether float32 weights are cast to 16 bits in every pass, which engines that hold 16-bit ones do without."""
+        whole = choice.engine == "single" or choice.zero_stage == 0
+        return whole and self._precision.autocast is not None
+
+    def compute_bytes(self, choice: Choice) -> int:
+        """Of an element of the weights that an engine holds or gathers for its passes."""
+        return 2 if self._precision.autocast and not self.under_autocast(choice) else self._precision.weight_bytes
+
+    def forward(self, choice: Choice) -> Work:
+        """The forward pass; selective retention's record pass."""
+        job, traffic = self._job, self._traffic(choice)
+        tokens = choice.micro_batch_size * job.sequence_length
+        head = tokens * self._head_share(choice)
+        products, body = job.products.head, job.products.body
+        attention, scores = self._attention(self._all, choice, selected=False, passes=1, flash=False)
+        moved = tokens * self._row(self._all, traffic.block, traffic.adapter) + scores * traffic.score
+        moved += head * self._classes * traffic.logit + self._unpacking()
+        if self.under_autocast(choice):
+            moved += CAST * (self._in_blocks + products.forward)
+        matrices = (self._all.forward + body.forward) * tokens + products.forward * head
+        read = self._width * (self._all.forward + body.forward + products.forward)
+        return Work(2 * matrices, 2 * attention, read, moved, self._all.count)
+
+    def recomputation(self, choice: Choice) -> Work:
+        """What a backward pass computes a second time: blocks of `checkpoint`, the replays of `selective`."""
+        if choice.policy == "all":
+            return Work(0, 0, 0, 0, 0)
+        traffic = self._traffic(choice)
+        matrices = pairs = read = moved = 0.0
+        for blocks, replayed in self._backward:
+            selected = replayed and choice.policy == "selective"
+            rows = self._rows(choice, selected)
+            forward = blocks.forward - (blocks.linear if selected and choice.retain_linears else 0)
+            attention, scores = self._attention(blocks, choice, selected=selected, passes=1, flash=False)
+            matrices, pairs, read = matrices + forward * rows, pairs + attention, read + forward
+            moved += rows * self._row(blocks, traffic.block, traffic.adapter) + scores * traffic.score
+        if self.under_autocast(choice):
+            moved += CAST * self._in_blocks
+        if not (choice.policy == "selective" and choice.retain_linears):
+            moved += self._unpacking()
+        return Work(2 * matrices, 2 * pairs, self._width * read, moved, self._differentiated)
+
+    def backward(self, choice: Choice) -> Work:
+        """The backward pass without recomputation."""
+        job, traffic = self._job, self._traffic(choice)
+        tokens = choice.micro_batch_size * job.sequence_length
+        head = tokens * self._head_share(choice)
+        products, body = job.products.head, job.products.body
+        deep = min(1, self._differentiated)
+        matrices = (body.forward * deep + body.trained) * tokens + (products.forward * deep + products.trained) * head
+        touched = (body.forward + products.forward) * deep + body.trained + products.trained
+        moved = head * self._classes * traffic.logit_backward + self._unpacking()
+        pairs = 0.0
+        for blocks, replayed in self._backward:
+            selected = replayed and choice.policy == "selective"
+            rows = self._rows(choice, selected)
+            flash = job.kernel != "eager"
+            attention, scores = self._attention(blocks, choice, selected=selected, passes=2, flash=flash)
+            matrices, pairs = matrices + (blocks.forward + blocks.trained) * rows, pairs + attention
+            row = self._row(blocks, traffic.block_backward, traffic.adapter_backward)
+            moved += rows * row + scores * traffic.score_backward
+            touched += blocks.forward + blocks.trained
+        if self.under_autocast(choice):
+            moved += CAST * job.trainable
+        return Work(2 * matrices, 2 * pairs, self._width * touched, moved, self._differentiated)
+
+    def flops(self, choice: Choice) -> float:
+        """Floating-point operations that run in a micro-batch on one rank: `Flops.hardware`."""
+        passes = (self.forward(choice), self.recomputation(choice), self.backward(choice))
+        return sum(work.matrices + work.attention for work in passes)
+
+    def selected_share(self, choice: Choice) -> float:
+        """Selected tokens / all tokens. `supervised` selects every labelled token, whatever the ratio."""
+        if choice.strategy == "none":
+            return 1.0
+        return max(choice.ratio, self._job.labelled_share) if choice.strategy == "supervised" else choice.ratio
+
+    @property
+    def _width(self) -> int:
+        """Bytes of an element in a product."""
+        return 2 if self._precision.autocast else self._precision.weight_bytes
+
+    def _traffic(self, choice: Choice) -> Traffic:
+        if self._width == 4:
+            return FULL
+        return AUTOCAST if self.under_autocast(choice) else HALF
+
+    def _head_share(self, choice: Choice) -> float:
+        """Rows of logits / all tokens: those that are labelled and selected."""
+        labelled = self._job.labelled_share
+        return labelled * choice.ratio if choice.strategy in ("uniform", "bernoulli") else labelled
+
+    def _rows(self, choice: Choice, selected: bool) -> float:
+        """All or selected tokens of a micro-batch."""
+        tokens = choice.micro_batch_size * self._job.sequence_length
+        return tokens * self.selected_share(choice) if selected else tokens
+
+    def _row(self, blocks: _Blocks, block: float, adapter: float) -> float:
+        """Bytes that a row moves in blocks. LoRA has rank x (inputs + outputs) elements, taken to be half each."""
+        rank = self._job.adapter_rank
+        adapted = blocks.trained / (2 * rank) if rank else 0
+        return blocks.count * self._job.hidden_size * block + adapted * adapter
+
+    def _unpacking(self) -> float:
+        """Bytes to make the matrices of NF4 weights: codes are read, 16 bits or what computes are written."""
+        return self._job.quantized_bytes + self._width * self._job.quantized
+
+    def _attention(
+        self, blocks: _Blocks, choice: Choice, *, selected: bool, passes: int, flash: bool
+    ) -> tuple[float, float]:
+        """Multiply-adds of the blocks' attention, and query-key pairs times heads where scores are formed.
+
+        Args:
+            blocks: to sum over.
+            choice: says what is selected.
+            selected: queries are selected tokens only.
+            passes: products with scores' size, in units of a forward pass.
+            flash: scores are computed once more, because fused kernels keep none (arXiv 2307.08691, section 2.3.2).
+        """
+        total = scores = 0.0
+        for reach, pair, score, heads in blocks.attention:
+            pairs = self._selected_pairs(choice, reach) if selected else self._pairs[reach].executed
+            total += pairs * (passes * pair + (score if flash else 0))
+            scores += pairs * heads
+        scores = scores if self._job.kernel == "eager" else 0.0
+        return choice.micro_batch_size * total, choice.micro_batch_size * scores
+
+    def _selected_pairs(self, choice: Choice, reach: Reach) -> float:
+        """Pairs of a sequence that a kernel computes for selected queries; `eager` and `sdpa` go through all keys."""
+        job, share = self._job, self.selected_share(choice)
+        if job.kernel in ("eager", "sdpa"):
+            return share * job.sequence_length**2
+        found = self._pairs[reach]
+        if choice.strategy in ("uniform", "bernoulli"):
+            return share * found.seen
+        labelled = job.labelled_share
+        context = (share - labelled) / (1 - labelled) if labelled < 1 else 0.0
+        return found.labelled + context * (found.seen - found.labelled)
