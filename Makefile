@@ -15,9 +15,13 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 LOWEST_PYTHON ?= $(shell for p in python3.11 python3.12; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
 # Workers and further arguments of pytest: make test PYTEST_ARGS="tests/config -k hash"
-TEST_WORKERS ?= 2
+TEST_WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PYTEST_ARGS ?=
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(TEST_WORKERS) --durations=15 $(PYTEST_ARGS)
+
+# What meets other libraries' classes: models, their blocks, their files, and one loop over all of it.
+LOWEST_TESTS := $(addprefix tests/,checkpoint config data models retention selection sharding token_selection) \
+	tests/training/test_loop.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -25,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make demo         train the embedded default, then compare time and memory with exact training"
 	@echo "make test         run all tests"
-	@echo "make test-lowest  run the tests of one process, but for slow ones, with the oldest versions of the dependencies"
+	@echo "make test-lowest  run what depends most on other libraries with the oldest versions of them that we support"
 	@echo "make check        lint, formatting and types"
 
 demo: $(VENV)/.installed
@@ -35,7 +39,7 @@ test: $(VENV)/.installed-dev
 	$(call PYTEST,$(VENV))
 
 test-lowest: $(LOWEST_VENV)/.installed
-	$(call PYTEST,$(LOWEST_VENV)) -m "not slow and not multiprocess"
+	$(call PYTEST,$(LOWEST_VENV)) -m "not slow and not multiprocess" $(LOWEST_TESTS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check
