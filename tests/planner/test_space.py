@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+from open_job import open_job
 
 from framework.config import Config
 from framework.errors import UserError
 from framework.planner.choice import Choice
 from framework.planner.overrides import overrides, with_overrides
 from framework.planner.space import SMALLEST_RATIO, candidates
-
-Job = Callable[..., Config]
 
 SHARE = 0.25
 
@@ -39,9 +37,9 @@ def retentions(config: Config) -> set[tuple[Any, ...]]:
     }
 
 
-def test_everything_open_is_the_whole_product(job: Job) -> None:
-    found = space(job())
-    assert shardings(job()) == STAGES | FSDP
+def test_everything_open_is_the_whole_product() -> None:
+    found = space(open_job())
+    assert shardings(open_job()) == STAGES | FSDP
     assert {(each.choice.policy, each.choice.retain_linears, each.choice.kv_format) for each in found} == RETENTIONS
     assert {(each.choice.micro_batch_size, each.choice.accumulation) for each in found} == {
         (8, 1),
@@ -52,10 +50,10 @@ def test_everything_open_is_the_whole_product(job: Job) -> None:
     assert len(found) == len({each.choice for each in found}) == 8 * 6 * 4
 
 
-def test_one_rank_may_be_alone(job: Job) -> None:
+def test_one_rank_may_be_alone() -> None:
     single = {("single", None, True, 1)}
-    assert shardings(job(), ranks=1, nodes=1) == single | STAGES | {each for each in FSDP if each[3] == 1}
-    fixed = job(sharding__engine="single", sharding__zero_stage=...)
+    assert shardings(open_job(), ranks=1, nodes=1) == single | STAGES | {each for each in FSDP if each[3] == 1}
+    fixed = open_job(sharding__engine="single", sharding__zero_stage=...)
     assert shardings(fixed, ranks=1, nodes=1) == single
     with pytest.raises(UserError, match=r"^sharding.engine: nothing that the config permits runs on 2 ranks"):
         space(fixed, ranks=2)
@@ -87,8 +85,8 @@ def test_one_rank_may_be_alone(job: Job) -> None:
         ),
     ],
 )
-def test_what_is_given_is_fixed_and_rules_are_kept(job: Job, changes: dict[str, Any], expected: set[Any]) -> None:
-    config = job(**changes)
+def test_what_is_given_is_fixed_and_rules_are_kept(changes: dict[str, Any], expected: set[Any]) -> None:
+    config = open_job(**changes)
     assert shardings(config) == expected
     assert {each.choice.offload_optimizer for each in space(config)} == {config.sharding.offload_optimizer}
 
@@ -118,33 +116,31 @@ def test_what_is_given_is_fixed_and_rules_are_kept(job: Job, changes: dict[str, 
         ({"retention__retain_linears": True}, {(*each, SHARE, 1) for each in SELECTIVE if each[1]}),
     ],
 )
-def test_ratio_and_retention(job: Job, changes: dict[str, Any], expected: set[Any]) -> None:
-    assert retentions(job(**changes)) == expected
+def test_ratio_and_retention(changes: dict[str, Any], expected: set[Any]) -> None:
+    assert retentions(open_job(**changes)) == expected
 
 
-def test_a_given_micro_batch_is_kept(job: Job) -> None:
-    sizes = {
-        (each.choice.micro_batch_size, each.choice.accumulation) for each in space(job(training__micro_batch_size=4))
-    }
-    assert sizes == {(4, 2)}
+def test_a_given_micro_batch_is_kept() -> None:
+    found = space(open_job(training__micro_batch_size=4))
+    assert {(each.choice.micro_batch_size, each.choice.accumulation) for each in found} == {(4, 2)}
 
 
-def test_a_batch_that_cannot_be_split_is_named(job: Job) -> None:
+def test_a_batch_that_cannot_be_split_is_named() -> None:
     with pytest.raises(
         UserError, match=r"^training.global_batch_size: 64 is no multiple of 3, which is the number of r"
     ):
-        space(job(), ranks=3)
+        space(open_job(), ranks=3)
     message = (
         r"^training.global_batch_size: 64 is no multiple of 128, which is the number of ranks times training.micro_"
     )
     with pytest.raises(UserError, match=message):
-        space(job(training__micro_batch_size=16))
+        space(open_job(training__micro_batch_size=16))
 
 
 @pytest.mark.parametrize("strategy", ["supervised", "uniform"])
 @pytest.mark.parametrize("ranks", [1, 8])
-def test_every_choice_is_a_valid_config_that_chooses_it(job: Job, strategy: str, ranks: int) -> None:
-    config = job(selection__strategy=strategy)
+def test_every_choice_is_a_valid_config_that_chooses_it(strategy: str, ranks: int) -> None:
+    config = open_job(selection__strategy=strategy)
     for candidate in space(config, ranks=ranks):
         for ratio in {candidate.lowest, candidate.choice.ratio}:
             choice = candidate.at(ratio)
@@ -154,13 +150,13 @@ def test_every_choice_is_a_valid_config_that_chooses_it(job: Job, strategy: str,
             assert Choice.of(resolved, ranks, SHARE) == choice
 
 
-def test_overrides_name_open_keys_only(job: Job) -> None:
-    config = job(
+def test_overrides_name_open_keys_only() -> None:
+    config = open_job(
         selection__ratio=0.5, sharding__engine="deepspeed", sharding__zero_stage=2, retention__policy="selective"
     )
     choice = space(config)[0].choice
     assert overrides(config, choice, SHARE) == {"training.micro_batch_size": 8}
-    everything = overrides(job(), choice, SHARE)
+    everything = overrides(open_job(), choice, SHARE)
     assert everything == {
         "selection.ratio": 0.5,
         "retention.policy": "selective",
@@ -174,16 +170,16 @@ def test_overrides_name_open_keys_only(job: Job) -> None:
     }
 
 
-def test_the_labelled_share_is_written_as_such(job: Job) -> None:
-    config = job()
+def test_the_labelled_share_is_written_as_such() -> None:
+    config = open_job()
     candidate = next(each for each in space(config) if each.lowest < 1)
     assert overrides(config, candidate.at(SHARE), SHARE)["selection.ratio"] == "labelled"
     assert overrides(config, candidate.at(0.3), SHARE)["selection.ratio"] == 0.3
     assert overrides(config, candidate.choice, SHARE)["selection.ratio"] == 1.0
 
 
-def test_what_the_rules_refuse_is_no_config(job: Job) -> None:
-    assert with_overrides(job(), {"sharding.engine": "single", "sharding.zero_stage": 2}) is None
-    changed = with_overrides(job(), {"planner.max_slowdown": 2.0})
+def test_what_the_rules_refuse_is_no_config() -> None:
+    assert with_overrides(open_job(), {"sharding.engine": "single", "sharding.zero_stage": 2}) is None
+    changed = with_overrides(open_job(), {"planner.max_slowdown": 2.0})
     assert changed is not None and changed.planner.max_slowdown == 2.0
     assert "zero_stage" in changed.sharding.model_fields_set and "replicas" not in changed.sharding.model_fields_set

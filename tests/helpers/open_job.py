@@ -1,11 +1,8 @@
-"""A job with everything left to the planner, and laws that are simple enough to be checked by hand."""
+"""A job with everything left to the planner."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
-
-import pytest
 
 from framework.config import Config
 
@@ -22,19 +19,14 @@ OPEN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture
-def job() -> Callable[..., Config]:
+def open_job(**changes: Any) -> Config:
     """The job, with changes given as `section__key=value`; `...` leaves the key out."""
-
-    def make(**changes: Any) -> Config:
-        settings = {section: dict(keys) for section, keys in OPEN.items()}
-        for name, value in changes.items():
-            section, key = name.split("__")
-            keys = settings.setdefault(section, {})
-            if value is ...:
-                del keys[key]
-            else:
-                keys[key] = value
-        return Config.model_validate(settings)
-
-    return make
+    settings = {section: dict(keys) for section, keys in OPEN.items()}
+    for name, value in changes.items():
+        section, key = name.split("__")
+        keys = settings.setdefault(section, {})
+        if value is ...:
+            del keys[key]
+        else:
+            keys[key] = value
+    return Config.model_validate(settings)
