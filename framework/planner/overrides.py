@@ -23,8 +23,8 @@ def is_open(config: Config, key: str) -> bool:
         config: of the run.
         key: such as `retention.kv_format`.
     """
-    section, sharding, name = key.split(".")[0], config.sharding, key.split(".")[1]
-    if getattr(getattr(config, section), name) == "auto":
+    sharding, name = config.sharding, key.split(".")[1]
+    if _given(config, key) == "auto":
         return True
     if name == "zero_stage":
         return sharding.engine == "auto" and sharding.zero_stage is None
@@ -36,7 +36,7 @@ def is_open(config: Config, key: str) -> bool:
 
 
 def overrides(config: Config, choice: Choice, labelled_share: float) -> dict[str, Any]:
-    """What a choice gives the open keys of a config: key -> JSON value, as `--set` takes it.
+    """What a choice gives the open keys of a config: key -> JSON value, as `--set` takes it; no defaults.
 
     Args:
         config: of the run.
@@ -58,7 +58,12 @@ def overrides(config: Config, choice: Choice, labelled_share: float) -> dict[str
         "sharding.replicas": choice.replicas,
         "training.micro_batch_size": choice.micro_batch_size,
     }
-    return {key: value for key, value in values.items() if is_open(config, key)}
+    return {key: value for key, value in values.items() if is_open(config, key) and value != _given(config, key)}
+
+
+def _given(config: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
 
 
 def with_overrides(config: Config, values: Mapping[str, Any]) -> Config | None:

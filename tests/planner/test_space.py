@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -156,16 +157,21 @@ def test_overrides_name_open_keys_only() -> None:
     )
     choice = space(config)[0].choice
     assert overrides(config, choice, SHARE) == {"training.micro_batch_size": 8}
-    everything = overrides(open_job(), choice, SHARE)
-    assert everything == {
+    assert overrides(open_job(), choice, SHARE) == {
         "selection.ratio": 0.5,
         "retention.policy": "selective",
-        "retention.retain_linears": False,
-        "retention.kv_format": "model",
         "sharding.engine": "deepspeed",
         "sharding.zero_stage": 2,
-        "sharding.reshard_after_forward": True,
-        "sharding.replicas": 1,
+        "training.micro_batch_size": 8,
+    }
+    other = replace(choice, retain_linears=True, kv_format="int8", engine="fsdp", zero_stage=None, replicas=2)
+    assert overrides(open_job(sharding__zero_stage=...), other, SHARE) == {
+        "selection.ratio": 0.5,
+        "retention.policy": "selective",
+        "retention.retain_linears": True,
+        "retention.kv_format": "int8",
+        "sharding.engine": "fsdp",
+        "sharding.replicas": 2,
         "training.micro_batch_size": 8,
     }
 
