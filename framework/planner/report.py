@@ -195,6 +195,8 @@ def fidelity_words(plan: Plan, labelled_share: float) -> str:
     if plan.fidelity == "exact":
         return "exact: the gradient of all tokens"
     if plan.fidelity == "context detached":
+        if ratio == labelled_share:
+            return f"context detached: the labelled tokens ({labelled_share:.1%}) alone get gradient"
         context = (ratio - labelled_share) / (1 - labelled_share)
         return (
             f"context detached: all labelled tokens ({labelled_share:.1%}) and {context:.1%} of the others get gradient"
