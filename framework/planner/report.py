@@ -68,6 +68,7 @@ class Report:
             if self.more_ranks is not None:
                 more = self.more_ranks
                 where = f"{more.ranks} GPUs" + (f" on {more.nodes} machines" if more.nodes > 1 else "")
+                console.print()
                 text = f"{where}, with {words(more.point.choice)}: {more.point.seconds:.3g} s a step"
                 _paragraph(console, "fewest GPUs", text)
         missed = self.found.missed
