@@ -27,15 +27,6 @@ from framework.config.source import (
 )
 from framework.errors import UserError
 
-PLANNED_KEYS: tuple[KeyPath, ...] = (
-    ("selection", "ratio"),
-    ("retention", "policy"),
-    ("sharding", "engine"),
-    ("sharding", "zero_stage"),
-    ("training", "micro_batch_size"),
-)
-"""Keys that are the planner's to choose, and that need a value as long as there is no planner."""
-
 
 class ConfigError(UserError):
     """A config that cannot be used; the message lists everything that is wrong with it.
@@ -88,9 +79,6 @@ def _validate(source: Source) -> tuple[Config | None, dict[KeyPath, str]]:
     problems = dict(source.problems)
     for key_path, value in non_finite(source.tree):
         problems.setdefault(key_path, f"{json.dumps(value)} is not a finite number")
-    for section, key in PLANNED_KEYS:
-        if _get(source.tree, (section, key)) == "auto":
-            problems[section, key] = f'"auto" needs a planner, and there is none for {section}.{key}: give a value'
     try:
         # Lists stand for tuples in JSON only, and strictness is that of JSON's types.
         return Config.model_validate_json(json.dumps(source.tree)), problems

@@ -16,6 +16,7 @@ from framework.config.sections import (
     LoggingConfig,
     ModelConfig,
     OptimizerConfig,
+    PlannerConfig,
     RetentionConfig,
     RunConfig,
     ScheduleConfig,
@@ -25,11 +26,20 @@ from framework.config.sections import (
     TrainingConfig,
 )
 
-RESULT_NEUTRAL_SECTIONS = frozenset({"checkpoint", "logging", "hardware"})
+RESULT_NEUTRAL_SECTIONS = frozenset({"checkpoint", "logging", "hardware", "planner"})
 """Sections that say how a run is watched, saved or described, and leave its losses as they are."""
 
 RESULT_NEUTRAL_KEYS = {"run": ("output_dir",), "model": ("offline",), "data": ("cache_dir", "workers")}
 """Such keys of other sections."""
+
+PLANNED_KEYS = (
+    "selection.ratio",
+    "retention.policy",
+    "sharding.engine",
+    "sharding.zero_stage",
+    "training.micro_batch_size",
+)
+"""Keys that may be "auto", which leaves them to the planner."""
 
 
 class Config(Section):
@@ -71,6 +81,9 @@ class Config(Section):
     hardware: HardwareConfig = HardwareConfig()
     """The machines a run is meant for, as a description."""
 
+    planner: PlannerConfig = PlannerConfig()
+    """What is chosen for the keys that are "auto"."""
+
     @model_validator(mode="after")
     def _check_rules(self) -> Config:
         problems = broken_rules(self._value)
@@ -85,9 +98,21 @@ class Config(Section):
             value = None if value is None else getattr(value, key)
         return value
 
+    @property
+    def open_keys(self) -> tuple[str, ...]:
+        """Those of `PLANNED_KEYS` that are "auto": a run needs values for them, which the planner finds."""
+        return tuple(key for key in PLANNED_KEYS if self._value(*key.split(".")) == "auto")
+
+    @property
+    def micro_batch_size(self) -> int:
+        """`training.micro_batch_size` of a config in which it is not open."""
+        size = self.training.micro_batch_size
+        assert size != "auto", "training.micro_batch_size is open"
+        return size
+
     def gradient_accumulation(self, ranks: int) -> int:
         """Micro-batches per optimiser step on each of so many ranks."""
-        return self.training.global_batch_size // (self.training.micro_batch_size * ranks)
+        return self.training.global_batch_size // (self.micro_batch_size * ranks)
 
     @property
     def described_ranks(self) -> int:
@@ -106,13 +131,17 @@ class Config(Section):
             return 0
         if self.sharding.engine == "fsdp":
             return 3 if self.sharding.reshard_after_forward else 2
-        return 3 if self.sharding.zero_stage is None else self.sharding.zero_stage
+        stage = self.sharding.zero_stage
+        assert stage != "auto" and self.sharding.engine != "auto", "sharding is open"
+        return 3 if stage is None else stage
 
     @property
     def resolved_ratio(self) -> float | Literal["labelled"]:
         """`selection.ratio` with the strategy's default in place of null."""
-        if self.selection.ratio is not None:
-            return self.selection.ratio
+        ratio = self.selection.ratio
+        assert ratio != "auto", "selection.ratio is open"
+        if ratio is not None:
+            return ratio
         return "labelled" if self.selection.strategy == "supervised" else 1.0
 
     @property

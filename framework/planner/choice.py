@@ -93,7 +93,7 @@ class Choice:
             kv_format=retention.kv_format,
             strategy=config.selection.strategy,
             ratio=labelled_share if ratio == "labelled" else ratio,
-            micro_batch_size=config.training.micro_batch_size,
+            micro_batch_size=config.micro_batch_size,
             accumulation=config.gradient_accumulation(ranks),
             ranks=ranks,
         )

@@ -135,6 +135,8 @@ def check_launch(config: Config, deepspeed_config: str | None, *, preview: bool 
 
 
 def _checked_launch(config: Config, deepspeed_config: str | None, place: Place, preview: bool) -> Launch:
+    if config.open_keys:
+        raise UserError(f'{", ".join(config.open_keys)}: "auto" needs a planner, and a run has none: give a value')
     ranks = config.described_ranks if preview and not place.is_launched else place.world_size
     check_ranks(config, ranks)
     check_trackers(config.logging.trackers)

@@ -76,6 +76,7 @@ def test_hash_covers_what_determines_the_losses(small: Path) -> None:
         "logging.every_steps=7",
         "checkpoint.keep_last=5",
         'hardware.gpu_memory="80GiB"',
+        "planner.objective=speed",
         "optimizer.weight_decay=0",
         "data.workers=0",
         "data.cache_dir=elsewhere",
@@ -114,7 +115,7 @@ def test_all_problems_are_reported_together_in_the_order_of_the_file(write: Writ
         "line 4: trainig: unknown key, did you mean training?",
         "line 6: training.max_step: unknown key, did you mean training.max_steps?",
         'line 7: training.global_batch_size: expected an integer of at least 1, got the string "8"',
-        "line 8: training.micro_batch_size: expected an integer of at least 1, got true",
+        'line 8: training.micro_batch_size: expected an integer of at least 1, or "auto", got true',
         "line 9: training.deterministic: expected true or false, got 1",
         "line 11: data.train[1]: expected a non-empty string, or an object, got 1",
         "line 11: data.sequence_length: expected an integer of at least 2, or null, got 64.0",
@@ -123,7 +124,7 @@ def test_all_problems_are_reported_together_in_the_order_of_the_file(write: Writ
         'line 12: optimizer.precision: expected "fp32", "fp32_master", "pure_bf16" or "fp16", got the string "bf16"',
         "line 12: optimizer.momentum: unknown key, optimizer has name, learning_rate, betas, epsilon, weight_decay, "
         "decay_embeddings, groups, precision, loss_scale",
-        'line 13: selection.ratio: missing: selection.strategy "uniform" needs a number in (0, 1]',
+        'line 13: selection.ratio: missing: selection.strategy "uniform" needs a number in (0, 1], or "auto"',
         'line 14: retention.policy: "all" is for exact training, but selection.strategy "uniform" without '
         'selection.ratio 1.0 leaves tokens out: set retention.policy "selective", or selection.strategy "none"',
         'line 14: retention.retain_linears: needs retention.policy "selective", which is "all"',
@@ -153,7 +154,7 @@ def test_one_problem_is_one_line(small: Path) -> None:
         (
             "cake.size",
             "the sections are run, model, data, selection, retention, sharding, optimizer, schedule, training, "
-            "checkpoint, logging, hardware",
+            "checkpoint, logging, hardware, planner",
         ),
     ],
 )
@@ -226,7 +227,7 @@ def test_integer_serves_as_number_but_not_otherwise(small: Path, problems: Probl
         '--set: training.max_steps: expected an integer of at least 1, or null, got the string "8"'
     ]
     assert problems(small, "sharding.zero_stage=false") == [
-        "--set: sharding.zero_stage: expected an integer of at least 0 and at most 3, or null, got false"
+        '--set: sharding.zero_stage: expected an integer of at least 0 and at most 3, or "auto", or null, got false'
     ]
     assert problems(small, "hardware.gpu_memory=80") == [
         '--set: hardware.gpu_memory: expected a string such as "80GiB", or null, got 80'

@@ -25,6 +25,19 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
     ("overrides", "expected"),
     [
         (
+            ["selection.ratio=auto"],
+            'selection.ratio: "auto" has no effect with selection.strategy "none": name a strategy',
+        ),
+        (
+            ["selection.strategy=uniform", "selection.ratio=auto", "retention.policy=checkpoint"],
+            'retention.policy: "checkpoint" is for exact training, but selection.strategy "uniform" without '
+            'selection.ratio 1.0 leaves tokens out: set retention.policy "selective", or selection.strategy "none"',
+        ),
+        (
+            ["sharding.zero_stage=auto"],
+            'sharding.zero_stage: "auto" needs sharding.engine "deepspeed", which is "single"',
+        ),
+        (
             ["training.micro_batch_size=3"],
             "training.micro_batch_size: 3 does not divide training.global_batch_size, which is 8",
         ),
@@ -318,10 +331,25 @@ def test_a_masked_lm_hides_fifteen_percent_unless_told(small: Path) -> None:
         "training.micro_batch_size",
     ],
 )
-def test_auto_needs_a_planner(small: Path, key: str, problems: Problems) -> None:
-    assert problems(small, f"{key}=auto") == [
-        f'--set: {key}: "auto" needs a planner, and there is none for {key}: give a value'
-    ]
+def test_auto_leaves_a_key_to_the_planner(small: Path, key: str) -> None:
+    others = {
+        "selection.ratio": ["selection.strategy=uniform", "retention.policy=selective"],
+        "sharding.zero_stage": ["sharding.engine=deepspeed"],
+    }
+    config = load_config(small, [*others.get(key, ()), f"{key}=auto"])
+    assert config.open_keys == (key,)
+    assert Config.model_validate_json(json.dumps(config.to_json())) == config
+
+
+def test_no_key_is_open_unless_it_says_so(small: Path) -> None:
+    assert load_config(small).open_keys == ()
+
+
+def test_options_of_what_is_open_may_be_fixed(small: Path) -> None:
+    settings = ["selection.strategy=supervised", "retention.policy=auto", "retention.kv_format=int8"]
+    settings += ["retention.retain_linears=true", "sharding.engine=auto", "sharding.reshard_after_forward=false"]
+    config = load_config(small, [*settings, "sharding.replicas=2", "sharding.offload_parameters=true"])
+    assert config.open_keys == ("retention.policy", "sharding.engine")
 
 
 def test_length_in_epochs(small: Path) -> None:

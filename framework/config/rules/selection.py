@@ -10,9 +10,10 @@ def _ratio_suits_strategy(strategy: str, ratio: float | str | None) -> tuple[str
     if ratio == "labelled" and strategy != "supervised":
         return "selection.ratio", f'"labelled" needs selection.strategy "supervised", which is "{strategy}"'
     if strategy == "none" and ratio not in (None, 1.0):
-        return "selection.ratio", f'{ratio} has no effect with selection.strategy "none": name a strategy'
+        shown = f'"{ratio}"' if ratio == "auto" else ratio
+        return "selection.ratio", f'{shown} has no effect with selection.strategy "none": name a strategy'
     if strategy in ("uniform", "bernoulli") and ratio is None:
-        return "selection.ratio", f'missing: selection.strategy "{strategy}" needs a number in (0, 1]'
+        return "selection.ratio", f'missing: selection.strategy "{strategy}" needs a number in (0, 1], or "auto"'
     return None
 
 
@@ -25,7 +26,7 @@ def _tokentune_is_uniform(strategy: str, tokentune: bool) -> tuple[str, str] | N
 
 @rule("selection.strategy", "selection.ratio", "retention.policy")
 def _selection_needs_selective(strategy: str, ratio: float | str | None, policy: str) -> tuple[str, str] | None:
-    if strategy == "none" or ratio == 1.0 or policy == "selective":
+    if strategy == "none" or ratio == 1.0 or policy in ("selective", "auto"):
         return None
     return "retention.policy", (
         f'"{policy}" is for exact training, but selection.strategy "{strategy}" without selection.ratio 1.0 '
@@ -35,14 +36,14 @@ def _selection_needs_selective(strategy: str, ratio: float | str | None, policy:
 
 @rule("retention.policy", "retention.retain_linears")
 def _retain_linears_needs_selective(policy: str, retain_linears: bool) -> tuple[str, str] | None:
-    if retain_linears and policy != "selective":
+    if retain_linears and policy not in ("selective", "auto"):
         return "retention.retain_linears", f'needs retention.policy "selective", which is "{policy}"'
     return None
 
 
 @rule("retention.policy", "retention.kv_format")
 def _kv_format_needs_selective(policy: str, kv_format: str) -> tuple[str, str] | None:
-    if kv_format != "model" and policy != "selective":
+    if kv_format != "model" and policy not in ("selective", "auto"):
         return "retention.kv_format", f'"{kv_format}" needs retention.policy "selective", which is "{policy}"'
     return None
 

@@ -10,9 +10,10 @@ from framework.config.sections import LossScaleConfig
 
 
 @rule("sharding.engine", "sharding.zero_stage")
-def _stages_are_deepspeeds(engine: str, zero_stage: int | None) -> tuple[str, str] | None:
+def _stages_are_deepspeeds(engine: str, zero_stage: int | str | None) -> tuple[str, str] | None:
     if engine == "single" and zero_stage:
-        return "sharding.zero_stage", f'{zero_stage} needs sharding.engine "deepspeed", which is "single"'
+        shown = f'"{zero_stage}"' if zero_stage == "auto" else zero_stage
+        return "sharding.zero_stage", f'{shown} needs sharding.engine "deepspeed", which is "single"'
     if engine == "fsdp" and zero_stage is not None:
         return "sharding.zero_stage", (
             'has no effect with sharding.engine "fsdp", which shards weights, gradients and the optimiser\'s state: '
@@ -24,14 +25,14 @@ def _stages_are_deepspeeds(engine: str, zero_stage: int | None) -> tuple[str, st
 @rule("sharding.engine", "sharding.reshard_after_forward", "sharding.replicas")
 def _fsdp_has_its_own_options(engine: str, reshard_after_forward: bool, replicas: int) -> tuple[str, str] | None:
     for name, given in (("reshard_after_forward", not reshard_after_forward), ("replicas", replicas != 1)):
-        if given and engine != "fsdp":
+        if given and engine not in ("fsdp", "auto"):
             return f"sharding.{name}", f'needs sharding.engine "fsdp", which is "{engine}"'
     return None
 
 
 @rule("sharding.engine", "sharding.zero_stage", "sharding.offload_optimizer", "sharding.offload_parameters")
 def _offload_has_an_engine(
-    engine: str, zero_stage: int | None, offload_optimizer: bool, offload_parameters: bool
+    engine: str, zero_stage: int | str | None, offload_optimizer: bool, offload_parameters: bool
 ) -> tuple[str, str] | None:
     for name, given in (("offload_optimizer", offload_optimizer), ("offload_parameters", offload_parameters)):
         if given and engine == "single":
@@ -41,7 +42,7 @@ def _offload_has_an_engine(
             "FSDP2 offloads weights and the optimiser's state together: set offload_optimizer and offload_parameters "
             "alike"
         )
-    if engine == "deepspeed" and offload_parameters and zero_stage not in (None, 3):
+    if engine == "deepspeed" and offload_parameters and zero_stage not in (None, 3, "auto"):
         return "sharding.offload_parameters", f"needs sharding.zero_stage 3, which is {zero_stage}"
     if engine == "deepspeed" and offload_optimizer and zero_stage == 0:
         return "sharding.offload_optimizer", "needs a sharding.zero_stage of at least 1, which is 0"

@@ -129,8 +129,8 @@ def _eight_bits_need_float32_weights(name: str, precision: str) -> tuple[str, st
 
 
 @rule("training.global_batch_size", "training.micro_batch_size")
-def _micro_batch_divides(global_batch_size: int, micro_batch_size: int) -> tuple[str, str] | None:
-    if global_batch_size % micro_batch_size:
+def _micro_batch_divides(global_batch_size: int, micro_batch_size: int | str) -> tuple[str, str] | None:
+    if not isinstance(micro_batch_size, str) and global_batch_size % micro_batch_size:
         return "training.micro_batch_size", (
             f"{micro_batch_size} does not divide training.global_batch_size, which is {global_batch_size}"
         )

@@ -3,7 +3,7 @@
 from framework.config.sections.base import Section
 from framework.config.sections.data import DataConfig, Format, SourceConfig, Sources, data_sources
 from framework.config.sections.model import AdapterConfig, ModelConfig
-from framework.config.sections.run import HardwareConfig, LoggingConfig, ProfileConfig, RunConfig
+from framework.config.sections.run import HardwareConfig, LoggingConfig, PlannerConfig, ProfileConfig, RunConfig
 from framework.config.sections.selection import RetentionConfig, SelectionConfig
 from framework.config.sections.sharding import ShardingConfig
 from framework.config.sections.training import (
@@ -28,6 +28,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParameterGroupConfig",
+    "PlannerConfig",
     "ProfileConfig",
     "RetentionConfig",
     "RunConfig",

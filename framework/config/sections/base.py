@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,10 @@ Paths = NonEmpty | Annotated[list[NonEmpty], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1)]
 
 CountOrZero = Annotated[int, Field(ge=0)]
+
+
+Auto = Literal["auto"]
+"""Stands for a value that the planner chooses."""
 
 
 class Section(BaseModel):

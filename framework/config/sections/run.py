@@ -61,6 +61,25 @@ class LoggingConfig(Section):
     run directory when memory runs out (true), or after this step, too."""
 
 
+class PlannerConfig(Section):
+    """What the planner prefers among the plans that fit.
+
+    The most faithful ones are exact; then come those that select every labelled token, then those that do not; the
+    larger their ratio, the better.
+    """
+
+    objective: Literal["balanced", "fidelity", "speed"] = "balanced"
+    """`balanced`: the most faithful plan within `max_slowdown`, and the fastest one if none is. `fidelity`: the most
+    faithful plan, however slow. `speed`: the fastest plan."""
+
+    max_slowdown: Annotated[float, Field(ge=1)] = 1.5
+    """With `balanced`: step time / step time of the fastest permitted plan on the same accelerators with unlimited
+    memory."""
+
+    top: Count = 5
+    """Number of plans that are listed, the chosen one included."""
+
+
 class HardwareConfig(Section):
     """The machines a run is meant for, as a description."""
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from framework.config.sections.base import Section
+from framework.config.sections.base import Auto, Section
 
 
 class SelectionConfig(Section):
@@ -16,9 +16,9 @@ class SelectionConfig(Section):
     """`none`: all tokens, exact. `supervised`: every labelled token, and a share of the context up to `ratio`.
     `uniform`: a fixed count per sequence, without replacement. `bernoulli`: each token independently."""
 
-    ratio: Annotated[float, Field(gt=0, le=1)] | Literal["labelled"] | None = None
-    """Selected tokens / all tokens that are not padding; "labelled" selects the labelled tokens only. Null: 1 for
-    `none`, "labelled" for `supervised`; `uniform` and `bernoulli` need a number."""
+    ratio: Annotated[float, Field(gt=0, le=1)] | Literal["labelled", "auto"] | None = None
+    """Selected tokens / all tokens that are not padding; "labelled" selects the labelled tokens only. "auto": the
+    planner chooses. Null: 1 for `none`, "labelled" for `supervised`; `uniform` and `bernoulli` need a number."""
 
     tokentune: bool = False
     """With `uniform`: always select the first and the last token, as the reference code of TokenTune does."""
@@ -31,9 +31,10 @@ class SelectionConfig(Section):
 class RetentionConfig(Section):
     """What a block keeps for its backward pass."""
 
-    policy: Literal["all", "checkpoint", "selective"] = "all"
+    policy: Literal["all", "checkpoint", "selective"] | Auto = "all"
     """`all`: ordinary autograd. `checkpoint`: the block's input, the rest is recomputed. `selective`: the inputs of
-    the selected rows and the keys and values of all, the selected rows are replayed."""
+    the selected rows and the keys and values of all, the selected rows are replayed. "auto": the planner chooses, and
+    with it whichever of the keys below is not given."""
 
     retain_linears: bool = False
     """With `selective`: also keep the linear layers' outputs at selected rows, so that no product is recomputed."""

@@ -6,18 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from framework.config.sections.base import Count, Section
+from framework.config.sections.base import Auto, Count, Section
 
 
 class ShardingConfig(Section):
     """Who holds what."""
 
-    engine: Literal["single", "deepspeed", "fsdp"] = "single"
-    """`single`: one process holds everything. `deepspeed`: ZeRO. `fsdp`: PyTorch's FSDP2."""
+    engine: Literal["single", "deepspeed", "fsdp"] | Auto = "single"
+    """`single`: one process holds everything. `deepspeed`: ZeRO. `fsdp`: PyTorch's FSDP2. "auto": the planner chooses,
+    and with it whichever of the three keys below is not given."""
 
-    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | Auto | None = None
     """With `deepspeed`: what the ranks hold a part of each: nothing (0), the optimiser's state (1), gradients too (2),
-    weights too (3). Null: 3."""
+    weights too (3). "auto": the planner chooses. Null: 3."""
 
     reshard_after_forward: bool = True
     """With `fsdp`: free a block's gathered weights after its forward pass and gather them again for its backward pass,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from framework.config.sections.base import Count, CountOrZero, NonEmpty, Section
+from framework.config.sections.base import Auto, Count, CountOrZero, NonEmpty, Section
 
 
 class ParameterGroupConfig(Section):
@@ -115,8 +115,8 @@ class TrainingConfig(Section):
     global_batch_size: Count
     """Sequences per optimiser step."""
 
-    micro_batch_size: Count
-    """Sequences per forward and backward pass; divides `global_batch_size`."""
+    micro_batch_size: Count | Auto
+    """Sequences per forward and backward pass; divides `global_batch_size`. "auto": the planner chooses."""
 
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """Gradients are scaled down to this norm. Null: no clipping."""

@@ -1,0 +1,209 @@
+"""Plots of a plan, with matplotlib, which is imported when one is drawn. Must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from framework.errors import UserError
+from framework.planner.ledger import PHASES, Ledger
+from framework.planner.search import Budget, Laws, Point
+from framework.planner.space import Candidate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+GIB = 1 << 30
+SHOWN_TERMS = 8
+LEVELS = 5
+MOST_ON_A_LINEAR_AXIS = 10
+BUDGET_COLOUR = "#b2182b"
+
+
+def draw(
+    path: Path,
+    chosen: Point,
+    fronts: Sequence[tuple[float, Sequence[Point]]],
+    budget: Budget,
+    tokens_per_step: int | None,
+    title: str,
+) -> None:
+    """Draw memory by phase, and what speed and memory the ratios have, into a file.
+
+    Args:
+        path: whose ending says the format, such as `.png`.
+        chosen: the plan's point.
+        fronts: from `frontiers`.
+        budget: of a rank.
+        tokens_per_step: of all ranks; None where the data has no sequence length: speed is steps a second.
+        title: over both.
+
+    Raises:
+        UserError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('--plot: matplotlib is not installed here; pip install "selectrain[plots]"') from None
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    figure.suptitle(title)
+    memory_by_phase(left, chosen.ledger, budget)
+    frontier(right, chosen, fronts, budget, tokens_per_step)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot: cannot write {path}: {error}") from None
+
+
+def frontiers(
+    space: Sequence[Candidate], laws: Laws, labelled_share: float, levels: int = LEVELS
+) -> list[tuple[float, list[Point]]]:
+    """For ratios from the labelled share to 1: the points that no other one of this ratio beats in memory and speed.
+
+    Args:
+        space: from `candidates`.
+        laws: of memory and time.
+        labelled_share: labelled tokens / all tokens of the data.
+        levels: number of ratios, evenly spaced, where any candidate's ratio is free.
+
+    Returns:
+        Ratio and points, the fastest first, for each ratio, the smallest first.
+    """
+    free = [each for each in space if each.lowest < each.choice.ratio]
+    ratios = {each.choice.ratio for each in space}
+    if free:
+        lowest = max(free[0].lowest, labelled_share)
+        ratios |= {lowest + (1 - lowest) * step / (levels - 1) for step in range(levels - 1)}
+    fronts = []
+    for ratio in sorted(ratios):
+        choices = [each.at(ratio) for each in space if each.lowest <= ratio <= each.choice.ratio]
+        points = [Point(choice, laws.memory(choice), laws.seconds(choice)) for choice in choices]
+        front: list[Point] = []
+        for point in sorted(points, key=lambda point: (point.seconds, point.ledger.peak)):
+            if not front or point.ledger.peak < front[-1].ledger.peak:
+                front.append(point)
+        fronts.append((ratio, front))
+    return fronts
+
+
+def memory_by_phase(axes: Axes, ledger: Ledger, budget: Budget) -> None:
+    """Stacked bars of a ledger's terms in each phase, with the budget as a line.
+
+    Args:
+        axes: to draw on.
+        ledger: of the plan.
+        budget: of a rank.
+    """
+    from matplotlib import colormaps
+
+    terms = sorted((term for term in ledger.terms if term.bytes), key=lambda term: term.bytes, reverse=True)
+    shown, rest = terms[:SHOWN_TERMS], terms[SHOWN_TERMS:]
+    # What is there in all phases comes first, so that it is a band of the same height.
+    shown.sort(key=lambda term: -len(term.phases))
+    phases = [phase for phase in PHASES if ledger.total(phase)]
+    layers = [(term.name, [term.bytes if phase in term.phases else 0 for phase in phases]) for term in shown]
+    if rest:
+        layers.append(("other", [sum(term.bytes for term in rest if phase in term.phases) for phase in phases]))
+    colours = colormaps["tab10"].colors  # type: ignore[attr-defined]  # of a listed colour map
+    places, bottom = range(len(phases)), [0.0] * len(phases)
+    for index, (name, sizes) in enumerate(layers):
+        heights = [size / GIB for size in sizes]
+        axes.bar(places, heights, bottom=bottom, width=0.7, label=name, color=colours[index % len(colours)])
+        bottom = [base + height for base, height in zip(bottom, heights, strict=True)]
+    for place, (phase, total) in enumerate(zip(phases, bottom, strict=True)):
+        weight = "bold" if phase == ledger.binding_phase else "normal"
+        axes.annotate(f"{total:.1f}", (place, total), (0, 3), textcoords="offset points", ha="center", weight=weight)
+    _budget_line(axes, budget)
+    axes.set_xticks(places, [phase.replace(" ", "\n") for phase in phases])
+    axes.set_ylim(0, 1.12 * max(*bottom, budget.bytes / GIB))
+    axes.set_ylabel("allocated, GiB per GPU")
+    axes.set_title("memory by phase")
+    _plain(axes)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def frontier(
+    axes: Axes,
+    chosen: Point,
+    fronts: Sequence[tuple[float, Sequence[Point]]],
+    budget: Budget,
+    tokens_per_step: int | None,
+) -> None:
+    """Peak memory over speed of the best points of each ratio, with the budget as a line and the chosen point.
+
+    Args:
+        axes: to draw on.
+        chosen: the plan's point.
+        fronts: from `frontiers`.
+        budget: of a rank.
+        tokens_per_step: of all ranks; None for steps a second.
+    """
+    from matplotlib import colormaps
+
+    per_step = 1 if tokens_per_step is None else tokens_per_step
+    colours = colormaps["viridis"]
+    for index, (ratio, points) in enumerate(fronts):
+        x = [per_step / point.seconds for point in points]
+        y = [point.ledger.peak / GIB for point in points]
+        name = "1 (exact)" if ratio == 1 else f"{ratio:.3g}"
+        colour = colours(0.9 * index / max(1, len(fronts) - 1))
+        axes.step(x, y, where="post", color=colour, linewidth=1.5, marker="o", markersize=4, label=name)
+    x, y = [per_step / chosen.seconds], [chosen.ledger.peak / GIB]
+    axes.plot(
+        x,
+        y,
+        linestyle="none",
+        marker="*",
+        markersize=17,
+        color="#f4a582",
+        markeredgecolor="black",
+        label=f"chosen: {chosen.choice.ratio:.3g}",
+        zorder=5,
+    )
+    peaks = [point.ledger.peak for _, points in fronts for point in points]
+    if max(peaks) > MOST_ON_A_LINEAR_AXIS * min(peaks):
+        _logarithmic(axes)
+    else:
+        axes.set_ylim(0, 1.05 * max(*peaks, budget.bytes) / GIB)
+    _budget_line(axes, budget, left=True)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("steps a second" if tokens_per_step is None else "tokens a second")
+    axes.set_ylabel("peak allocated, GiB per GPU")
+    axes.set_title("the least memory for a speed, by ratio")
+    _plain(axes)
+    axes.legend(title="ratio", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic axis with plain numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _budget_line(axes: Axes, budget: Budget, left: bool = False) -> None:
+    size = budget.bytes / GIB
+    axes.axhline(size, color=BUDGET_COLOUR, linestyle="--", linewidth=1.2)
+    axes.annotate(
+        f"budget {size:.1f}",
+        (0.01 if left else 0.99, size),
+        (0, 3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="left" if left else "right",
+        color=BUDGET_COLOUR,
+    )
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)

@@ -1,0 +1,159 @@
+"""Every way to run a job that its config permits. Must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, get_args
+
+from framework.config import Config, RetentionConfig
+from framework.errors import UserError
+from framework.planner.choice import Choice
+from framework.planner.overrides import is_open, overrides, with_overrides
+
+ENGINES = ("single", "fsdp", "deepspeed")
+"""The simplest first: one process, what PyTorch brings along, a package of its own."""
+
+POLICIES = ("all", "checkpoint", "selective")
+
+KV_FORMATS: tuple[str, ...] = get_args(RetentionConfig.model_fields["kv_format"].annotation)
+
+SMALLEST_RATIO = 1e-3
+"""Below it a free ratio is not sought: a sequence of a few thousand tokens would select a handful."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Choices that differ in nothing but the ratio.
+
+    Attributes:
+        choice: with the largest ratio.
+        lowest: the smallest ratio; the same where the ratio is fixed.
+    """
+
+    choice: Choice
+    lowest: float
+
+    def at(self, ratio: float) -> Choice:
+        """The choice with a ratio."""
+        return self.choice if ratio == self.choice.ratio else replace(self.choice, ratio=ratio)
+
+
+def candidates(config: Config, *, ranks: int, nodes: int, labelled_share: float) -> list[Candidate]:
+    """All candidates of a config: what it gives is fixed, what is open (see `is_open`) takes every value.
+
+    Offloading is as the config says. A free ratio goes from `SMALLEST_RATIO`, or with the strategy `supervised`, which
+    selects every labelled token whatever the ratio, from the labelled share, to 1, which is exact. What the config's
+    rules refuse is left out.
+
+    Args:
+        config: of the run.
+        ranks: number of processes.
+        nodes: number of machines that they are on.
+        labelled_share: labelled tokens / all tokens of the data.
+
+    Returns:
+        The candidates, the simplest first: by engine as in `ENGINES`, by ZeRO stage, by policy as in `POLICIES`, by
+        micro-batch, the largest first.
+
+    Raises:
+        UserError: there is none; says why.
+    """
+    splits = _batch_splits(config, ranks)
+    found: list[Candidate] = []
+    for sharding, (lowest, retention) in product(_shardings(config, ranks, nodes), _retentions(config, labelled_share)):
+        alike = [
+            Candidate(
+                Choice(
+                    **sharding,
+                    **retention,
+                    strategy=config.selection.strategy,
+                    micro_batch_size=micro_batch_size,
+                    accumulation=accumulation,
+                    ranks=ranks,
+                ),
+                lowest,
+            )
+            for micro_batch_size, accumulation in splits
+        ]
+        # One stands for all: rules ask of a micro-batch only that it divides the batch, and a ratio of 1 breaks none
+        # that a lower one keeps.
+        values = overrides(config, alike[0].at(lowest), labelled_share)
+        if with_overrides(config, values) is not None:
+            found += alike
+    if not found:
+        raise UserError(
+            f'sharding.engine: nothing that the config permits runs on {ranks} ranks: set sharding.engine to "auto"'
+        )
+    return found
+
+
+def _batch_splits(config: Config, ranks: int) -> list[tuple[int, int]]:
+    """Micro-batch and accumulation on each rank, the largest micro-batch first."""
+    per_rank, rest = divmod(config.training.global_batch_size, ranks)
+    if not rest:
+        sizes = [size for size in range(per_rank, 0, -1) if per_rank % size == 0]
+        if not is_open(config, "training.micro_batch_size"):
+            sizes = [size for size in sizes if size == config.micro_batch_size]
+        if sizes:
+            return [(size, per_rank // size) for size in sizes]
+    unit = ranks if is_open(config, "training.micro_batch_size") else ranks * config.micro_batch_size
+    raise UserError(
+        f"training.global_batch_size: {config.training.global_batch_size} is no multiple of {unit}, which is the "
+        f"number of ranks{'' if unit == ranks else ' times training.micro_batch_size'}"
+    )
+
+
+def _shardings(config: Config, ranks: int, nodes: int) -> Iterator[dict[str, Any]]:
+    """Fields of a choice that say who holds what; the rules have not seen them."""
+    given = config.sharding
+    offload = {"offload_optimizer": given.offload_optimizer, "offload_parameters": given.offload_parameters}
+    whole = {"zero_stage": None, "reshard_after_forward": True, "replicas": 1}
+    for engine in ENGINES if given.engine == "auto" else (given.engine,):
+        if engine == "single":
+            if ranks == 1:
+                yield {"engine": engine} | offload | whole
+        elif engine == "deepspeed":
+            stages = range(4) if is_open(config, "sharding.zero_stage") else [_stage(config)]
+            for stage in stages:
+                yield {"engine": engine} | offload | whole | {"zero_stage": stage}
+        else:
+            reshard = (True, False) if is_open(config, "sharding.reshard_after_forward") else ()
+            replicas = (1, nodes) if is_open(config, "sharding.replicas") else ()
+            for reshards, copies in product(
+                reshard or (given.reshard_after_forward,), dict.fromkeys(replicas or (given.replicas,))
+            ):
+                if ranks % copies == 0:
+                    fsdp = {"zero_stage": None, "reshard_after_forward": reshards, "replicas": copies}
+                    yield {"engine": engine} | offload | fsdp
+
+
+def _stage(config: Config) -> int:
+    stage = config.sharding.zero_stage
+    return stage if isinstance(stage, int) else 3
+
+
+def _retentions(config: Config, labelled_share: float) -> Iterator[tuple[float, dict[str, Any]]]:
+    """The lowest ratio, and fields of a choice that say what is kept for which rows; the rules have not seen them."""
+    given = config.retention
+    for policy in POLICIES if given.policy == "auto" else (given.policy,):
+        selective = policy == "selective"
+        linears = (False, True) if selective and is_open(config, "retention.retain_linears") else ()
+        formats = KV_FORMATS if selective and is_open(config, "retention.kv_format") else ()
+        lowest, highest = _ratios(config, policy, labelled_share)
+        # What is open has its default in the config.
+        for retain, kv_format in product(linears or (given.retain_linears,), formats or (given.kv_format,)):
+            yield lowest, {"policy": policy, "retain_linears": retain, "kv_format": kv_format, "ratio": highest}
+
+
+def _ratios(config: Config, policy: str, labelled_share: float) -> tuple[float, float]:
+    """The lowest and the highest ratio."""
+    supervised = config.selection.strategy == "supervised"
+    if not is_open(config, "selection.ratio"):
+        ratio = config.resolved_ratio
+        fixed = labelled_share if isinstance(ratio, str) else max(ratio, labelled_share if supervised else 0.0)
+        return fixed, fixed
+    if policy != "selective":
+        return 1.0, 1.0
+    return labelled_share if supervised else SMALLEST_RATIO, 1.0

@@ -1,0 +1,82 @@
+"""Plots show the figures of the ledger and of the search."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from open_job import open_job
+from toy_laws import TOY, MiB
+
+from framework.config.sections import PlannerConfig
+from framework.errors import UserError
+from framework.planner.ledger import PHASES
+from framework.planner.plots import draw, frontier, frontiers, memory_by_phase
+from framework.planner.search import Budget, Point, search
+from framework.planner.space import Candidate, candidates
+
+SHARE = 0.25
+GIB = 1 << 30
+BUDGET = Budget(4_000 * MiB)
+
+
+@pytest.fixture(scope="module")
+def space() -> list[Candidate]:
+    return candidates(open_job(), ranks=8, nodes=2, labelled_share=SHARE)
+
+
+@pytest.fixture(scope="module")
+def chosen(space: list[Candidate]) -> Point:
+    return search(space, TOY, BUDGET, PlannerConfig(), labelled_share=SHARE).points[0]
+
+
+def test_fronts_are_what_nothing_beats(space: list[Candidate]) -> None:
+    fronts = frontiers(space, TOY, SHARE, levels=4)
+    assert [ratio for ratio, _ in fronts] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    for ratio, front in fronts:
+        choices = [each.at(ratio) for each in space if each.lowest <= ratio <= each.choice.ratio]
+        for choice in choices:
+            peak, seconds = TOY.memory(choice).peak, TOY.seconds(choice)
+            assert any(point.ledger.peak <= peak and point.seconds <= seconds for point in front)
+        for point in front:
+            others = [each for each in front if each != point]
+            assert not any(each.ledger.peak <= point.ledger.peak and each.seconds <= point.seconds for each in others)
+
+
+def test_a_fixed_ratio_has_one_front() -> None:
+    fixed = candidates(open_job(selection__ratio=0.4), ranks=8, nodes=1, labelled_share=SHARE)
+    assert [ratio for ratio, _ in frontiers(fixed, TOY, SHARE)] == [0.4]
+
+
+def test_bars_add_up_to_the_phases(chosen: Point) -> None:
+    axes = Figure().subplots()
+    memory_by_phase(axes, chosen.ledger, BUDGET)
+    phases = [phase for phase in PHASES if chosen.ledger.total(phase)]
+    heights = [sum(bar[index].get_height() for bar in axes.containers) for index in range(len(phases))]
+    assert heights == pytest.approx([chosen.ledger.total(phase) / GIB for phase in phases])
+    assert [line.get_ydata()[0] for line in axes.lines] == [BUDGET.bytes / GIB]
+
+
+def test_the_chosen_point_is_where_it_belongs(space: list[Candidate], chosen: Point) -> None:
+    axes = Figure().subplots()
+    frontier(axes, chosen, frontiers(space, TOY, SHARE), BUDGET, 65536)
+    (star,) = [line for line in axes.lines if line.get_marker() == "*"]
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (65536 / chosen.seconds, chosen.ledger.peak / GIB)
+
+
+def test_the_file_is_a_picture(tmp_path: Path, space: list[Candidate], chosen: Point) -> None:
+    fronts = frontiers(space, TOY, SHARE, levels=2)
+    draw(tmp_path / "plan.png", chosen, fronts, BUDGET, 65536, "a job")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"^--plot: cannot write .*plan.nothing"):
+        draw(tmp_path / "plan.nothing", chosen, fronts, BUDGET, None, "a job")
+    with pytest.raises(UserError, match=r"^--plot: cannot write "):
+        draw(tmp_path / "missing" / "plan.png", chosen, fronts, BUDGET, None, "a job")
+
+
+def test_without_matplotlib_it_is_named(chosen: Point, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r'pip install "selectrain\[plots\]"'):
+        draw(tmp_path / "plan.png", chosen, [], BUDGET, None, "a job")
