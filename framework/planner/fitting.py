@@ -64,7 +64,6 @@ SHARES = ((), ("share",))
 """Whether a rank has a part of it: `share` is one over the number of ranks that have one each."""
 
 HELD = (
-    (),
     ("parameters",),
     ("parameters", "share"),
     ("trained",),
@@ -75,8 +74,10 @@ HELD = (
     ("packed", "share"),
     ("small",),
     ("share", "small"),
+    (),
 )
-"""What a rank holds between steps is a sum of these."""
+"""What a rank holds between steps is a sum of these, of equally short sums the first: recorded models have equally many
+tensors, so that a constant would do as well as their number."""
 
 _MOST_TERMS = 5
 
@@ -129,7 +130,8 @@ class Fitter:
         return found
 
     def _one_term(self, counts: np.ndarray) -> Polynomial | None:
-        ratios = counts / self._values
+        # A batch without padding has no tokens but real ones, and a frozen block none that are trained.
+        ratios = counts / np.where(self._values == 0, np.nan, self._values)
         (fitting,) = np.nonzero(np.ptp(ratios, axis=1) <= 1e-9 * np.abs(ratios[:, 0]))
         for index in sorted(fitting, key=lambda i: len(self._monomials[i])):
             coefficient = _rational(ratios[index, 0])

@@ -1,8 +1,8 @@
 """The law of a step's memory: what each part of it allocates, as polynomials. Must not import torch.
 
 A step is taken apart at the borders of blocks: what comes before the first one, each block forward, the loss (head
-included), each block backward, and the optimiser's step. Blocks between the first and the last are alike, so a law that
-was recorded with three of them holds for any depth.
+included), each block backward, and the optimiser's step. Blocks between the ends are alike, so a law that was recorded
+with one of them holds for any depth.
 """
 
 from __future__ import annotations
@@ -13,21 +13,23 @@ from typing import Any
 
 from framework.planner.polynomials import Polynomial, Sizes
 
-BLOCKS = 3
-"""Depth of the models that are recorded: a first block, a last one, and one like all between them."""
+ENDS = 2
+"""Blocks at each end that have parts of their own: engines that gather a block's weights ahead treat them otherwise."""
+
+BLOCKS = 2 * ENDS + 1
+"""Depth of the models that are recorded: the ends, and a block like all between them."""
+
+PLACES = ("first", "second", "middle", "last but one", "last")
+"""Of the blocks of such a model."""
 
 PASSES = ("first", "later")
 """Micro-batches of a step: those after the first find gradients that they add to."""
 
 PARTS = (
     "inputs",
-    "forward first",
-    "forward middle",
-    "forward last",
+    *(f"forward {place}" for place in PLACES),
     "loss",
-    "backward last",
-    "backward middle",
-    "backward first",
+    *(f"backward {place}" for place in reversed(PLACES)),
 )
 """Of a micro-batch, in order."""
 
@@ -101,16 +103,16 @@ class StepLaw:
 
         Args:
             sizes: of the symbols.
-            blocks: depth of the model, three or more.
+            blocks: depth of the model; below `BLOCKS` the ends are taken to overlap.
             accumulation: micro-batches of a step.
         """
         start = 0.0
         for number in range(min(accumulation, 2)):
             parts = self.passes[PASSES[number]]
             for name in PARTS:
-                part, repeated = parts[name], blocks - 2 if name.endswith("middle") else 1
+                part, repeated = parts[name], blocks - 2 * ENDS if name.endswith("middle") else 1
                 net, peak = part.net.value(sizes), part.peak(sizes)
-                for index in sorted({0, repeated - 1}):
+                for index in sorted({0, repeated - 1} if repeated > 0 else ()):
                     yield Moment(name, start + index * net, start + index * net + peak)
                 start += repeated * net
         yield Moment(STEP, start, start + self.step.peak(sizes))

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from framework.config import Config
 from framework.data import Batch
 from framework.models.wrapping import unwrapped
-from framework.planner.law import BLOCKS, PARTS, STEP
+from framework.planner.law import BLOCKS, ENDS, PARTS, PLACES, STEP
 from framework.planner.symbols import model_symbols
 from framework.retention import blocks_of
 from framework.sharding.deepspeed_config import OwnOptions
@@ -54,7 +55,8 @@ class Recording:
     options: dict[str, Any]
 
 
-class _Recorder(CpuMemoryTracker):
+# torch's dispatch modes and hooks are not annotated.
+class _Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
     """A tracker that writes down what it sees."""
 
     def __init__(self) -> None:
@@ -75,7 +77,7 @@ def record_step(config: Config, batch: Batch, ranks: Ranks, own_options: OwnOpti
     """Make two steps of a run in this process, of which the second is recorded: the optimiser has its state then.
 
     Args:
-        config: of the run, of a model with `BLOCKS` blocks.
+        config: of the run, of a model with `BLOCKS` blocks or more.
         batch: both micro-batches of each step.
         ranks: of the run; see `first_of`.
         own_options: of DeepSpeed.
@@ -120,12 +122,14 @@ class _Borders:
 
     def __init__(self, model: nn.Module, recorder: _Recorder) -> None:
         self._blocks = [*blocks_of(unwrapped(model)).values()]
+        assert len(self._blocks) >= BLOCKS
         self._recorder = recorder
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
-        assert len(self._blocks) == BLOCKS
-        self._handles = []
-        for place, block in zip(("first", "middle", "last"), self._blocks, strict=True):
+        ends, middle = PLACES[:ENDS], PLACES[ENDS]
+        places = [*ends, *[middle] * (len(self._blocks) - 2 * ENDS), *PLACES[ENDS + 1 :]]
+        for place, block in zip(places, self._blocks, strict=True):
             self._handles.append(block.register_forward_pre_hook(self._entering(place)))
             self._handles.append(block.register_forward_hook(self._leaving(place)))
 
@@ -150,6 +154,8 @@ class _Borders:
             if place == "last":
                 self._recorder.begin("loss")
             hidden: Tensor = output[0] if isinstance(output, tuple) else output
-            hidden.register_hook(lambda gradient: self._recorder.begin(f"backward {place}"))
+            hidden.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: self._recorder.begin(f"backward {place}")
+            )
 
         return leave

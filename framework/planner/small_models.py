@@ -13,7 +13,7 @@ from framework.config import Config
 from framework.data import Batch
 from framework.data.batch import NO_DOCUMENT
 from framework.data.dataset import IGNORED
-from framework.planner.law import BLOCKS
+from framework.planner.law import BLOCKS, ENDS
 from framework.selection import supervised_positions
 
 MLP_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
@@ -114,7 +114,7 @@ class Family:
         values = copy.deepcopy(self._values)
         for name, value in values.items():
             if isinstance(value, list) and len(value) == self.depth:
-                values[name] = [value[0], value[self.depth // 2], value[-1]]
+                values[name] = [*value[:ENDS], value[self.depth // 2], *value[-ENDS:]]
         head = widths.hidden_of_head if self._own_head_dim else widths.head_dim
         new: dict[str, Any] = {
             "num_hidden_layers": BLOCKS,
@@ -136,10 +136,10 @@ class Family:
         return values
 
     def kept(self) -> dict[str, Any]:
-        """What all models of this law share: the config without what probes vary."""
-        varied = self.small(PROBES[0])
-        other = self.small(PROBES[1])
-        return {name: value for name, value in varied.items() if other[name] == value}
+        """What all models of this law share: the config without what probes vary, and how heads share keys."""
+        first, second = self.small(PROBES[0]), self.small(PROBES[1])
+        shared = {name: value for name, value in first.items() if second[name] == value}
+        return shared | {"keys": "some heads'" if self._grouped else "one head's" if self._kv_heads == 1 else "each's"}
 
 
 def probe_config(config: Config, values: dict[str, Any], widths: Widths) -> Config:

@@ -1,0 +1,106 @@
+"""Predicted bytes of whole steps against those that a tracker counts, of other models than laws were recorded with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from framework.config import Config
+from framework.models.configuration import read_model_config
+from framework.planner.extraction import extract_law, job_symbols, law_key, law_settings, selection_sizes
+from framework.planner.fake_ranks import first_of
+from framework.planner.recording import Recording, record_step
+from framework.planner.small_models import Family, Widths, probe_batch, probe_config
+from framework.planner.symbols import batch_symbols
+
+WIDTHS = Widths(8, 2, 16, 24, 152, 300, 4, 3, 96, 30, 4)
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 192,
+    "intermediate_size": 152,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 300,
+    "max_position_embeddings": 512,
+}
+QWEN = LLAMA | {"model_type": "qwen3", "num_hidden_layers": 6}
+GPT2 = {"model_type": "gpt2", "n_embd": 192, "n_layer": 6, "n_head": 8, "vocab_size": 300, "n_positions": 512}
+
+SELECTIVE = {"policy": "selective", "retain_linears": True}
+LABELLED = {"strategy": "supervised"}
+LORA = {"kind": "lora", "rank": 4, "alpha": 8}
+
+
+def config_of(model: dict, **sections: dict) -> Config:
+    adapter = sections.pop("adapter", None)
+    return Config.model_validate(
+        {
+            "run": {"output_dir": "unused"},
+            "model": {"from_config": model, "tokenizer": "unused", "adapter": adapter},
+            "data": {"train": "unused", "sequence_length": 96},
+            "optimizer": {"learning_rate": 1e-3} | sections.pop("optimizer", {}),
+            "training": {"max_steps": 2, "global_batch_size": 24, "micro_batch_size": 3},
+        }
+        | sections
+    )
+
+
+def measured(config: Config) -> tuple[Recording, dict[str, float]]:
+    """A step of the model itself, and the sizes of its symbols."""
+    run = probe_config(config, config.model.from_config, WIDTHS)
+    batch, ranks = probe_batch(WIDTHS, packed=config.data.packing), run.described_ranks
+    with first_of(ranks) as connected:
+        recording = record_step(run, batch, connected)
+    sizes = recording.symbols | batch_symbols(batch) | selection_sizes(run, batch)
+    return recording, sizes | job_symbols(run, ranks, recording.options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "sections"),
+    [
+        (LLAMA, {}),
+        (GPT2, {"retention": {"policy": "checkpoint"}}),
+        (QWEN, {"retention": SELECTIVE, "selection": LABELLED}),
+        (LLAMA, {"retention": SELECTIVE, "selection": LABELLED | {"ratio": 0.9}, "adapter": LORA}),
+        (
+            QWEN,
+            {"optimizer": {"precision": "pure_bf16"}, "data": {"train": "x", "sequence_length": 96, "packing": True}},
+        ),
+        (LLAMA, {"sharding": {"engine": "fsdp"}}),
+    ],
+    ids=["all", "gpt2 checkpoint", "labelled", "ratio LoRA", "bf16 packed", "fsdp"],
+)
+def test_a_deeper_and_wider_step_takes_what_the_law_says(model, sections):
+    config = config_of(model, **sections)
+    family = Family(read_model_config(None, model))
+    law = extract_law(config, family)
+    recording, sizes = measured(config)
+    start = law.start.value(sizes)
+    peak = start + max(moment.peak for moment in law.moments(sizes, blocks=family.depth, accumulation=2))
+    assert start == recording.start
+    assert peak == pytest.approx(recording.peak, rel=2e-5)
+
+
+def test_laws_are_shared_by_models_that_differ_in_widths_and_depth_only():
+    def key(model: dict, **sections: dict) -> str:
+        config = config_of(model, **sections)
+        return law_key(law_settings(config, Family(read_model_config(None, model))))
+
+    deeper = LLAMA | {"num_hidden_layers": 3, "intermediate_size": 400, "vocab_size": 999}
+    assert key(LLAMA) == key(deeper)
+    others = [key(LLAMA | {"attention_bias": True}), key(QWEN), key(LLAMA | {"num_key_value_heads": 8})]
+    others += [key(LLAMA, retention=SELECTIVE), key(LLAMA, adapter=LORA), key(LLAMA, sharding={"engine": "fsdp"})]
+    assert len({key(LLAMA), *others}) == 7
+
+
+def test_small_models_keep_what_the_family_is():
+    family = Family(read_model_config(None, LLAMA | {"attention_bias": True, "num_key_value_heads": 1}))
+    small = family.small(replace(WIDTHS, heads=6, kv_heads=3, head_dim=28, hidden_of_head=20))
+    assert (small["attention_bias"], small["num_key_value_heads"], small["num_hidden_layers"]) == (True, 1, 5)
+    assert (small["hidden_size"], small["head_dim"], small["num_attention_heads"]) == (120, 28, 6)
+    tied = Family(read_model_config(None, GPT2)).small(WIDTHS)
+    assert (tied["n_embd"], tied["n_layer"]) == (8 * 16, 5)

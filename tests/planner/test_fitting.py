@@ -1,0 +1,57 @@
+"""Polynomials found again from their values."""
+
+from __future__ import annotations
+
+import pytest
+
+from framework.planner.fitting import Fitter, UnknownSizeError, fit_held
+from framework.planner.polynomials import Polynomial
+
+SAMPLES = [
+    {"batch": b, "tokens": s, "hidden": h, "mlp": m, "vocab": v, "share": share, "parameters": p, "trained_tensors": n}
+    for b, s, h, m, v, share, p, n in [
+        (2, 40, 120, 68, 212, 0.5, 306600, 30),
+        (3, 56, 208, 92, 284, 0.25, 621296, 21),
+        (2, 72, 280, 116, 332, 0.5, 979160, 30),
+        (4, 48, 264, 148, 236, 0.25, 813720, 48),
+        (3, 64, 288, 76, 260, 0.5, 597888, 12),
+        (2, 88, 144, 124, 316, 0.25, 512208, 39),
+    ]
+]
+
+
+def values(text: str) -> list[float]:
+    return [Polynomial.parse(text).value(sample) for sample in SAMPLES]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "8",
+        "4 batch hidden tokens",
+        "1 batch tokens tokens",
+        "4 hidden mlp share",
+        "8 batch tokens + 8",
+        "-1 batch + 1 batch tokens",
+        "2 hidden vocab + 4 batch mlp tokens",
+        "-4 hidden vocab",
+    ],
+)
+def test_the_simplest_polynomial_with_the_values_is_found(text):
+    assert Fitter(SAMPLES)(values(text)) == Polynomial.parse(text)
+
+
+def test_no_polynomial_of_two_terms():
+    counts = [round(value) for value in values("4 batch hidden tokens + 8 hidden mlp + 3 vocab tokens")]
+    with pytest.raises(UnknownSizeError, match=rf"no polynomial gives \[{counts[0]}, "):
+        Fitter(SAMPLES)(counts)
+    irregular = [7, 19, 23, 41, 5, 3]
+    with pytest.raises(UnknownSizeError):
+        Fitter(SAMPLES)(irregular)
+
+
+@pytest.mark.parametrize("text", ["16 parameters", "12 parameters share + 4 trained_tensors", "56 + 4 parameters"])
+def test_what_is_held(text):
+    assert fit_held(values(text), SAMPLES) == Polynomial.parse(text)
+    with pytest.raises(UnknownSizeError, match="what is held"):
+        fit_held([7, 19, 23, 41, 5, 3], SAMPLES)
