@@ -79,7 +79,7 @@ HELD = (
 """What a rank holds between steps is a sum of these, of equally short sums the first: recorded models have equally many
 tensors, so that a constant would do as well as their number."""
 
-_MOST_TERMS = 5
+_MOST_TERMS = 4
 
 _DENOMINATOR = 32
 """Of a coefficient: bytes of a fraction of an element, such as the halves that rotary embeddings turn."""

@@ -20,6 +20,10 @@ MLP_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size"
 """By what names families know the width of their MLP."""
 
 
+PROBED_RATIOS = {"supervised": 0.9, "uniform": 0.6, "bernoulli": 0.6}
+"""Ratios below 1 of small models: with `supervised` above their labelled share, so that some context is selected."""
+
+
 @dataclass(frozen=True)
 class Widths:
     """Widths of a small model.
@@ -59,8 +63,6 @@ PROBES = (
     Widths(6, 2, 52, 44, 148, 236, 20, 4, 48, 13, 4),
     Widths(8, 4, 12, 36, 76, 260, 16, 3, 64, 31, 2),
     Widths(12, 3, 36, 12, 124, 316, 28, 2, 88, 17, 4),
-    Widths(10, 2, 68, 76, 188, 244, 36, 5, 40, 9, 4),
-    Widths(8, 2, 76, 60, 164, 268, 44, 3, 80, 29, 2),
 )
 
 
@@ -149,6 +151,8 @@ def probe_config(config: Config, values: dict[str, Any], widths: Widths) -> Conf
     if json["model"]["adapter"] is not None and json["model"]["adapter"]["rank"] is not None:
         json["model"]["adapter"]["rank"] = widths.rank
     json["data"] |= {"sequence_length": widths.tokens}
+    if config.resolved_ratio not in ("labelled", 1.0):
+        json["selection"]["ratio"] = PROBED_RATIOS[config.selection.strategy]
     ranks = 1 if config.sharding.engine == "single" else widths.ranks
     json["hardware"] = {"gpus_per_node": ranks}
     json["training"] |= {

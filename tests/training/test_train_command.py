@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import several_ranks
 from safetensors.torch import load_file
 
 import framework
@@ -127,13 +128,13 @@ def test_killed_in_the_middle_of_a_step_it_resumes_to_the_bit(write_config: Call
     ("function", "call", "action", "kept"),
     [
         # A save writes two files.
-        ("saver.write_fragments", 3, "args[0].write_bytes(b'half of it'); " + KILL, 2),
-        ("saving.write_manifest", 2, KILL, 2),
-        ("saving.publish", 2, KILL, 2),
-        ("saving.move_latest", 2, KILL, 4),
-        ("saving.move_best", 2, KILL, 4),
+        ("framework.checkpoint.saver:write_fragments", 3, "args[0].write_bytes(b'half of it'); " + KILL, 2),
+        ("framework.checkpoint.saving:write_manifest", 2, KILL, 2),
+        ("framework.checkpoint.saving:publish", 2, KILL, 2),
+        ("framework.checkpoint.saving:move_latest", 2, KILL, 4),
+        ("framework.checkpoint.saving:move_best", 2, KILL, 4),
         # The first removes the temporary directory in which the tokenizer was hashed.
-        ("shutil.rmtree", 2, "(args[0] / 'model.safetensors').unlink(); " + KILL, 4),
+        ("shutil:rmtree", 2, "(args[0] / 'model.safetensors').unlink(); " + KILL, 4),
     ],
     ids=[
         "while writing a shard",
@@ -151,8 +152,9 @@ def test_killed_while_saving_it_resumes_to_the_bit(
         checkpoint__every_steps=2, checkpoint__keep_last=1, checkpoint__keep_best=1, training__eval_every_steps=2
     )
     framework.train(load_config(config, [f"run.output_dir={run_dir}-whole"]))
-    killed = run(config, patch={"function": function, "call": call, "action": action})
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    patch = several_ranks.patched(function, call, [0], action)
+    (killed,) = several_ranks.start_training(1, run_dir.parent / "out", ["--config", str(config)], patch).wait()
+    assert killed.code == -signal.SIGKILL, killed.output
     assert find_checkpoint(run_dir).step == kept
     resumed = framework.train(load_config(config))
     assert resumed.status == "completed"

@@ -1,0 +1,96 @@
+"""Where laws of steps come from: the package, this machine's cache, or a few seconds of recording."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from framework.config import Config
+from framework.errors import RunError
+from framework.planner.extraction import law_key, law_settings
+from framework.planner.law import StepLaw
+from framework.planner.small_models import Family
+
+logger = logging.getLogger(__name__)
+
+SHIPPED = Path(__file__).parent / "recorded"
+"""Laws that come with the package, one file each."""
+
+_LAST_LINES = 5
+
+
+def laws_of(configs: Sequence[Config], family: Family, say: Callable[[str], None]) -> list[StepLaw]:
+    """The laws of runs of one model that differ in their settings.
+
+    What neither comes with the package nor was recorded on this machine before is recorded now, by a process of its
+    own, and kept in `selectrain/laws` of the cache directory. Laws of other versions of the libraries have other names.
+
+    Args:
+        configs: of the runs, without open keys.
+        family: of their model.
+        say: is told what takes time.
+
+    Raises:
+        RunError: a law cannot be recorded.
+    """
+    keys = [law_key(law_settings(config, family)) for config in configs]
+    found = {key: _stored(key) for key in dict.fromkeys(keys)}
+    missing = {key: config for key, config in zip(keys, configs, strict=True) if found[key] is None}
+    if missing:
+        say(f"recording what a step of {len(missing)} settings allocates, once for all models of this family")
+        found |= _recorded(missing)
+    return [law for key in keys if (law := found[key]) is not None]
+
+
+def _stored(key: str) -> StepLaw | None:
+    for directory in (SHIPPED, _cache()):
+        try:
+            return StepLaw.of_json(json.loads((directory / f"{key}.json").read_text(encoding="utf-8"))["law"])
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError) as error:
+            logger.warning("%s: cannot be read as a law, recorded anew: %s", directory / f"{key}.json", error)
+    return None
+
+
+def _cache() -> Path:
+    """`$XDG_CACHE_HOME/selectrain/laws`, by default `~/.cache/selectrain/laws`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "selectrain" / "laws"
+
+
+def _keep(key: str, content: dict[str, Any]) -> None:
+    """Write a law for the next time; a disk that does not take it is no reason to stop."""
+    path = _cache() / f"{key}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written = path.with_suffix(f".{os.getpid()}")
+        written.write_text(json.dumps(content), encoding="utf-8")
+        written.replace(path)
+    except OSError as error:
+        logger.warning("%s: cannot be written: %s", path, error)
+
+
+def _recorded(missing: dict[str, Config]) -> dict[str, StepLaw]:
+    """Record laws in a process that is a rank of nothing and sees no accelerator."""
+    with tempfile.TemporaryDirectory() as directory:
+        request, answer = Path(directory, "request.json"), Path(directory, "answer.json")
+        request.write_text(json.dumps({key: config.to_json() for key, config in missing.items()}), encoding="utf-8")
+        unwanted = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        environment = {name: value for name, value in os.environ.items() if name not in unwanted}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "framework.planner.extract", str(request), str(answer)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            last = "\n".join(done.stderr.strip().splitlines()[-_LAST_LINES:])
+            raise RunError(f"the planner cannot record what a step of this model allocates:\n{last}")
+        laws = json.loads(answer.read_text(encoding="utf-8"))
+    for key, content in laws.items():
+        _keep(key, content)
+    return {key: StepLaw.of_json(content["law"]) for key, content in laws.items()}

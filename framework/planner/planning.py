@@ -1,0 +1,238 @@
+"""From a config and machines to plans: the ledger and the time model of a job, searched and reported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from framework.config import Config
+from framework.errors import UserError
+from framework.models import configured_tokenizer
+from framework.models.architecture import describe
+from framework.models.configured import base_config, configured_empty_model
+from framework.models.products import matrix_products
+from framework.models.quantization import quantized_elements
+from framework.models.wrapping import unwrapped
+from framework.planner.choice import Choice
+from framework.planner.hardware import Cluster
+from framework.planner.law import StepLaw
+from framework.planner.laws import laws_of
+from framework.planner.ledger import Ledger
+from framework.planner.memory import MemoryModel
+from framework.planner.overrides import with_overrides
+from framework.planner.plan import Plan, launch_line, plan_json
+from framework.planner.profile import Profile
+from framework.planner.rates import Rates
+from framework.planner.report import Report
+from framework.planner.search import Budget, Found, Laws, Point, search
+from framework.planner.small_models import Family
+from framework.planner.space import Candidate, candidates
+from framework.planner.symbols import model_symbols
+from framework.planner.timing import TimeModel
+from framework.planner.work import Job
+from framework.retention import blocks_of
+from framework.sharding.engines import engine_options, model_sizes
+from framework.sharding.precision import PRECISIONS
+
+COLLECTIVE_SECONDS = 20e-6
+"""Before the first byte of a collective: an assumption, what NCCL needs within a machine."""
+
+KERNELS_OF_A_BLOCK = 60
+"""Kernels of a Llama block's forward pass with stock operators."""
+
+HOST_MEMORY = 100e9
+"""Bytes a second of a host's memory: an assumption, half of eight channels of DDR4-3200."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Plans of a job.
+
+    Attributes:
+        found: by the search.
+        plans: of its points, the best first.
+        budget: of a rank.
+        cluster: that the plans are for.
+        labelled_share: labelled tokens / all tokens.
+        smallest: ledger of the candidate that takes least; None where a plan fits.
+    """
+
+    found: Found
+    plans: tuple[Plan, ...]
+    budget: Budget
+    cluster: Cluster
+    labelled_share: float
+    smallest: Ledger | None
+
+    def to_json(self) -> dict[str, Any]:
+        """In the shape of `plan.json`."""
+        return plan_json(self.plans, self.budget.bytes)
+
+    def report(self, config_path: str) -> Report:
+        """For people.
+
+        Args:
+            config_path: of the config, for the launch line.
+        """
+        nodes = self.cluster.nodes
+        launch = launch_line(self.plans[0], config_path, nodes) if self.plans else None
+        return Report(
+            found=self.found,
+            plans=self.plans,
+            budget=self.budget,
+            ranks=self.cluster.ranks,
+            nodes=nodes,
+            labelled_share=self.labelled_share,
+            launch=launch,
+            smallest=self.smallest,
+        )
+
+
+class PlannedJob:
+    """A job whose choices can be weighed.
+
+    Args:
+        config: of the run, with its open keys.
+        labelled_share: labelled tokens / all tokens of its data.
+        say: is told what takes time.
+
+    Raises:
+        UserError: the model is not what can be planned for.
+    """
+
+    def __init__(self, config: Config, labelled_share: float, say: Callable[[str], None]) -> None:
+        if config.model.task != "causal_lm" or config.data.sequence_length is None:
+            raise UserError(f"model.task: the planner knows causal_lm only, not {config.model.task}")
+        self.config, self.labelled_share, self._say = config, labelled_share, say
+        model = configured_empty_model(config, _tokenizer(config))
+        self._family = Family(base_config(config))
+        self._symbols = model_symbols(model)
+        self._model_sizes = model_sizes(describe(unwrapped(model), task=config.model.task))
+        self._laws: dict[Choice, StepLaw] = {}
+        adapter = config.model.adapter
+        rank = None if adapter is None else adapter.rank
+        self.memory = MemoryModel(
+            lambda choice: self._laws[_kind(choice)],
+            self._symbols,
+            blocks=self._family.depth,
+            sequence_length=config.data.sequence_length,
+            labelled_share=labelled_share,
+            adapter_rank=rank,
+        )
+        self.time = TimeModel(self._job(model, rank))
+
+    def _job(self, model: nn.Module, adapter_rank: int | None) -> Job:
+        inner, config = unwrapped(model), self.config
+        blocks = blocks_of(inner)
+        inside = {parameter for block in blocks.values() for parameter in block.parameters()}
+        quantized, quantized_bytes = quantized_elements(model)
+        assert config.data.sequence_length is not None
+        return Job(
+            products=matrix_products(inner, blocks),
+            parameters=round(self._symbols["parameters"]) + quantized,
+            trainable=round(self._symbols["trained"]),
+            outside=sum(p.numel() for p in model.parameters() if p not in inside),
+            hidden_size=inner.config.get_text_config().hidden_size,
+            precision=config.optimizer.precision,
+            optimizer=config.optimizer.name,
+            sequence_length=config.data.sequence_length,
+            labelled_share=self.labelled_share,
+            kernel=config.model.attention,
+            quantized=quantized,
+            quantized_bytes=quantized_bytes,
+            adapter_rank=adapter_rank,
+        )
+
+    def learn_laws(self, space: Iterable[Candidate]) -> None:
+        """Have the laws of all candidates at hand.
+
+        Raises:
+            UserError: there is none for an engine.
+            RunError: one cannot be recorded.
+        """
+        kinds = {_kind(choice) for each in space for choice in (each.choice, each.at(each.lowest))} - set(self._laws)
+        ordered = sorted(kinds, key=repr)
+        found = laws_of([_law_config(self.config, kind) for kind in ordered], self._family, self._say)
+        self._laws |= dict(zip(ordered, found, strict=True))
+
+    def plan(self, cluster: Cluster, profile: Profile) -> Planned:
+        """The plans for a cluster.
+
+        Raises:
+            UserError: nothing can be chosen from.
+            RunError: a law cannot be recorded.
+        """
+        config = self.config
+        space = candidates(config, ranks=cluster.ranks, nodes=cluster.nodes, labelled_share=self.labelled_share)
+        self.learn_laws(space)
+        rates = rates_of(config, cluster, profile)
+        laws = Laws(self.memory, lambda choice: self.time.step(choice, rates).total)
+        budget = Budget(cluster.budget_bytes, demand=lambda ledger: round(ledger.peak * profile.reserved_ratio))
+        found = search(space, laws, budget, config.planner, labelled_share=self.labelled_share)
+        plans = tuple(self._plan(point, cluster, profile) for point in found.points[: config.planner.top])
+        smallest = None if plans else min((self.memory(c.at(c.lowest)) for c in space), key=lambda ledger: ledger.peak)
+        return Planned(found, plans, budget, cluster, self.labelled_share, smallest)
+
+    def _plan(self, point: Point, cluster: Cluster, profile: Profile) -> Plan:
+        return Plan.of(
+            self.config,
+            point,
+            self.labelled_share,
+            engine_options=lambda resolved: engine_options(resolved, self._model_sizes, cluster.ranks, None),
+            reserved_bytes=lambda planned: round(planned.ledger.peak * profile.reserved_ratio),
+        )
+
+
+def rates_of(config: Config, cluster: Cluster, profile: Profile) -> Rates:
+    """What a cluster achieves on a run."""
+    device = cluster.device
+    name = PRECISIONS[config.optimizer.precision].autocast or config.weights_dtype
+    peak = device.peak(name)
+    if peak is None:
+        raise UserError(f"optimizer.precision: {device.name} does not multiply {name}")
+    return Rates(
+        matrix_flops=peak * profile.matrix_efficiency[name],
+        attention_flops=peak * profile.attention_efficiency,
+        memory_bytes=device.memory_bandwidth * profile.memory_efficiency,
+        link_bytes=min(profile.host_to_device, profile.device_to_host),
+        host_memory_bytes=HOST_MEMORY,
+        node_bytes=min(profile.all_gather, profile.reduce_scatter),
+        network_bytes=cluster.network,
+        ranks_per_node=cluster.gpus_per_node,
+        latency_seconds=COLLECTIVE_SECONDS,
+        launch_seconds=KERNELS_OF_A_BLOCK * profile.kernel_seconds,
+    )
+
+
+def _kind(choice: Choice) -> Choice:
+    """What a law depends on of a choice, the rest at fixed values."""
+    exact = choice.ratio >= 1.0
+    return replace(choice, ratio=1.0 if exact else 0.5, micro_batch_size=1, accumulation=1, ranks=1, replicas=1)
+
+
+def _law_config(config: Config, kind: Choice) -> Config:
+    """A run that has a kind's law."""
+    ratio: float | None = None if kind.strategy == "none" else kind.ratio
+    values = {
+        "selection.ratio": ratio,
+        "retention.policy": kind.policy,
+        "retention.retain_linears": kind.retain_linears,
+        "retention.kv_format": kind.kv_format,
+        "sharding.engine": kind.engine,
+        "sharding.zero_stage": kind.zero_stage,
+        "sharding.reshard_after_forward": kind.reshard_after_forward,
+        "sharding.replicas": 1,
+        "training.micro_batch_size": 1,
+    }
+    found = with_overrides(config, values)
+    assert found is not None
+    return found
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
+    """Only where tokens are added, whose ids it has."""
+    return configured_tokenizer(config) if config.model.added_tokens else None
