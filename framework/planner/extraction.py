@@ -12,14 +12,12 @@ import torch
 from framework.config import Config
 from framework.data import Batch
 from framework.errors import UserError
-from framework.models import configured_architecture
 from framework.planner.fake_ranks import first_of
-from framework.planner.fitting import Fitter, UnknownSizeError, fit_held
-from framework.planner.law import PARTS, PASSES, Part, StepLaw, part_of
+from framework.planner.fitting import Fitter, UnknownSizeError, fit_held, part_of
+from framework.planner.law import PARTS, PASSES, Part, StepLaw
 from framework.planner.recording import RecordedPart, Recording, record_step
 from framework.planner.small_models import PROBES, Family, Widths, probe_batch, probe_config
 from framework.planner.symbols import batch_symbols
-from framework.sharding.deepspeed_config import OwnOptions
 from framework.training.objective import draw_selection
 
 LIBRARIES = ("torch", "transformers", "peft")
@@ -69,6 +67,9 @@ def extract_law(config: Config, family: Family) -> StepLaw:
     """
     if config.model.task != "causal_lm":
         raise UserError(f"model.task: the planner knows causal_lm only, not {config.model.task}")
+    if config.sharding.engine == "deepspeed" and config.zero_stage > 0:
+        # What they allocate depends on how parameters fill buckets, which is no polynomial.
+        raise UserError(f"sharding.zero_stage: the planner does not know what stage {config.zero_stage} allocates")
     recorded = [_recorded(config, family, widths) for widths in PROBES]
     return fitted_law([sizes for sizes, _ in recorded], [recording for _, recording in recorded])
 
@@ -79,29 +80,19 @@ def _recorded(config: Config, family: Family, widths: Widths) -> tuple[dict[str,
     ranks = small.described_ranks
     with torch.random.fork_rng(devices=()), first_of(ranks) as connected:
         torch.manual_seed(0)
-        recording = record_step(small, batch, connected, _one_bucket(small))
+        recording = record_step(small, batch, connected)
     sizes = recording.symbols | batch_symbols(batch) | selection_sizes(small, batch)
-    sizes |= job_symbols(small, ranks, recording.options)
+    sizes |= job_symbols(small, ranks)
     return sizes, recording
 
 
-def _one_bucket(config: Config) -> OwnOptions | None:
-    """DeepSpeed's options with buckets that hold the whole model."""
-    if config.sharding.engine != "deepspeed":
-        return None
-    size = configured_architecture(config, None).parameters
-    return OwnOptions({"zero_optimization": {"reduce_bucket_size": size, "allgather_bucket_size": size}}, "probe")
-
-
-def job_symbols(config: Config, ranks: int, options: dict[str, Any]) -> dict[str, float]:
+def job_symbols(config: Config, ranks: int) -> dict[str, float]:
     """Sizes that are neither the model's nor a batch's."""
     sizes: dict[str, float] = {}
     if config.model.adapter is not None and config.model.adapter.rank is not None:
         sizes["rank"] = config.model.adapter.rank
     if config.sharding.engine != "single":
         sizes["share"] = config.sharding.replicas / ranks
-    if config.sharding.engine == "deepspeed":
-        sizes["bucket"] = options["zero_optimization"]["reduce_bucket_size"]
     return sizes
 
 

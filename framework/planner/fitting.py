@@ -8,6 +8,7 @@ from itertools import combinations, product
 
 import numpy as np
 
+from framework.planner.law import Part
 from framework.planner.polynomials import Polynomial, Sizes
 
 TOKENS = (
@@ -56,7 +57,6 @@ WIDTHS = (
     ("parameters",),
     ("trained",),
     ("packed",),
-    ("bucket",),
 )
 """What it has of a model."""
 
@@ -164,6 +164,31 @@ class Fitter:
                 if best is None or len(str(found)) < len(str(best)):
                     best = found
         return best
+
+
+def part_of(changes: Sequence[Polynomial]) -> Part:
+    """A part from its allocations, in order; frees are negative.
+
+    Peaks that another one is never below are left out: those none of whose coefficients is above the other's.
+    """
+    monomials = sorted({monomial for change in changes for monomial in change.terms})
+    places = {monomial: place for place, monomial in enumerate(monomials)}
+    steps = np.zeros((len(changes) + 1, len(monomials)), dtype=np.int64)
+    for row, change in enumerate(changes, start=1):
+        for monomial, coefficient in change.terms.items():
+            steps[row, places[monomial]] = coefficient * _DENOMINATOR
+    levels = steps.cumsum(axis=0)
+    # A level that another is never below comes after it, whatever the sizes.
+    ordered = sorted({*map(tuple, levels.tolist())}, key=lambda level: (-sum(level), level))
+    peaks = np.empty((0, len(monomials)), dtype=np.int64)
+    for level in ordered:
+        if not (peaks >= level).all(axis=1).any():
+            peaks = np.vstack((peaks, level))
+
+    def polynomial(level: np.ndarray) -> Polynomial:
+        return Polynomial({m: Fraction(int(c), _DENOMINATOR) for m, c in zip(monomials, level, strict=True)})
+
+    return Part(polynomial(levels[-1]), tuple(map(polynomial, peaks)))
 
 
 def fit_held(counts: Sequence[int], samples: Sequence[Sizes]) -> Polynomial:

@@ -7,7 +7,7 @@ with one of them holds for any depth.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,21 +129,3 @@ class StepLaw:
             name: {part: Part.of_json(law) for part, law in parts.items()} for name, parts in value["passes"].items()
         }
         return cls(Polynomial.parse(value["start"]), passes, Part.of_json(value["step"]))
-
-
-def part_of(changes: Sequence[Polynomial]) -> Part:
-    """A part from its allocations, in order; frees are negative.
-
-    Peaks that another one is never below are left out.
-    """
-    level, levels = Polynomial(), [Polynomial()]
-    for change in changes:
-        level += change
-        levels.append(level)
-    peaks: list[Polynomial] = []
-    for candidate in dict.fromkeys(levels):
-        if any(candidate.never_above(peak) for peak in peaks):
-            continue
-        peaks = [peak for peak in peaks if not peak.never_above(candidate)]
-        peaks.append(candidate)
-    return Part(level, tuple(peaks))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,14 @@ SHIPPED = Path(__file__).parent / "recorded"
 _LAST_LINES = 5
 
 
-def laws_of(configs: Sequence[Config], family: Family, say: Callable[[str], None]) -> list[StepLaw]:
+@dataclass(frozen=True)
+class NoLaw:
+    """What stands for a law that there is none of; `reason` is for people."""
+
+    reason: str
+
+
+def laws_of(configs: Sequence[Config], family: Family, say: Callable[[str], None]) -> list[StepLaw | NoLaw]:
     """The laws of runs of one model that differ in their settings.
 
     What neither comes with the package nor was recorded on this machine before is recorded now, by a process of its
@@ -38,15 +46,22 @@ def laws_of(configs: Sequence[Config], family: Family, say: Callable[[str], None
         say: is told what takes time.
 
     Raises:
-        RunError: a law cannot be recorded.
+        RunError: recording failed altogether.
     """
     keys = [law_key(law_settings(config, family)) for config in configs]
-    found = {key: _stored(key) for key in dict.fromkeys(keys)}
-    missing = {key: config for key, config in zip(keys, configs, strict=True) if found[key] is None}
+    found: dict[str, StepLaw | NoLaw] = {}
+    missing: dict[str, Config] = {}
+    for key, config in zip(keys, configs, strict=True):
+        stored = _stored(key)
+        if stored is None:
+            missing[key] = config
+        else:
+            found[key] = stored
     if missing:
-        say(f"recording what a step of {len(missing)} settings allocates, once for all models of this family")
+        settings = f"{len(missing)} settings" if len(missing) > 1 else "one setting"
+        say(f"recording once for all models of this family what a step allocates, with {settings}")
         found |= _recorded(missing)
-    return [law for key in keys if (law := found[key]) is not None]
+    return [found[key] for key in keys]
 
 
 def _stored(key: str) -> StepLaw | None:
@@ -77,7 +92,7 @@ def _keep(key: str, content: dict[str, Any]) -> None:
         logger.warning("%s: cannot be written: %s", path, error)
 
 
-def _recorded(missing: dict[str, Config]) -> dict[str, StepLaw]:
+def _recorded(missing: dict[str, Config]) -> dict[str, StepLaw | NoLaw]:
     """Record laws in a process that is a rank of nothing and sees no accelerator."""
     with tempfile.TemporaryDirectory() as directory:
         request, answer = Path(directory, "request.json"), Path(directory, "answer.json")
@@ -90,7 +105,12 @@ def _recorded(missing: dict[str, Config]) -> dict[str, StepLaw]:
         if done.returncode:
             last = "\n".join(done.stderr.strip().splitlines()[-_LAST_LINES:])
             raise RunError(f"the planner cannot record what a step of this model allocates:\n{last}")
-        laws = json.loads(answer.read_text(encoding="utf-8"))
-    for key, content in laws.items():
-        _keep(key, content)
-    return {key: StepLaw.of_json(content["law"]) for key, content in laws.items()}
+        answers = json.loads(answer.read_text(encoding="utf-8"))
+    found: dict[str, StepLaw | NoLaw] = {}
+    for key, content in answers.items():
+        if "law" in content:
+            _keep(key, content)
+            found[key] = StepLaw.of_json(content["law"])
+        else:
+            found[key] = NoLaw(content["reason"])
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from framework.models.wrapping import unwrapped
 from framework.planner.choice import Choice
 from framework.planner.hardware import Cluster
 from framework.planner.law import StepLaw
-from framework.planner.laws import laws_of
+from framework.planner.laws import NoLaw, laws_of
 from framework.planner.ledger import Ledger
 from framework.planner.memory import MemoryModel
 from framework.planner.overrides import with_overrides
@@ -108,15 +108,16 @@ class PlannedJob:
         if config.model.task != "causal_lm" or config.data.sequence_length is None:
             raise UserError(f"model.task: the planner knows causal_lm only, not {config.model.task}")
         self.config, self.labelled_share, self._say = config, labelled_share, say
-        model = configured_empty_model(config, _tokenizer(config))
-        self._family = Family(base_config(config))
+        self._described = described = _described(config)
+        model = configured_empty_model(described, _tokenizer(described))
+        self._family = Family(base_config(described))
         self._symbols = model_symbols(model)
         self._model_sizes = model_sizes(describe(unwrapped(model), task=config.model.task))
-        self._laws: dict[Choice, StepLaw] = {}
+        self._laws: dict[Choice, StepLaw | NoLaw] = {}
         adapter = config.model.adapter
         rank = None if adapter is None else adapter.rank
         self.memory = MemoryModel(
-            lambda choice: self._laws[_kind(choice)],
+            self._law,
             self._symbols,
             blocks=self._family.depth,
             sequence_length=config.data.sequence_length,
@@ -147,17 +148,34 @@ class PlannedJob:
             adapter_rank=adapter_rank,
         )
 
-    def learn_laws(self, space: Iterable[Candidate]) -> None:
-        """Have the laws of all candidates at hand.
+    def _law(self, choice: Choice) -> StepLaw:
+        law = self._laws[_kind(choice)]
+        assert isinstance(law, StepLaw)
+        return law
+
+    def known(self, space: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates whose laws are to be had; says why others are left out.
 
         Raises:
-            UserError: there is none for an engine.
-            RunError: one cannot be recorded.
+            UserError: there are none.
+            RunError: laws cannot be recorded.
         """
         kinds = {_kind(choice) for each in space for choice in (each.choice, each.at(each.lowest))} - set(self._laws)
         ordered = sorted(kinds, key=repr)
-        found = laws_of([_law_config(self.config, kind) for kind in ordered], self._family, self._say)
+        found = laws_of([_law_config(self._described, kind) for kind in ordered], self._family, self._say)
         self._laws |= dict(zip(ordered, found, strict=True))
+        reasons: dict[str, None] = {}
+        kept = []
+        for each in space:
+            laws = [self._laws[_kind(choice)] for choice in (each.choice, each.at(each.lowest))]
+            reasons |= {law.reason: None for law in laws if isinstance(law, NoLaw)}
+            if all(isinstance(law, StepLaw) for law in laws):
+                kept.append(each)
+        if not kept:
+            raise UserError("\n".join(reasons))
+        for reason in reasons:
+            self._say(f"left out: {reason}")
+        return kept
 
     def plan(self, cluster: Cluster, profile: Profile) -> Planned:
         """The plans for a cluster.
@@ -168,7 +186,10 @@ class PlannedJob:
         """
         config = self.config
         space = candidates(config, ranks=cluster.ranks, nodes=cluster.nodes, labelled_share=self.labelled_share)
-        self.learn_laws(space)
+        if cluster.ranks == 1:
+            # The other engines do the same in one process, and hold more: they are taken where nothing else is permitted.
+            space = [each for each in space if each.choice.engine == "single"] or space
+        space = self.known(space)
         rates = rates_of(config, cluster, profile)
         laws = Laws(self.memory, lambda choice: self.time.step(choice, rates).total)
         budget = Budget(cluster.budget_bytes, demand=lambda ledger: round(ledger.peak * profile.reserved_ratio))
@@ -231,6 +252,13 @@ def _law_config(config: Config, kind: Choice) -> Config:
     found = with_overrides(config, values)
     assert found is not None
     return found
+
+
+def _described(config: Config) -> Config:
+    """The run with its architecture from `model.from_config`, where that has it: planning needs no weights."""
+    if config.model.from_config is None:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"path": None})})
 
 
 def _tokenizer(config: Config) -> PreTrainedTokenizerBase | None:

@@ -73,7 +73,3 @@ class Polynomial:
     def value(self, sizes: Sizes) -> float:
         """Its value where the symbols have these sizes."""
         return sum(float(c) * prod(sizes[symbol] for symbol in monomial) for monomial, c in self.terms.items())
-
-    def never_above(self, other: Polynomial) -> bool:
-        """Whether no coefficient is above the other's, so that its value never is for sizes that are not negative."""
-        return all(coefficient >= 0 for coefficient in (other - self).terms.values())

@@ -15,7 +15,6 @@ from framework.models.wrapping import unwrapped
 from framework.planner.law import BLOCKS, ENDS, PARTS, PLACES, STEP
 from framework.planner.symbols import model_symbols
 from framework.retention import blocks_of
-from framework.sharding.deepspeed_config import OwnOptions
 from framework.sharding.ranks import Ranks
 from framework.training.memory import CpuMemoryTracker
 from framework.training.optimizer import optimizer_factory
@@ -45,14 +44,12 @@ class Recording:
         start: bytes of weights, buffers and the optimiser's state, which are there before and after.
         peak: the most that was live, `start` included.
         symbols: sizes of the model.
-        options: of the engine.
     """
 
     parts: tuple[RecordedPart, ...]
     start: int
     peak: int
     symbols: dict[str, float]
-    options: dict[str, Any]
 
 
 # torch's dispatch modes and hooks are not annotated.
@@ -73,17 +70,16 @@ class _Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
             self.parts[-1].changes.append(size)
 
 
-def record_step(config: Config, batch: Batch, ranks: Ranks, own_options: OwnOptions | None = None) -> Recording:
+def record_step(config: Config, batch: Batch, ranks: Ranks) -> Recording:
     """Make two steps of a run in this process, of which the second is recorded: the optimiser has its state then.
 
     Args:
         config: of the run, of a model with `BLOCKS` blocks or more.
         batch: both micro-batches of each step.
         ranks: of the run; see `first_of`.
-        own_options: of DeepSpeed.
     """
     first = second = [batch, batch]
-    prepared = PreparedModel.build(config, None, ranks, own_options)
+    prepared = PreparedModel.build(config, None, ranks, None)
     symbols = model_symbols(prepared.model)
     engine, objective = prepared.engine, prepared.objective
     engine.prepare(prepared.model, optimizer_factory(config, lambda line: None), prepared.initial)
@@ -97,7 +93,7 @@ def record_step(config: Config, batch: Batch, ranks: Ranks, own_options: OwnOpti
     with _Borders(engine.model, recorder), recorder:
         recorder.begin(PARTS[0])
         train_window(_Announcing(engine, recorder), ranks, objective, second, config.optimizer.learning_rate, norm)
-    found = Recording(tuple(recorder.parts), start, recorder.peak, symbols, prepared.options)
+    found = Recording(tuple(recorder.parts), start, recorder.peak, symbols)
     engine.close()
     return found
 

@@ -55,7 +55,7 @@ def measured(config: Config) -> tuple[Recording, dict[str, float]]:
     with first_of(ranks) as connected:
         recording = record_step(run, batch, connected)
     sizes = recording.symbols | batch_symbols(batch) | selection_sizes(run, batch)
-    return recording, sizes | job_symbols(run, ranks, recording.options)
+    return recording, sizes | job_symbols(run, ranks)
 
 
 @pytest.mark.slow

@@ -6,7 +6,8 @@ from itertools import accumulate
 
 import pytest
 
-from framework.planner.law import PARTS, PASSES, PLACES, STEP, Part, StepLaw, part_of
+from framework.planner.fitting import part_of
+from framework.planner.law import PARTS, PASSES, PLACES, STEP, Part, StepLaw
 from framework.planner.polynomials import Polynomial
 
 FORWARD = ["10 tokens", "-3 tokens"]

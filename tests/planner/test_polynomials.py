@@ -33,9 +33,3 @@ def test_arithmetic_is_that_of_values():
     assert (a - b).value(SIZES) == a.value(SIZES) - b.value(SIZES)
     assert (a * Fraction(3, 2)).value(SIZES) == 1.5 * a.value(SIZES)
     assert Polynomial({("tokens", "batch"): 2}) == Polynomial({("batch", "tokens"): 2, ("hidden",): 0})
-
-
-def test_one_is_never_above_another_if_no_coefficient_is():
-    low, high = Polynomial.parse("4 batch - 2 hidden"), Polynomial.parse("5 batch - 2 hidden + 1")
-    assert low.never_above(high) and low.never_above(low) and not high.never_above(low)
-    assert not Polynomial.parse("2 hidden").never_above(Polynomial.parse("3 batch"))
