@@ -84,7 +84,7 @@ def main() -> int:
         console.print(note, highlight=False)
     job = PlannedJob(config, share, lambda line: console.print(line, highlight=False))
     planned = job.plan(cluster, profile_for(cluster.device))
-    planned.report(arguments.config).print(console)
+    planned.report(arguments.config, arguments.overrides).print(console)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(planned.to_json(), indent=2) + "\n", encoding="utf-8")
     return 0 if planned.plans else NOTHING_FITS

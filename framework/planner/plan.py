@@ -99,13 +99,14 @@ def plan_json(plans: Sequence[Plan], budget_bytes: int) -> dict[str, Any]:
     return {"fits": bool(listed), "budget_bytes": budget_bytes, "chosen": chosen, "plans": listed}
 
 
-def launch_line(plan: Plan, config_path: str, nodes: int = 1) -> str:
+def launch_line(plan: Plan, config_path: str, nodes: int = 1, given: Sequence[str] = ()) -> str:
     """The command that runs a plan; on several machines, the one to start on each, with HOST for the first one's name.
 
     Args:
         plan: to run.
         config_path: of the config, with its open keys.
         nodes: number of machines.
+        given: `KEY=VALUE` that the plan was made with.
     """
     choice = plan.point.choice
     per_node = str(choice.ranks // nodes)
@@ -119,8 +120,8 @@ def launch_line(plan: Plan, config_path: str, nodes: int = 1) -> str:
     else:
         words = ["torchrun", "--nproc-per-node", per_node]
     words += ["launchers/train.py", "--config", config_path]
-    for key, value in plan.overrides.items():
-        words += ["--set", f"{key}={as_set(value)}"]
+    for override in (*given, *(f"{key}={as_set(value)}" for key, value in plan.overrides.items())):
+        words += ["--set", override]
     return shlex.join(words)
 
 

@@ -72,14 +72,15 @@ class Planned:
         """In the shape of `plan.json`."""
         return plan_json(self.plans, self.budget.bytes)
 
-    def report(self, config_path: str) -> Report:
+    def report(self, config_path: str, given: Sequence[str] = ()) -> Report:
         """For people.
 
         Args:
             config_path: of the config, for the launch line.
+            given: keys that were overridden, as `--set` takes them, for the launch line too.
         """
         nodes = self.cluster.nodes
-        launch = launch_line(self.plans[0], config_path, nodes) if self.plans else None
+        launch = launch_line(self.plans[0], config_path, nodes, given) if self.plans else None
         return Report(
             found=self.found,
             plans=self.plans,
@@ -187,7 +188,7 @@ class PlannedJob:
         config = self.config
         space = candidates(config, ranks=cluster.ranks, nodes=cluster.nodes, labelled_share=self.labelled_share)
         if cluster.ranks == 1:
-            # The other engines do the same in one process, and hold more: they are taken where nothing else is permitted.
+            # The other engines do the same in one process, and hold more.
             space = [each for each in space if each.choice.engine == "single"] or space
         space = self.known(space)
         rates = rates_of(config, cluster, profile)
