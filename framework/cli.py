@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
@@ -14,6 +15,24 @@ from framework.errors import RunError, UserError
 from framework.extras import put_off_import
 
 PRECEDENCE_SECONDS = 3.0
+
+
+def add_config_options(options: argparse.ArgumentParser, about: str) -> None:
+    """The options that name a config: `--config`, and `--set`, whose values are `overrides`.
+
+    Args:
+        options: that get them.
+        about: what the config says, in the help text of `--config`.
+    """
+    options.add_argument("--config", required=True, metavar="FILE", help=about)
+    options.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="override one key of the config",
+    )
 
 
 def run_command(main: Callable[[], int | None]) -> int:

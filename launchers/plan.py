@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from framework.cli import run_command
+from framework.cli import add_config_options, run_command
 from framework.config import Config, load_config
 from framework.errors import UserError
 
@@ -25,15 +25,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 a plan fits, 1 failure while planning, 2 bad config or arguments, 3 no plan fits",
         allow_abbrev=False,
     )
-    options.add_argument("--config", required=True, metavar="FILE", help='JSON config; what is "auto" in it is chosen')
-    options.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override one key of the config",
-    )
+    add_config_options(options, 'JSON config; what is "auto" in it is chosen')
     machines = options.add_argument_group("machines, instead of the config's section hardware")
     machines.add_argument("--gpus-per-node", type=int, metavar="G", help="accelerators of each machine")
     machines.add_argument("--nodes", type=int, metavar="M", help="machines")

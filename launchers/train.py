@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from framework.cli import run_command
+from framework.cli import add_config_options, run_command
 from framework.config import load_config
 from framework.errors import UserError
 from framework.training.run import check_launch, train
@@ -22,15 +22,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="exit codes: 0 done or stopped on request, 1 failure while running, 2 bad config, data or arguments",
         allow_abbrev=False,
     )
-    options.add_argument("--config", required=True, metavar="FILE", help="JSON config; see python -m framework.config")
-    options.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        dest="overrides",
-        help="override one key of the config",
-    )
+    add_config_options(options, "JSON config; see python -m framework.config")
     options.add_argument(
         "--resume",
         default="auto",
