@@ -1,6 +1,6 @@
 """Say which settings of a run fit its machines, how fast they go, and what to change if none fits.
 
-python launchers/plan.py --config configs/llama13b.json --gpus-per-node 8 --gpu-memory 24GiB
+python launchers/plan.py --config configs/tiny.json --gpu-memory 24GiB
 """
 
 from __future__ import annotations
