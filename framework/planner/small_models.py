@@ -13,12 +13,12 @@ from framework.config import Config
 from framework.data import Batch
 from framework.data.batch import NO_DOCUMENT
 from framework.data.dataset import IGNORED
+from framework.errors import UserError
 from framework.planner.law import BLOCKS, ENDS
 from framework.selection import supervised_positions
 
 MLP_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
 """By what names families know the width of their MLP."""
-
 
 PROBED_RATIOS = {"supervised": 0.9, "uniform": 0.6, "bernoulli": 0.6}
 """Ratios below 1 of small models: with `supervised` above their labelled share, so that some context is selected."""
@@ -78,11 +78,18 @@ class Family:
 
     Args:
         hf_config: of the model.
+
+    Raises:
+        UserError: it does not say what the planner asks for.
     """
 
     def __init__(self, hf_config: PreTrainedConfig) -> None:
         self._values = values_of(hf_config)
         self._names = dict(type(hf_config).attribute_map)
+        if None in map(self._value, ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")):
+            raise UserError(
+                f"model: the planner cannot read depth, widths and heads in the config of {hf_config.model_type}"
+            )
         self.depth = int(self._value("num_hidden_layers"))
         self._mlp = next((key for key in map(self._name, MLP_KEYS) if self._values.get(key) is not None), None)
         heads = self._value("num_attention_heads")

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from framework.config import Config
+from framework.errors import UserError
 from framework.models.configuration import read_model_config
 from framework.planner.extraction import extract_law, job_symbols, law_key, law_settings, selection_sizes
 from framework.planner.fake_ranks import first_of
@@ -104,3 +105,8 @@ def test_small_models_keep_what_the_family_is():
     assert (small["hidden_size"], small["head_dim"], small["num_attention_heads"]) == (120, 28, 6)
     tied = Family(read_model_config(None, GPT2)).small(WIDTHS)
     assert (tied["n_embd"], tied["n_layer"]) == (8 * 16, 5)
+
+
+def test_a_config_in_parts_is_refused():
+    with pytest.raises(UserError, match="cannot read depth, widths and heads in the config of gemma3"):
+        Family(read_model_config(None, {"model_type": "gemma3"}))
