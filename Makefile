@@ -73,6 +73,10 @@ $(VENV)/.installed-dev: $(VENV)/.torch constraints.txt pyproject.toml
 	@touch $@ $(VENV)/.installed
 
 # With torch's build for CUDA on x86-64, the only one on PyPI: 3 GB of wheels, which stay out of pip's cache.
-$(LOWEST_VENV)/.installed: $(LOWEST_VENV)/.created constraints-lowest.txt pyproject.toml
+$(LOWEST_VENV)/.torch: $(LOWEST_VENV)/.created constraints-lowest.txt
+	$(LOWEST_VENV)/bin/pip install --no-cache-dir -c constraints-lowest.txt torch
+	@touch $@
+
+$(LOWEST_VENV)/.installed: $(LOWEST_VENV)/.torch constraints-lowest.txt pyproject.toml
 	$(LOWEST_VENV)/bin/pip install --no-cache-dir -c constraints-lowest.txt -e '.[test]'
 	@touch $@

@@ -45,7 +45,6 @@ def law_settings(config: Config, family: Family) -> dict[str, Any]:
         "packing": config.data.packing,
         "retention": config.retention.model_dump(mode="json"),
         "strategy": config.selection.strategy,
-        "everything selected": config.resolved_ratio == 1.0,
         "tokentune": config.selection.tokentune,
         "normalization": config.selection.normalization,
         "versions": {name: version(name).partition("+")[0] for name in LIBRARIES},

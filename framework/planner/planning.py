@@ -161,17 +161,13 @@ class PlannedJob:
             UserError: there are none.
             RunError: laws cannot be recorded.
         """
-        kinds = {_kind(choice) for each in space for choice in (each.choice, each.at(each.lowest))} - set(self._laws)
+        kinds = {_kind(each.choice) for each in space} - set(self._laws)
         ordered = sorted(kinds, key=repr)
         found = laws_of([_law_config(self._described, kind) for kind in ordered], self._family, self._say)
         self._laws |= dict(zip(ordered, found, strict=True))
-        reasons: dict[str, None] = {}
-        kept = []
-        for each in space:
-            laws = [self._laws[_kind(choice)] for choice in (each.choice, each.at(each.lowest))]
-            reasons |= {law.reason: None for law in laws if isinstance(law, NoLaw)}
-            if all(isinstance(law, StepLaw) for law in laws):
-                kept.append(each)
+        laws = [self._laws[_kind(each.choice)] for each in space]
+        kept = [each for each, law in zip(space, laws, strict=True) if isinstance(law, StepLaw)]
+        reasons = dict.fromkeys(law.reason for law in laws if isinstance(law, NoLaw))
         if not kept:
             raise UserError("\n".join(reasons))
         for reason in reasons:
@@ -232,8 +228,9 @@ def rates_of(config: Config, cluster: Cluster, profile: Profile) -> Rates:
 
 def _kind(choice: Choice) -> Choice:
     """What a law depends on of a choice, the rest at fixed values."""
-    exact = choice.ratio >= 1.0
-    return replace(choice, ratio=1.0 if exact else 0.5, micro_batch_size=1, accumulation=1, ranks=1, replicas=1)
+    # A selection of everything goes the same way as one of a part.
+    ratio = 1.0 if choice.strategy == "none" else 0.5
+    return replace(choice, ratio=ratio, micro_batch_size=1, accumulation=1, ranks=1, replicas=1)
 
 
 def _law_config(config: Config, kind: Choice) -> Config:
