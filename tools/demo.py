@@ -34,7 +34,7 @@ def compare() -> bool:
     from rich.table import Table
     from step_cost import ALL, CHECKPOINT, Arm, Case, measure_cases
 
-    from framework.checkpoint import WEIGHTS_FILE, find_step, load_weights
+    from framework.checkpoint import StoredFragments, find_step, load_weights
     from framework.config import load_config
     from framework.models import configured_model
     from framework.training.objective import draw_selection
@@ -53,7 +53,7 @@ def compare() -> bool:
     bigram = bigram_loss(data.train, data.eval, model.config.vocab_size)
     print(f"\nevaluation loss {loss:.3f} nats a token; smoothed bigram model of the same tokens {bigram:.3f}")
 
-    load_weights(checkpoint.path / WEIGHTS_FILE, model)
+    load_weights(StoredFragments(checkpoint.path, "model"), model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loader, _ = data.loaders()
     batch = loader.next_window()[0]
