@@ -71,7 +71,7 @@ def put_off_import(name: str) -> Iterator[None]:
     """
     if name not in sys.modules and importlib.util.find_spec(name) is not None:
         # Python's own way to make an import fail: https://docs.python.org/3/reference/import.html#the-module-cache
-        sys.modules[name] = None  # type: ignore[assignment]
+        sys.modules[name] = None  # type: ignore[assignment]  # typeshed knows modules only
     try:
         yield
     finally:

@@ -160,6 +160,7 @@ class Deferred(TorchDispatchMode):
     def _at_once(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operator on computed values; of recorded tensors it may only read."""
         if any(self.holds(tensor) for tensor in written_by(func, args, kwargs)):
+            # Torch's own error for what a tensor without values cannot do: `sharded_model` answers it.
             raise NotImplementedError(f"{func} cannot be recorded: it writes what depends on values")
         held = [tensor for tensor in tensors_in((args, kwargs)) if self.holds(tensor)]
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -179,6 +180,7 @@ class Deferred(TorchDispatchMode):
     ) -> None:
         """Write a step down, and forget earlier ones on a storage that it fills whole."""
         if not makes_like(func) and any(on_meta(t) and not self.holds(t) for t in tensors_in((args, kwargs))):
+            # As above.
             raise NotImplementedError(f"{func} on a tensor of the meta device, whose values nobody has recorded")
         # An operator on recorded tensors may name the meta device too (`type_as`).
         on_cpu = {name: _CPU if name == "device" and value is not None else value for name, value in kwargs.items()}

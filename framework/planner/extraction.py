@@ -69,6 +69,9 @@ def extract_law(config: Config, family: Family) -> StepLaw:
     if config.sharding.engine == "deepspeed" and config.zero_stage > 0:
         # What they allocate depends on how parameters fill buckets, which is no polynomial.
         raise UserError(f"sharding.zero_stage: the planner does not know what stage {config.zero_stage} allocates")
+    if config.sharding.offload_optimizer or config.sharding.offload_parameters:
+        # Recorded on the CPU, where the host's memory is the device's.
+        raise UserError("sharding.offload_optimizer: the planner does not know what offloading leaves on the device")
     recorded = [_recorded(config, family, widths) for widths in PROBES]
     return fitted_law([sizes for sizes, _ in recorded], [recording for _, recording in recorded])
 

@@ -150,7 +150,7 @@ class _Borders:
             if place == "last":
                 self._recorder.begin("loss")
             hidden: Tensor = output[0] if isinstance(output, tuple) else output
-            hidden.register_hook(  # type: ignore[no-untyped-call]
+            hidden.register_hook(  # type: ignore[no-untyped-call]  # as above
                 lambda gradient: self._recorder.begin(f"backward {place}")
             )
 

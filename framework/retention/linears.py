@@ -117,6 +117,7 @@ class PackedLinear(nn.Linear):
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The matrix `[out_features, in_features]`, made anew by every call."""
+        # Each form has its own; `ABC` would need another metaclass than other linear layers have.
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:

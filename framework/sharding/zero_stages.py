@@ -7,6 +7,7 @@ the engine clips and unscales by a norm that it computes once.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +110,7 @@ class WholeParameters:
         return [*self._engine.module.parameters()]
 
 
-class _Zero:
+class _Zero(ABC):
     """What stages 1 to 3 have in common: an optimiser that unscales and clips by a norm it is told."""
 
     averages = True
@@ -143,9 +144,9 @@ class _Zero:
         """What this rank holds of the trainable parameters."""
         return self.pieces()
 
+    @abstractmethod
     def pieces(self) -> Iterator[Piece]:
         """See `WholeParameters.pieces`."""
-        raise NotImplementedError
 
 
 class FlatPartitions(_Zero):

@@ -110,3 +110,19 @@ def test_small_models_keep_what_the_family_is():
 def test_a_config_in_parts_is_refused():
     with pytest.raises(UserError, match="cannot read depth, widths and heads in the config of gemma3"):
         Family(read_model_config(None, {"model_type": "gemma3"}))
+
+
+@pytest.mark.parametrize(
+    ("sharding", "message"),
+    [
+        ({"engine": "deepspeed", "zero_stage": 1}, "does not know what stage 1 allocates"),
+        (
+            {"engine": "fsdp", "offload_parameters": True, "offload_optimizer": True},
+            "does not know what offloading leaves on the device",
+        ),
+    ],
+)
+def test_what_no_law_is_recorded_for(sharding, message):
+    config = config_of(LLAMA, sharding=sharding)
+    with pytest.raises(UserError, match=message):
+        extract_law(config, Family(read_model_config(None, LLAMA)))

@@ -175,7 +175,9 @@ def test_of_equal_plans_the_smaller_and_then_the_simpler_is_chosen(objective: st
     space = candidates(open_job(), ranks=1, nodes=1, labelled_share=SHARE)
 
     def chosen(laws: Laws) -> Choice:
-        found = search(space, laws, Budget(9), PlannerConfig(objective=objective), labelled_share=SHARE)  # type: ignore[arg-type]
+        found = search(
+            space, laws, Budget(9), PlannerConfig.model_validate({"objective": objective}), labelled_share=SHARE
+        )
         return found.points[0].choice
 
     simplest = chosen(flat())
@@ -270,7 +272,7 @@ def test_laws_are_asked_a_few_times_for_each_candidate() -> None:
     for budget, objective in itertools.product((UNLIMITED, 20_000 * MiB), ("balanced", "fidelity", "speed")):
         for seen in calls.values():
             seen.clear()
-        options = PlannerConfig(objective=objective)  # type: ignore[arg-type]
+        options = PlannerConfig.model_validate({"objective": objective})
         search(space, Laws(memory, seconds), Budget(budget), options, labelled_share=SHARE)
         assert len(calls["memory"]) < 3 * len(space)
         assert len(calls["seconds"]) < 3 * len(space)

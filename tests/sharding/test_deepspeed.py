@@ -9,13 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed_cases as cases
+import deepspeed_ranks as ranks
 import pytest
 import torch
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE))
-import deepspeed_cases as cases  # noqa: E402
-import deepspeed_ranks as ranks  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

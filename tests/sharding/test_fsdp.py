@@ -6,11 +6,12 @@ import math
 import multiprocessing
 import os
 import socket
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import fsdp_cases as cases
+import fsdp_ranks
 import pytest
 import torch
 
@@ -20,10 +21,6 @@ from framework.sharding.ranks import Place, Ranks, joined_ranks
 from framework.training.loss import evaluation_loss
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE))
-import fsdp_cases as cases  # noqa: E402
-import fsdp_ranks  # noqa: E402
-
 TIMEOUT_SECONDS = 240
 ALL = cases.CASES | cases.PRECISIONS | cases.HYBRID
 
