@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -13,8 +14,9 @@ from framework.config import Config
 from framework.data import Batch
 from framework.errors import UserError
 from framework.planner.fake_ranks import first_of
-from framework.planner.fitting import Fitter, UnknownSizeError, fit_held, part_of
-from framework.planner.law import PARTS, PASSES, Part, StepLaw
+from framework.planner.fitting import Fitter, UnknownSizeError, fit_held, stretch_of
+from framework.planner.law import BLOCKS, PARTS, PASSES, STEP, Part, StepLaw, instances
+from framework.planner.polynomials import Polynomial
 from framework.planner.recording import RecordedPart, Recording, record_step
 from framework.planner.small_models import PROBES, Family, Widths, probe_batch, probe_config
 from framework.planner.symbols import batch_symbols
@@ -66,14 +68,13 @@ def extract_law(config: Config, family: Family) -> StepLaw:
     """
     if config.model.task != "causal_lm":
         raise UserError(f"model.task: the planner knows causal_lm only, not {config.model.task}")
-    if config.sharding.engine == "deepspeed" and config.zero_stage > 0:
-        # What they allocate depends on how parameters fill buckets, which is no polynomial.
-        raise UserError(f"sharding.zero_stage: the planner does not know what stage {config.zero_stage} allocates")
     if config.sharding.offload_optimizer or config.sharding.offload_parameters:
         # Recorded on the CPU, where the host's memory is the device's.
         raise UserError("sharding.offload_optimizer: the planner does not know what offloading leaves on the device")
     recorded = [_recorded(config, family, widths) for widths in PROBES]
-    return fitted_law([sizes for sizes, _ in recorded], [recording for _, recording in recorded])
+    recordings = [recording for _, recording in recorded]
+    # What DeepSpeed holds between steps is padded and cut, which `zero` and `zero3` say.
+    return fitted_law([sizes for sizes, _ in recorded], recordings, held=config.sharding.engine != "deepspeed")
 
 
 def _recorded(config: Config, family: Family, widths: Widths) -> tuple[dict[str, float], Recording]:
@@ -108,19 +109,24 @@ def selection_sizes(config: Config, batch: Batch) -> dict[str, float]:
     return {"rows": selection.selected_tokens, "slots": rows * slots, "labels": labels}
 
 
-def fitted_law(samples: list[dict[str, float]], recordings: list[Recording]) -> StepLaw:
+def fitted_law(samples: list[dict[str, float]], recordings: list[Recording], *, held: bool = True) -> StepLaw:
     """The polynomials of recordings whose allocations come in the same order.
 
     Args:
         samples: sizes of the symbols in each recording.
         recordings: of small models.
+        held: fit what is there before the step, too; else it is zero.
     """
-    start = fit_held([recording.start for recording in recordings], samples)
+    start = fit_held([recording.start for recording in recordings], samples) if held else Polynomial()
     fit = Fitter(samples)
     names = [part.name for part in recordings[0].parts]
-    if names != [*PARTS, *PARTS, "optimizer step"]:
+    if names != [*PARTS, *PARTS, STEP]:
         raise UnknownSizeError(f"the parts of a step come in another order: {', '.join(names)}")
-    fitted = [_fitted_part(fit, parts) for parts in zip(*(r.parts for r in recordings), strict=True)]
+    blocks = [block for _, block in instances(BLOCKS)]
+    fitted = [
+        _fitted_part(fit, parts, block)
+        for parts, block in zip(zip(*(r.parts for r in recordings), strict=True), [*blocks, *blocks, 0], strict=True)
+    ]
     count = len(PARTS)
     passes = {
         name: dict(zip(PARTS, fitted[number * count : (number + 1) * count], strict=True))
@@ -129,12 +135,17 @@ def fitted_law(samples: list[dict[str, float]], recordings: list[Recording]) -> 
     return StepLaw(start, passes, fitted[-1])
 
 
-def _fitted_part(fit: Fitter, parts: tuple[RecordedPart, ...]) -> Part:
-    name = parts[0].name
-    if len({tuple(change > 0 for change in part.changes) for part in parts}) > 1:
-        raise UnknownSizeError(f"{name}: models of different sizes allocate in different orders")
-    try:
-        changes = [fit(counts) for counts in zip(*(part.changes for part in parts), strict=True)]
-    except UnknownSizeError as error:
-        raise UnknownSizeError(f"{name}: {error}") from error
-    return part_of(changes)
+def _fitted_part(fit: Fitter, parts: tuple[RecordedPart, ...], block: int) -> Part:
+    name, marks = parts[0].name, parts[0].marks
+    if any(part.marks != marks for part in parts):
+        raise UnknownSizeError(f"{name}: models of different sizes use their modules in different orders")
+    stretches = []
+    for recorded in zip(*(part.stretches for part in parts), strict=True):
+        if len({tuple(change > 0 for change in changes) for changes in recorded}) > 1:
+            raise UnknownSizeError(f"{name}: models of different sizes allocate in different orders")
+        try:
+            stretches.append(stretch_of([fit(counts) for counts in zip(*recorded, strict=True)]))
+        except UnknownSizeError as error:
+            raise UnknownSizeError(f"{name}: {error}") from error
+    counted = [replace(mark, offset=None if mark.offset is None else mark.offset - block) for mark in marks]
+    return Part(tuple(stretches), tuple(counted))

@@ -8,7 +8,7 @@ from itertools import combinations, product
 
 import numpy as np
 
-from framework.planner.law import Part
+from framework.planner.law import Stretch
 from framework.planner.polynomials import Polynomial, Sizes
 
 TOKENS = (
@@ -166,8 +166,8 @@ class Fitter:
         return best
 
 
-def part_of(changes: Sequence[Polynomial]) -> Part:
-    """A part from its allocations, in order; frees are negative.
+def stretch_of(changes: Sequence[Polynomial]) -> Stretch:
+    """A stretch from its allocations, in order; frees are negative.
 
     Peaks that another one is never below are left out: those none of whose coefficients is above the other's.
     """
@@ -188,7 +188,7 @@ def part_of(changes: Sequence[Polynomial]) -> Part:
     def polynomial(level: np.ndarray) -> Polynomial:
         return Polynomial({m: Fraction(int(c), _DENOMINATOR) for m, c in zip(monomials, level, strict=True)})
 
-    return Part(polynomial(levels[-1]), tuple(map(polynomial, peaks)))
+    return Stretch(polynomial(levels[-1]), tuple(map(polynomial, peaks)))
 
 
 def fit_held(counts: Sequence[int], samples: Sequence[Sizes]) -> Polynomial:

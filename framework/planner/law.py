@@ -2,16 +2,22 @@
 
 A step is taken apart at the borders of blocks: what comes before the first one, each block forward, the loss (head
 included), each block backward, and the optimiser's step. Blocks between the ends are alike, so a law that was recorded
-with one of them holds for any depth.
+with one of them holds for any depth. What an engine allocates by itself is not in the law, but where it does so is: at
+the marks between the stretches of a part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from framework.planner.polynomials import Polynomial, Sizes
+import numpy as np
+
+from framework.planner.marks import FETCH, Mark
+from framework.planner.polynomials import Monomial, Polynomial, Sizes
 
 ENDS = 2
 """Blocks at each end that have parts of their own: engines that gather a block's weights ahead treat them otherwise."""
@@ -43,9 +49,24 @@ PHASE_OF_PART = {
 }
 
 
+def places_of(blocks: int) -> list[str]:
+    """The place of each block of a model of this depth."""
+    if blocks < BLOCKS:
+        return [*PLACES[: blocks // 2], *PLACES[BLOCKS - (blocks - blocks // 2) :]]
+    return [*PLACES[:ENDS], *[PLACES[ENDS]] * (blocks - 2 * ENDS), *PLACES[ENDS + 1 :]]
+
+
+def instances(blocks: int) -> list[tuple[str, int]]:
+    """The parts of a micro-batch in order, blocks one by one, and the indices of the blocks that marks count from."""
+    places = places_of(blocks)
+    forward = [(f"forward {place}", index) for index, place in enumerate(places)]
+    backward = [(f"backward {place}", index) for index, place in reversed([*enumerate(places)])]
+    return [("inputs", 0), *forward, ("loss", blocks - 1), *backward]
+
+
 @dataclass(frozen=True)
-class Part:
-    """A part of a step.
+class Stretch:
+    """What is allocated between two marks.
 
     Attributes:
         net: bytes that it leaves behind, less those of others that it frees.
@@ -59,29 +80,38 @@ class Part:
         """Bytes above its start at its highest."""
         return max((peak.value(sizes) for peak in self.peaks), default=0.0)
 
+    def to_json(self) -> list[str]:
+        """As JSON values."""
+        return [str(self.net), *map(str, self.peaks)]
+
+    @classmethod
+    def of_json(cls, value: list[str]) -> Stretch:
+        """The stretch that `to_json` gave."""
+        net, *peaks = map(Polynomial.parse, value)
+        return cls(net, tuple(peaks))
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a step.
+
+    Attributes:
+        stretches: in order.
+        marks: between them.
+    """
+
+    stretches: tuple[Stretch, ...]
+    marks: tuple[Mark, ...] = ()
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"net": str(self.net), "peaks": [*map(str, self.peaks)]}
+        return {"stretches": [each.to_json() for each in self.stretches], "marks": [*map(str, self.marks)]}
 
     @classmethod
     def of_json(cls, value: dict[str, Any]) -> Part:
         """The part that `to_json` gave."""
-        return cls(Polynomial.parse(value["net"]), tuple(map(Polynomial.parse, value["peaks"])))
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A part of a step at given sizes.
-
-    Attributes:
-        part: its name.
-        start: bytes above the start of the step, at its start.
-        peak: the same, at its highest.
-    """
-
-    part: str
-    start: float
-    peak: float
+        stretches = map(Stretch.of_json, value["stretches"])
+        return cls(tuple(stretches), tuple(map(Mark.parse, value["marks"])))
 
 
 @dataclass(frozen=True)
@@ -98,24 +128,21 @@ class StepLaw:
     passes: dict[str, dict[str, Part]]
     step: Part
 
-    def moments(self, sizes: Sizes, *, blocks: int, accumulation: int) -> Iterator[Moment]:
-        """The parts of a step in order; of equal ones in a row, such as blocks, the first and the last.
+    def values(self, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
+        """Where the symbols have these sizes, of every stretch the bytes that it leaves behind, and those at its peak.
 
-        Args:
-            sizes: of the symbols.
-            blocks: depth of the model; below `BLOCKS` the ends are taken to overlap.
-            accumulation: micro-batches of a step.
+        `rows` says which stretch is where.
         """
-        start = 0.0
-        for number in range(min(accumulation, 2)):
-            parts = self.passes[PASSES[number]]
-            for name in PARTS:
-                part, repeated = parts[name], blocks - 2 * ENDS if name.endswith("middle") else 1
-                net, peak = part.net.value(sizes), part.peak(sizes)
-                for index in sorted({0, repeated - 1} if repeated > 0 else ()):
-                    yield Moment(name, start + index * net, start + index * net + peak)
-                start += repeated * net
-        yield Moment(STEP, start, start + self.step.peak(sizes))
+        return self._tables.values(sizes)
+
+    def rows(self, part: tuple[str, str]) -> range:
+        """Where the stretches of a part are; its pass and its name, or `STEP` twice."""
+        return self._tables.rows[part]
+
+    @cached_property
+    def _tables(self) -> _Tables:
+        parts = {(name, part): law for name, parts in self.passes.items() for part, law in parts.items()}
+        return _Tables(parts | {(STEP, STEP): self.step})
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
@@ -129,3 +156,46 @@ class StepLaw:
             name: {part: Part.of_json(law) for part, law in parts.items()} for name, parts in value["passes"].items()
         }
         return cls(Polynomial.parse(value["start"]), passes, Part.of_json(value["step"]))
+
+
+class _Tables:
+    """All polynomials of a law as matrices, so that one product evaluates them."""
+
+    def __init__(self, parts: dict[tuple[str, str], Part]) -> None:
+        nets: list[Polynomial] = []
+        peaks: list[Polynomial] = []
+        self._first_peaks: list[int] = []
+        self.rows: dict[tuple[str, str], range] = {}
+        for key, part in parts.items():
+            begin = len(nets)
+            for stretch in part.stretches:
+                nets.append(stretch.net)
+                self._first_peaks.append(len(peaks))
+                # The start of a stretch is a peak, too: all that follows may be below it.
+                peaks += [Polynomial(), *stretch.peaks]
+            self.rows[key] = range(begin, len(nets))
+        monomials = {monomial for polynomial in (*nets, *peaks) for monomial in polynomial.terms}
+        self._monomials: list[Monomial] = sorted(monomials)
+        self._nets, self._peaks = self._matrix(nets), self._matrix(peaks)
+
+    def _matrix(self, polynomials: Sequence[Polynomial]) -> np.ndarray:
+        columns = {monomial: column for column, monomial in enumerate(self._monomials)}
+        matrix = np.zeros((len(polynomials), len(columns)))
+        for row, polynomial in enumerate(polynomials):
+            for monomial, coefficient in polynomial.terms.items():
+                matrix[row, columns[monomial]] = float(coefficient)
+        return matrix
+
+    def values(self, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
+        values = np.array([math.prod(sizes[symbol] for symbol in monomial) for monomial in self._monomials])
+        return self._nets @ values, np.maximum.reduceat(self._peaks @ values, self._first_peaks)
+
+
+def trace_of(law: StepLaw, blocks: int) -> list[tuple[str, int | None]]:
+    """The modules of a micro-batch in the order in which they are entered, forward and backward."""
+    found = []
+    for part, block in instances(blocks):
+        for mark in law.passes[PASSES[0]][part].marks:
+            if mark.kind == FETCH:
+                found.append((mark.name, None if mark.offset is None else block + mark.offset))
+    return found

@@ -6,10 +6,24 @@ from collections.abc import Callable, Mapping
 from math import ceil
 
 from framework.planner.choice import Choice
-from framework.planner.law import PHASE_OF_PART, Moment, StepLaw
+from framework.planner.course import Course
+from framework.planner.held import Weights
+from framework.planner.holders import Holders
+from framework.planner.law import StepLaw
 from framework.planner.ledger import Ledger, Term, everywhere
+from framework.planner.zero import STATE, WEIGHTS
 
 LawOf = Callable[[Choice], StepLaw]
+
+KEPT = "kept for the backward pass"
+
+WORKING = {
+    "forward": "a block's forward pass",
+    "loss": "head, logits and loss",
+    "block backward": "a block's backward pass",
+    "optimizer step": "update",
+}
+"""What a part of a step allocates for itself, by the phase that it is of."""
 
 
 class MemoryModel:
@@ -18,7 +32,9 @@ class MemoryModel:
     Args:
         law_of: the law of a choice's step; choices that differ in ratio, batch or ranks have the same.
         symbols: sizes of the model, from `model_symbols`.
-        blocks: its depth.
+        weights: of the model.
+        holders: of the run.
+        blocks: depth of the model.
         sequence_length: tokens of a row; every row is taken to be full.
         labelled_share: labelled tokens / all tokens.
         adapter_rank: None without an adapter that has one.
@@ -28,6 +44,8 @@ class MemoryModel:
         self,
         law_of: LawOf,
         symbols: Mapping[str, float],
+        weights: Weights,
+        holders: Holders,
         *,
         blocks: int,
         sequence_length: int,
@@ -35,7 +53,9 @@ class MemoryModel:
         adapter_rank: int | None = None,
     ) -> None:
         self._law_of, self._symbols, self._blocks = law_of, dict(symbols), blocks
+        self._weights, self._holders = weights, holders
         self._length, self._labelled = sequence_length, labelled_share
+        self._courses: dict[tuple[object, ...], tuple[Course, dict[str, int]]] = {}
         if adapter_rank is not None:
             self._symbols["rank"] = adapter_rank
 
@@ -59,24 +79,58 @@ class MemoryModel:
 
     def __call__(self, choice: Choice) -> Ledger:
         """What the worst rank holds."""
-        law, sizes = self._law_of(choice), self.sizes(choice)
-        start = law.start.value(sizes)
-        peaks = highest(law, sizes, self._blocks, choice.accumulation)
-        terms = [everywhere("weights and optimizer state", start)]
-        for phase, moment in peaks.items():
-            terms.append(Term(_KEPT, round(moment.start), frozenset({phase})))
-            terms.append(Term(phase, round(moment.peak - moment.start), frozenset({phase})))
+        return self.at(choice, self.sizes(choice))
+
+    def at(self, choice: Choice, sizes: Mapping[str, float]) -> Ledger:
+        """The same for a batch of given sizes.
+
+        Args:
+            choice: of which the batch does not count.
+            sizes: of all symbols.
+        """
+        law = self._law_of(choice)
+        course, held = self._course(choice, law)
+        if law.start.terms:
+            # More exact than what is known of the weights: adapters and quantised weights have layouts of their own.
+            held = {WEIGHTS: round(law.start.value(sizes)) - held[STATE], STATE: held[STATE]}
+        terms = [everywhere(name, size) for name, size in held.items()]
+        engine = _engine_words(choice)
+        for phase, moment in course.highest(sizes).items():
+            kept = KEPT if engine else f"{KEPT}, and gradients"
+            for name, size in ((kept, moment.kept), (engine, moment.engine), (WORKING[phase], moment.working)):
+                if size:
+                    terms.append(Term(name, round(size), frozenset({phase})))
         return Ledger(tuple(terms))
 
+    def _course(self, choice: Choice, law: StepLaw) -> tuple[Course, dict[str, int]]:
+        key = (id(law), _engine_key(choice))
+        if key not in self._courses:
+            holder = self._holders.of(choice, law, self._blocks)
+            held = self._held(choice) if holder is None else holder.held()
+            course = Course(
+                law,
+                blocks=self._blocks,
+                passes=choice.accumulation,
+                weights=self._weights,
+                holder=holder,
+                update=self._holders.largest_update(choice.shard_ranks),
+            )
+            self._courses[key] = course, held
+        return self._courses[key]
 
-_KEPT = "kept for the backward pass, and gradients"
+    def _held(self, choice: Choice) -> dict[str, int]:
+        return {WEIGHTS: 0, STATE: self._holders.sharded_state(choice.shard_ranks)}
 
 
-def highest(law: StepLaw, sizes: Mapping[str, float], blocks: int, accumulation: int) -> dict[str, Moment]:
-    """The moment of each phase with the highest peak."""
-    found: dict[str, Moment] = {}
-    for moment in law.moments(sizes, blocks=blocks, accumulation=accumulation):
-        phase = PHASE_OF_PART[moment.part]
-        if phase not in found or found[phase].peak < moment.peak:
-            found[phase] = moment
-    return found
+def _engine_key(choice: Choice) -> tuple[object, ...]:
+    """What the course of a step depends on beside its law."""
+    return choice.engine, choice.zero_stage, choice.shard_ranks, min(choice.accumulation, 2)
+
+
+def _engine_words(choice: Choice) -> str:
+    """What an engine holds in the course of a step; empty where the law does not tell it apart."""
+    if choice.engine == "fsdp":
+        return ""
+    return {1: "gradients and their bucket", 2: "gradients and their buckets", 3: "gathered weights"}.get(
+        choice.zero_stage or 0, "gradients"
+    )

@@ -19,10 +19,12 @@ from framework.models.quantization import quantized_elements
 from framework.models.wrapping import unwrapped
 from framework.planner.choice import Choice
 from framework.planner.hardware import Cluster
+from framework.planner.holders import Holders
 from framework.planner.law import StepLaw
 from framework.planner.laws import NoLaw, laws_of
 from framework.planner.ledger import Ledger
 from framework.planner.memory import MemoryModel
+from framework.planner.naming import weights_of
 from framework.planner.overrides import with_overrides
 from framework.planner.plan import Plan, launch_line, plan_json
 from framework.planner.profile import Profile
@@ -35,8 +37,10 @@ from framework.planner.symbols import model_symbols
 from framework.planner.timing import TimeModel
 from framework.planner.work import Job
 from framework.retention import blocks_of
+from framework.sharding.deepspeed_config import bucket_sizes
 from framework.sharding.engines import engine_options, model_sizes
 from framework.sharding.precision import PRECISIONS
+from framework.training.parameter_groups import parameter_groups
 
 COLLECTIVE_SECONDS = 20e-6
 """Before the first byte of a collective: an assumption, what NCCL needs within a machine."""
@@ -117,9 +121,12 @@ class PlannedJob:
         self._laws: dict[Choice, StepLaw | NoLaw] = {}
         adapter = config.model.adapter
         rank = None if adapter is None else adapter.rank
+        weights = weights_of(model, parameter_groups(model, described.optimizer))
         self.memory = MemoryModel(
             self._law,
             self._symbols,
+            weights,
+            Holders(described, weights, bucket_sizes(self._model_sizes), one_by_one=False),
             blocks=self._family.depth,
             sequence_length=config.data.sequence_length,
             labelled_share=labelled_share,
@@ -230,7 +237,13 @@ def _kind(choice: Choice) -> Choice:
     """What a law depends on of a choice, the rest at fixed values."""
     # A selection of everything goes the same way as one of a part.
     ratio = 1.0 if choice.strategy == "none" else 0.5
-    return replace(choice, ratio=ratio, micro_batch_size=1, accumulation=1, ranks=1, replicas=1)
+    engine, stage = choice.engine, choice.zero_stage
+    if engine == "deepspeed":
+        # Passes of stage 0 are those of one process, and those of stage 1 are those of stage 2.
+        engine, stage = {0: ("single", None), 1: (engine, 2)}.get(stage or 0, (engine, stage))
+    return replace(
+        choice, engine=engine, zero_stage=stage, ratio=ratio, micro_batch_size=1, accumulation=1, ranks=1, replicas=1
+    )
 
 
 def _law_config(config: Config, kind: Choice) -> Config:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +15,10 @@ from torch.utils.hooks import RemovableHandle
 from framework.config import Config
 from framework.data import Batch
 from framework.models.wrapping import unwrapped
-from framework.planner.law import BLOCKS, ENDS, PARTS, PLACES, STEP
+from framework.planner.engine_marks import marks_of
+from framework.planner.law import BLOCKS, PARTS, STEP, places_of
+from framework.planner.marks import END_OF_PASS, Mark
+from framework.planner.naming import Naming
 from framework.planner.symbols import model_symbols
 from framework.retention import blocks_of
 from framework.sharding.ranks import Ranks
@@ -21,6 +27,9 @@ from framework.training.optimizer import optimizer_factory
 from framework.training.prepared import PreparedModel
 from framework.training.step import train_window
 
+WARM_UP = 2
+"""Steps before the recorded one: the optimiser has its state then, and DeepSpeed knows the order of modules."""
+
 
 @dataclass
 class RecordedPart:
@@ -28,11 +37,15 @@ class RecordedPart:
 
     Attributes:
         name: of `PARTS`, or the optimiser's step.
-        changes: bytes of each allocation, in order; negative for what is freed.
+        stretches: bytes of each allocation between marks, in order; negative for what is freed.
+        marks: between the stretches.
+        engine: of each mark, what the engine allocated and freed from it up to the next one.
     """
 
     name: str
-    changes: list[int] = field(default_factory=list)
+    stretches: list[list[int]] = field(default_factory=lambda: [[]])
+    marks: list[Mark] = field(default_factory=list)
+    engine: list[list[int]] = field(default_factory=lambda: [[]])
 
 
 @dataclass(frozen=True)
@@ -53,59 +66,128 @@ class Recording:
 
 
 # torch's dispatch modes and hooks are not annotated.
-class _Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
-    """A tracker that writes down what it sees."""
+class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
+    """A tracker that writes down what it sees, what an engine does by itself apart."""
 
     def __init__(self) -> None:
+        """Nothing is seen yet."""
         super().__init__()
         self.parts: list[RecordedPart] = []
+        self._at_work = 0
+        self._engines: set[int] = set()
 
     def begin(self, name: str) -> None:
         """From here on it is another part."""
         self.parts.append(RecordedPart(name))
 
-    def _change(self, size: int) -> None:
-        super()._change(size)
+    def mark(self, mark: Mark) -> None:
+        """From here on it is another stretch."""
         if self.parts:
-            self.parts[-1].changes.append(size)
+            self.parts[-1].marks.append(mark)
+            self.parts[-1].stretches.append([])
+            self.parts[-1].engine.append([])
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """What is made within this context is the engine's."""
+        self._at_work += 1
+        try:
+            yield
+        finally:
+            self._at_work -= 1
+
+    def hand_over(self, tensor: Tensor) -> None:
+        """A tensor is the engine's from here on."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._live and key not in self._engines:
+            self._engines.add(key)
+            size = self._live[key][1]
+            if self.parts:
+                self.parts[-1].stretches[-1].append(-size)
+                self.parts[-1].engine[-1].append(size)
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if self._at_work and storage._cdata not in self._live:
+            self._engines.add(storage._cdata)
+        super()._count(storage)
+
+    def _change(self, size: int, key: int) -> None:
+        super()._change(size, key)
+        engines = key in self._engines
+        if key not in self._live:
+            self._engines.discard(key)
+        if self.parts and size:
+            part = self.parts[-1]
+            (part.engine if engines else part.stretches)[-1].append(size)
 
 
 def record_step(config: Config, batch: Batch, ranks: Ranks) -> Recording:
-    """Make two steps of a run in this process, of which the second is recorded: the optimiser has its state then.
+    """Make steps of a run in this process, of which the last is recorded.
 
     Args:
         config: of the run, of a model with `BLOCKS` blocks or more.
         batch: both micro-batches of each step.
         ranks: of the run; see `first_of`.
     """
-    first = second = [batch, batch]
     prepared = PreparedModel.build(config, None, ranks, None)
     symbols = model_symbols(prepared.model)
+    naming = Naming.of(prepared.model)
     engine, objective = prepared.engine, prepared.objective
-    engine.prepare(prepared.model, optimizer_factory(config, lambda line: None), prepared.initial)
-    norm = config.training.max_grad_norm
-    train_window(engine, ranks, objective, first, config.optimizer.learning_rate, norm)
-    recorder = _Recorder()
+    recorder = Recorder()
+    build = optimizer_factory(config, lambda line: None)
+
+    def build_apart(model: nn.Module) -> torch.optim.Optimizer:
+        """An optimiser whose updates are the engine's work."""
+        optimizer = build(model)
+        update = optimizer.step
+
+        def step(*arguments: Any, **options: Any) -> Any:
+            with recorder.at_work():
+                return update(*arguments, **options)
+
+        optimizer.step = step  # type: ignore[method-assign]
+        return optimizer
+
+    engine.prepare(prepared.model, build_apart, prepared.initial)
+    norm, rate = config.training.max_grad_norm, config.optimizer.learning_rate
+    for _ in range(WARM_UP):
+        train_window(engine, ranks, objective, [batch, batch], rate, norm)
     for tensors in engine.held():
         recorder.track(tensors)
     start = recorder.current
     recorder.reset_peak()
-    with _Borders(engine.model, recorder), recorder:
+    with _Borders(engine.model, recorder), marks_of(engine, recorder, naming), _collected(), recorder:
         recorder.begin(PARTS[0])
-        train_window(_Announcing(engine, recorder), ranks, objective, second, config.optimizer.learning_rate, norm)
+        train_window(_Announcing(engine, recorder), ranks, objective, [batch, batch], rate, norm)
     found = Recording(tuple(recorder.parts), start, recorder.peak, symbols)
     engine.close()
     return found
 
 
-class _Announcing:
-    """An engine that says when its optimiser's step begins."""
+@contextmanager
+def _collected() -> Iterator[None]:
+    """Within this context garbage in cycles stays: when Python looks for it is no matter of sizes."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
-    def __init__(self, engine: Any, recorder: _Recorder) -> None:
+
+class _Announcing:
+    """An engine that says when a backward pass ends, and when its optimiser's step begins."""
+
+    def __init__(self, engine: Any, recorder: Recorder) -> None:
         self._engine, self._recorder = engine, recorder
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
+
+    def backward(self, loss: Tensor) -> None:
+        """The engine's."""
+        self._engine.backward(loss)
+        self._recorder.mark(Mark(END_OF_PASS, "", None))
 
     def step(self, **arguments: Any) -> Any:
         """The engine's."""
@@ -116,16 +198,14 @@ class _Announcing:
 class _Borders:
     """Within this context the recorder hears of the borders of a model's blocks."""
 
-    def __init__(self, model: nn.Module, recorder: _Recorder) -> None:
+    def __init__(self, model: nn.Module, recorder: Recorder) -> None:
         self._blocks = [*blocks_of(unwrapped(model)).values()]
         assert len(self._blocks) >= BLOCKS
         self._recorder = recorder
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> None:
-        ends, middle = PLACES[:ENDS], PLACES[ENDS]
-        places = [*ends, *[middle] * (len(self._blocks) - 2 * ENDS), *PLACES[ENDS + 1 :]]
-        for place, block in zip(places, self._blocks, strict=True):
+        for place, block in zip(places_of(len(self._blocks)), self._blocks, strict=True):
             self._handles.append(block.register_forward_pre_hook(self._entering(place)))
             self._handles.append(block.register_forward_hook(self._leaving(place)))
 

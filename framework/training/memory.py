@@ -111,16 +111,16 @@ class CpuMemoryTracker(TorchDispatchMode):
             def died(_: Any) -> None:
                 tracker = owner()
                 if tracker is not None:
-                    tracker._change(-tracker._live.pop(key)[1])
+                    tracker._change(-tracker._live.pop(key)[1], key)
 
             reference = weakref.ref(storage, died)
         else:
             reference = known[0]
         self._live[key] = (reference, size)
-        self._change(size if known is None else size - known[1])
+        self._change(size if known is None else size - known[1], key)
 
-    def _change(self, size: int) -> None:
-        """More bytes are live, or fewer."""
+    def _change(self, size: int, key: int) -> None:
+        """More bytes of a storage are live, or fewer."""
         self.current += size
         self.peak = max(self.peak, self.current)
 

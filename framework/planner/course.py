@@ -1,0 +1,176 @@
+"""The course of a step: a law's parts block by block, and what an engine holds at each. Must not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from framework.planner.held import Weight, Weights
+from framework.planner.law import PASSES, PHASE_OF_PART, STEP, StepLaw, instances
+from framework.planner.marks import END_OF_PASS, FETCH, GRADIENT, Mark
+from framework.planner.polynomials import Sizes
+
+Place = tuple[str, int | None]
+"""Name of a module, and index of its block; None outside of blocks."""
+
+
+class Holder(Protocol):
+    """A model of what an engine holds of weights, gradients and the optimiser's state on one rank.
+
+    The methods but the first give bytes in the order in which they are allocated, or freed if negative.
+
+    Attributes:
+        alike: a micro-batch finds no gradients of the one before with the parameters.
+    """
+
+    alike: bool
+
+    def held(self) -> dict[str, int]:
+        """Bytes between steps, by what they are."""
+        ...
+
+    def begin(self) -> Iterator[int]:
+        """A micro-batch begins."""
+        ...
+
+    def fetch(self, module: Place) -> Iterator[int]:
+        """A module is entered, forward or backward."""
+        ...
+
+    def release(self, module: Place) -> Iterator[int]:
+        """A module is left."""
+        ...
+
+    def gradient(self, weight: Weight) -> Iterator[int]:
+        """A parameter has its gradient."""
+        ...
+
+    def end_of_pass(self) -> Iterator[int]:
+        """A micro-batch's backward pass has ended."""
+        ...
+
+    def step(self) -> Iterator[int]:
+        """The optimiser's step."""
+        ...
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The highest moment of a phase, in bytes.
+
+    Attributes:
+        kept: for the backward pass, at the start of its part.
+        engine: that the engine holds above what it does between steps.
+        working: what the part itself has allocated.
+    """
+
+    kept: float
+    engine: float
+    working: float
+
+    @property
+    def peak(self) -> float:
+        """Above what is held between steps."""
+        return self.kept + self.engine + self.working
+
+
+class Course:
+    """A step of a model of some depth under an engine.
+
+    Args:
+        law: of the step.
+        blocks: depth of the model.
+        passes: micro-batches of the step; those after the second are like it.
+        weights: of the model.
+        holder: of the engine, as it is between steps; None for a law without marks, which says all itself.
+        update: bytes that the optimiser needs beside the weights at its step, without a holder.
+    """
+
+    def __init__(
+        self,
+        law: StepLaw,
+        *,
+        blocks: int,
+        passes: int,
+        weights: Weights | None = None,
+        holder: Holder | None = None,
+        update: int = 0,
+    ) -> None:
+        self._law = law
+        rows: list[int] = []
+        engine: list[float] = []
+        marked: list[float] = []
+        firsts: list[int] = []
+        self._phases: dict[str, list[int]] = {}
+
+        def lay(part: tuple[str, str], levels: list[int], peaks: list[int]) -> None:
+            own = law.rows(part)
+            phase = self._phases.setdefault(PHASE_OF_PART[part[1]], [])
+            phase += range(len(rows), len(rows) + len(own))
+            firsts.extend([len(rows)] * len(own))
+            rows.extend(own)
+            engine.extend(levels)
+            # The last stretch of a part has no mark behind it.
+            marked.extend([*peaks, levels[-1]])
+
+        level = 0
+        for number in range(min(passes, len(PASSES))):
+            name = PASSES[0 if holder is not None and holder.alike else number]
+            if holder is not None:
+                level += sum(holder.begin())
+            for part, block in instances(blocks):
+                levels, peaks = [level], []
+                for mark in law.passes[name][part].marks:
+                    if holder is not None and weights is not None:
+                        level, peak = _advanced(level, _told(holder, weights, mark, block))
+                    else:
+                        peak = level
+                    levels.append(level)
+                    peaks.append(peak)
+                lay((name, part), levels, peaks)
+        step = level + update if holder is None else _advanced(level, holder.step())[1]
+        stretches = len(law.step.stretches)
+        lay((STEP, STEP), [level] * stretches, [level] * (stretches - 1))
+        marked[-1] = step
+        self._rows, self._firsts = np.array(rows), np.array(firsts)
+        self._engine, self._marked = np.array(engine, float), np.array(marked, float)
+        self._places = {phase: np.array(places) for phase, places in self._phases.items()}
+
+    def highest(self, sizes: Sizes) -> dict[str, Moment]:
+        """The highest moment of each phase, where the symbols have these sizes."""
+        nets, peaks = self._law.values(sizes)
+        net = nets[self._rows]
+        ends = net.cumsum()
+        starts = ends - net
+        within = starts + peaks[self._rows] + self._engine
+        between = ends + self._marked
+        found = {}
+        for phase, places in self._places.items():
+            inner = places[within[places].argmax()]
+            outer = places[between[places].argmax()]
+            is_inner = within[inner] >= between[outer]
+            place, levels, engine = (inner, within, self._engine) if is_inner else (outer, between, self._marked)
+            kept, held = float(starts[self._firsts[place]]), float(engine[place])
+            found[phase] = Moment(kept, held, float(levels[place]) - kept - held)
+        return found
+
+
+def _told(holder: Holder, weights: Weights, mark: Mark, block: int) -> Iterator[int]:
+    place = (mark.name, None if mark.offset is None else block + mark.offset)
+    if mark.kind == GRADIENT:
+        return holder.gradient(weights.by_name[place])
+    if mark.kind == END_OF_PASS:
+        return holder.end_of_pass()
+    return holder.fetch(place) if mark.kind == FETCH else holder.release(place)
+
+
+def _advanced(level: int, changes: Iterable[int]) -> tuple[int, int]:
+    """The level after changes, and its peak from before them on."""
+    peak = level
+    for change in changes:
+        level += change
+        peak = max(peak, level)
+    return level, peak

@@ -1,0 +1,78 @@
+"""What of a model an engine holds: its weights one by one. Must not import torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter.
+
+    Attributes:
+        name: in the model, or within its block.
+        block: index of its block; None outside.
+        elements: of the whole.
+        itemsize: bytes of an element, as the model is built.
+        group: index of the optimiser's group that it is in; None if it is frozen.
+    """
+
+    name: str
+    block: int | None
+    elements: int
+    itemsize: int
+    group: int | None
+
+    @property
+    def bytes(self) -> int:
+        """Of the whole, as the model is built; of its gradient, too."""
+        return self.elements * self.itemsize
+
+    @property
+    def trained(self) -> bool:
+        """Whether it has a gradient."""
+        return self.group is not None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """All parameters of a model, tied ones once, in its order.
+
+    Attributes:
+        all: of the model.
+        buffers: bytes of its buffers.
+    """
+
+    all: tuple[Weight, ...]
+    buffers: int
+
+    @cached_property
+    def by_name(self) -> dict[tuple[str, int | None], Weight]:
+        """By name and block."""
+        return {(weight.name, weight.block): weight for weight in self.all}
+
+    @cached_property
+    def by_module(self) -> dict[tuple[str, int | None], tuple[Weight, ...]]:
+        """The parameters that a module has itself, by its name and block."""
+        found: dict[tuple[str, int | None], list[Weight]] = {}
+        for weight in self.all:
+            found.setdefault((weight.name.rpartition(".")[0], weight.block), []).append(weight)
+        return {module: tuple(own) for module, own in found.items()}
+
+    @cached_property
+    def groups(self) -> tuple[tuple[Weight, ...], ...]:
+        """The trained ones, by the optimiser's groups."""
+        trained = sorted((weight for weight in self.all if weight.trained), key=lambda weight: weight.group or 0)
+        return tuple(tuple(members) for _, members in groupby(trained, key=lambda weight: weight.group))
+
+    @cached_property
+    def elements(self) -> int:
+        """Of all."""
+        return sum(weight.elements for weight in self.all)
+
+    @cached_property
+    def trained(self) -> int:
+        """Elements of the trained ones."""
+        return sum(weight.elements for weight in self.all if weight.trained)

@@ -1,0 +1,99 @@
+"""The model of what an engine holds for each choice. Must not import torch."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+from framework.config import Config
+from framework.planner.choice import Choice
+from framework.planner.course import Holder
+from framework.planner.held import Weights
+from framework.planner.law import StepLaw, trace_of
+from framework.planner.zero import Buckets, Bytes, FlatPartitions, WholeGradients
+from framework.planner.zero3 import PartitionedWeights
+
+CHUNK = 1 << 24
+"""Elements that `StochasticAdamW` updates at once."""
+
+STOCHASTIC_BYTES = 30
+"""Of its temporaries, for each of them: seven float32 tensors and a bfloat16 one."""
+
+STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
+"""Bytes of an element's moments: two in float32, or two codes and for 256 of each a float32 scale."""
+
+
+class Holders:
+    """Of a run whose weights are known.
+
+    Args:
+        config: of the run; its precision and optimiser count.
+        weights: of its model.
+        buckets: DeepSpeed's `zero_optimization` at each number of ranks is alike but for the stage: the sizes of its
+            buffers, from `bucket_sizes`.
+        one_by_one: DeepSpeed gathers weights one by one and none ahead, as it does on CPUs.
+    """
+
+    def __init__(self, config: Config, weights: Weights, buckets: dict[str, int], *, one_by_one: bool) -> None:
+        self._precision, self._optimizer = config.optimizer.precision, config.optimizer.name
+        self._weights, self._sizes, self._one_by_one = weights, buckets, one_by_one
+
+    def of(self, choice: Choice, law: StepLaw, blocks: int) -> Holder | None:
+        """The holder of a choice, as it is between steps; None for one whose law has no marks.
+
+        Args:
+            choice: of which engine, stage and ranks count.
+            law: of its step.
+            blocks: depth of the model.
+        """
+        if choice.engine == "fsdp":
+            return None
+        stage = choice.zero_stage if choice.engine == "deepspeed" else None
+        if not stage:
+            bucket = None if stage is None else self._sizes["reduce_bucket_size"]
+            return WholeGradients(self._weights, self.state_bytes, self.update, bucket)
+        size, buckets, ranks = self._bytes(), self._buckets(stage), choice.shard_ranks
+        if stage < 3:
+            return FlatPartitions(self._weights, size, self.update, buckets, stage=stage, ranks=ranks)
+        return PartitionedWeights(self._weights, size, self.update, buckets, ranks=ranks, trace=trace_of(law, blocks))
+
+    @property
+    def state_bytes(self) -> float:
+        """Of an element's moments, where the optimiser updates the weights themselves."""
+        if self._optimizer == "adamw" and self._precision == "pure_bf16":
+            return 4.0
+        return STATE_BYTES[self._optimizer]
+
+    def update(self, elements: int) -> int:
+        """Bytes that the optimiser needs beside a tensor of so many elements while it updates it."""
+        if self._optimizer == "adamw" and self._precision == "pure_bf16":
+            return STOCHASTIC_BYTES * min(elements, CHUNK)
+        return 0
+
+    def largest_update(self, shards: int) -> int:
+        """The same for the largest of the trained weights, of which each rank updates a part."""
+        largest = max((weight.elements for weight in self._weights.all if weight.trained), default=0)
+        return self.update(ceil(largest / shards))
+
+    def sharded_state(self, shards: int) -> int:
+        """Bytes of the moments on one of so many ranks."""
+        return round(self._weights.trained * self.state_bytes / shards)
+
+    def _bytes(self) -> Bytes:
+        pure = self._precision == "pure_bf16"
+        held = 4 if self._precision == "fp32" else 2
+        master = 2 if pure else 4
+        return Bytes(weight=held, summed=master, master=master, state=self.state_bytes)
+
+    def _buckets(self, stage: int) -> Buckets:
+        sizes: dict[str, Any] = self._sizes
+        return Buckets(
+            reduce=sizes["reduce_bucket_size"],
+            overlap=stage >= 2,
+            prefetch=sizes["stage3_prefetch_bucket_size"],
+            persistence=sizes["stage3_param_persistence_threshold"],
+            max_live=sizes["stage3_max_live_parameters"],
+            max_reuse=sizes["stage3_max_reuse_distance"],
+            sub_group=sizes["sub_group_size"],
+            one_by_one=self._one_by_one,
+        )

@@ -1,0 +1,226 @@
+"""What ZeRO's stage 3 allocates beside the passes: gathered weights and reduced gradients. Must not import torch.
+
+The model follows DeepSpeed 0.19's `partitioned_param_coordinator.py` and `stage3.py` change by change: what is gathered
+ahead, and how long it stays, depends on the sizes of the modules that come next, which is no polynomial.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from math import ceil
+
+from framework.planner.course import Place
+from framework.planner.held import Weight, Weights
+from framework.planner.zero import GRADIENTS, MASTERS, STATE, WEIGHTS, Buckets, Bytes, Update
+
+
+class PartitionedWeights:
+    """Stage 3: a rank has a partition of every weight, and whole weights around their use.
+
+    Args:
+        weights: of the model.
+        size: bytes of an element.
+        update: of the optimiser.
+        buckets: of the run.
+        ranks: that the model is partitioned over.
+        trace: the modules of a micro-batch in the order in which they are entered, from `trace_of`.
+    """
+
+    alike = True
+
+    def __init__(
+        self, weights: Weights, size: Bytes, update: Update, buckets: Buckets, *, ranks: int, trace: Sequence[Place]
+    ) -> None:
+        self._weights, self._size, self._update, self._buckets, self._ranks = weights, size, update, buckets, ranks
+        self._modules = [weights.by_module.get(module, ()) for module in trace]
+        self._order = [(weight, step) for step, own in enumerate(self._modules) for weight in own]
+        self._small = {weight for weight in weights.all if weight.elements <= buckets.persistence}
+        self._gathered = set(self._small)
+        self._live: dict[Weight, int] = {}
+        self._shared: dict[Weight, _Exchange] = {}
+        self._users: dict[Weight, set[Place]] = {weight: set() for weight in weights.all}
+        self._filled = 0
+        self._waiting: list[Weight] = []
+        self._too_large: set[Weight] = set()
+
+    def held(self) -> dict[str, int]:
+        """See `Holder.held`; gradients are there all the time, with the bucket that they are reduced in."""
+        size, parts = self._size, sum(map(self._part, self._weights.all))
+        trained = sum(self._part(weight) for weight in self._weights.all if weight.trained)
+        whole = sum(weight.elements for weight in self._small)
+        return {
+            WEIGHTS: (parts + whole) * size.weight + self._weights.buffers,
+            MASTERS: trained * size.master,
+            STATE: round(trained * size.state),
+            GRADIENTS: trained * size.summed + self._buckets.reduce * size.weight,
+        }
+
+    def begin(self) -> Iterator[int]:
+        """See `Holder.begin`."""
+        self._step = self._available = 0
+        self._queue = deque(self._order)
+        self._last_use: dict[Weight, int] = {}
+        yield from ()
+
+    def fetch(self, module: Place) -> Iterator[int]:
+        """See `Holder.fetch`."""
+        own = self._weights.by_module.get(module, ())
+        yield from self._gather([weight for weight in own if weight not in self._gathered])
+        for weight in own:
+            self._users[weight].add(module)
+            if weight in self._shared:
+                yield from self._shared.pop(weight).taken(weight, self)
+        # What is prefetched is left out of what has been before.
+        ahead = sum(self._last_use.get(weight, -1) < self._step for weight in own)
+        for _ in range(min(ahead, len(self._queue))):
+            weight, step = self._queue.popleft()
+            self._last_use[weight] = step
+        yield from self._prefetch()
+        self._step += 1
+
+    def release(self, module: Place) -> Iterator[int]:
+        """See `Holder.release`."""
+        own = self._weights.by_module.get(module, ())
+        kept = self._used_soon()
+        for weight in own:
+            self._users[weight].discard(module)
+            late = self._last_use.get(weight, -1) > self._step
+            if weight in self._small or late or weight in kept or self._users[weight] or weight not in self._gathered:
+                continue
+            yield from self._free(weight)
+
+    def gradient(self, weight: Weight) -> Iterator[int]:
+        """See `Holder.gradient`."""
+        bucket = self._buckets.reduce
+        yield weight.elements * self._size.weight
+        if self._filled + weight.elements > bucket and self._waiting:
+            yield from self._exchanged()
+        if self._filled + weight.elements <= bucket:
+            yield -weight.elements * self._size.weight
+        else:
+            self._too_large.add(weight)
+        self._filled += weight.elements
+        self._waiting.append(weight)
+
+    def end_of_pass(self) -> Iterator[int]:
+        """See `Holder.end_of_pass`; modules whose input has no gradient are left now."""
+        yield from self._exchanged()
+        for weight, users in self._users.items():
+            if users:
+                users.clear()
+                if weight not in self._small:
+                    yield from self._free(weight)
+
+    def step(self) -> Iterator[int]:
+        """See `Holder.step`."""
+        size = self._size
+        for weight in [*self._gathered]:
+            yield from self._free(weight)
+        for part in self._sub_groups():
+            yield (flat := part * size.summed)
+            if size.master != size.summed:
+                yield (master := part * size.master)
+                yield -flat
+                flat = master
+            yield (needed := self._update(part))
+            yield -needed
+            yield -flat
+        for weight in self._weights.all:
+            if weight in self._small:
+                yield self._whole(weight)
+                self._gathered.add(weight)
+
+    def _part(self, weight: Weight) -> int:
+        return ceil(weight.elements / self._ranks)
+
+    def _whole(self, weight: Weight) -> int:
+        return self._part(weight) * self._ranks * self._size.weight
+
+    def _gather(self, wanted: list[Weight]) -> Iterator[int]:
+        if not wanted:
+            return
+        self._available += sum(weight.elements for weight in wanted)
+        self._gathered.update(wanted)
+        if self._buckets.one_by_one or len(wanted) == 1:
+            for weight in wanted:
+                self._live[weight] = self._whole(weight)
+                yield self._live[weight]
+        else:
+            exchange = _Exchange(wanted, sum(map(self._whole, wanted)))
+            self._shared.update(dict.fromkeys(wanted, exchange))
+            yield exchange.bytes
+
+    def _prefetch(self) -> Iterator[int]:
+        bucket = 1 if self._buckets.one_by_one else self._buckets.prefetch
+        most = min(self._buckets.max_live - self._available, bucket)
+        wanted: list[Weight] = []
+        elements = 0
+        while self._queue and elements < most:
+            weight, step = self._queue.popleft()
+            self._last_use[weight] = max(self._last_use.get(weight, -1), step)
+            if weight not in self._gathered and weight not in wanted:
+                wanted.append(weight)
+                elements += weight.elements
+        yield from self._gather(wanted)
+
+    def _free(self, weight: Weight) -> Iterator[int]:
+        self._gathered.discard(weight)
+        self._available -= weight.elements
+        yield -self._live.pop(weight, self._whole(weight) if weight in self._small else 0)
+
+    def _used_soon(self) -> set[Weight]:
+        """The weights of the modules that come next, up to the reuse distance."""
+        found: set[Weight] = set()
+        passed = 0
+        for own in self._modules[self._step :]:
+            if passed >= self._buckets.max_reuse:
+                break
+            found.update(own)
+            passed += sum(weight.elements for weight in own)
+        return found
+
+    def _exchanged(self) -> Iterator[int]:
+        if not self._waiting:
+            return
+        size, parts = self._size, sum(map(self._part, self._waiting))
+        alone = len(self._waiting) == 1 and self._waiting[0].elements % self._ranks == 0
+        copied = 0 if alone else parts * self._ranks * size.weight
+        summed = parts * size.summed if size.summed != size.weight else 0
+        yield copied
+        yield summed
+        yield -copied - summed
+        yield -sum(weight.elements for weight in self._too_large) * size.weight
+        self._waiting.clear()
+        self._too_large.clear()
+        self._filled = 0
+
+    def _sub_groups(self) -> Iterator[int]:
+        """Elements of what is updated at a time."""
+        for group in self._weights.groups:
+            part = 0
+            for weight in group:
+                part += self._part(weight)
+                if part >= self._buckets.sub_group:
+                    yield part
+                    part = 0
+            yield part
+
+
+class _Exchange:
+    """Weights that are gathered into one buffer, copied out when the first is used; it lasts until the last is."""
+
+    def __init__(self, weights: list[Weight], size: int) -> None:
+        self.bytes = size
+        self._weights, self._left = weights, set(weights)
+        self._copied = False
+
+    def taken(self, weight: Weight, holder: PartitionedWeights) -> Iterator[int]:
+        if not self._copied:
+            self._copied = True
+            for each in self._weights:
+                holder._live[each] = each.elements * holder._size.weight
+                yield holder._live[each]
+        self._left.discard(weight)
+        if not self._left:
+            yield -self.bytes
