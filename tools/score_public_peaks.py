@@ -21,8 +21,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import PreTrainedConfig
 
+from framework.errors import UserError
+from framework.models.configuration import read_model_config
 from framework.planner.ledger import Ledger
 from framework.planner.shapes import Shapes, shapes_of
 from framework.planner.trainer_runs import TrainerRun, ledger
@@ -39,6 +41,8 @@ CONFIG_KEYS = {
     "V": "vocab_size",
 }
 """What the sizes in `architecture` are called in a Hugging Face config; others go by their own names."""
+TIED = ("granite",)
+"""Families whose published models have the embedding for a head (granite-3.0-8b-base), not as by default."""
 
 
 @dataclass(frozen=True)
@@ -64,22 +68,25 @@ class Score:
         return self.predicted.total("save") / int(self.row["at_rest_bytes"]) - 1
 
 
-def config_of(architecture: str) -> PretrainedConfig:
-    """The Hugging Face config of an `architecture`: the `model_type`, then sizes as `key=value`.
+def config_of(architecture: str) -> PreTrainedConfig:
+    """The Hugging Face config of an `architecture`: the `model_type`, sizes as `key=value`, and `tied` for a tied head.
 
     Raises:
-        ValueError: it is no such text.
+        UserError: it is no such text, or of no known family.
     """
     family, *sizes = architecture.split()
-    if family not in CONFIG_MAPPING:
-        raise ValueError(f"architecture: unknown model_type {family!r}")
-    values: dict[str, int] = {}
+    values: dict[str, str | int] = {"model_type": family}
+    if family in TIED:
+        values["tie_word_embeddings"] = True
     for size in sizes:
-        key, separator, value = size.partition("=")
-        if not separator or not value.isdecimal():
-            raise ValueError(f"architecture: {size!r} is not as in h=4096")
-        values[CONFIG_KEYS.get(key, key)] = int(value)
-    return CONFIG_MAPPING[family](**values)
+        key, _, value = size.partition("=")
+        if size == "tied":
+            values["tie_word_embeddings"] = True
+        elif value.isdecimal():
+            values[CONFIG_KEYS.get(key, key)] = int(value)
+        else:
+            raise UserError(f"architecture: {size!r} is not as in h=4096")
+    return read_model_config(None, values)
 
 
 @functools.cache
@@ -92,14 +99,14 @@ def run_of(row: Mapping[str, str]) -> TrainerRun:
     """The run of a row.
 
     Raises:
-        ValueError: the row names what no closed form is for.
+        UserError: the row names what there is no closed form for.
     """
     tuning, kernels, autocast = row["tuning"], row["kernels"], row["autocast_bf16"]
     for column, value, known in (("tuning", tuning, TUNINGS), ("kernels", kernels, KERNELS)):
         if value not in known:
-            raise ValueError(f"{column}: {value!r} is none of {', '.join(known)}")
+            raise UserError(f"{column}: {value!r} is none of {', '.join(known)}")
     if autocast not in ("yes", "no"):
-        raise ValueError(f"autocast_bf16: {autocast!r} is neither yes nor no")
+        raise UserError(f"autocast_bf16: {autocast!r} is neither yes nor no")
     return TrainerRun(
         shapes=architecture_shapes(row["architecture"]),
         tuning=tuning,
@@ -115,16 +122,18 @@ def scores_of(path: Path) -> list[Score]:
     """A score for every row of a file.
 
     Raises:
-        ValueError: a row names what no closed form is for; the message has its line.
+        UserError: a row lacks a column or names what there is no closed form for; the message has its line.
     """
+    scores = []
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
-        scores = []
         for row in reader:
             try:
                 scores.append(Score(row, ledger(run_of(row))))
             except ValueError as error:
-                raise ValueError(f"{path}:{reader.line_num}: {error}") from error
+                raise UserError(f"{path}:{reader.line_num}: {error}") from error
+            except KeyError as error:
+                raise UserError(f"{path}: no column {error}") from error
     return scores
 
 
@@ -182,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         scores = scores_of(options.csv)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, UserError) as error:
         sys.exit(f"error: {error}")
     console = Console()
     console.print(table(scores))

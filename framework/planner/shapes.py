@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
+
+from framework.errors import UserError
+from framework.models.architecture import build_empty
+from framework.retention import blocks_of
+
+_GATED = {"q_proj", "k_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 @dataclass(frozen=True)
@@ -74,18 +80,18 @@ def shapes_of(config: PreTrainedConfig) -> Shapes:
         config: of a causal language model whose blocks are alike.
 
     Raises:
-        ValueError: its MLP has no gate.
+        UserError: its blocks are not of attention and a gated MLP.
     """
     one = copy.deepcopy(config)
     one.num_hidden_layers = 1
     if getattr(one, "layer_types", None) is not None:
         one.layer_types = one.layer_types[:1]
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(one)
-    block = model.get_decoder().layers[0]
+    options = {"task": "causal_lm", "dtype": torch.bfloat16, "attention": "eager"}
+    model, _ = build_empty(one, added_tokens=None, **options)
+    (block,) = blocks_of(model).values()
     linears = {name.rpartition(".")[2]: each for name, each in block.named_modules() if isinstance(each, nn.Linear)}
-    if not {"gate_proj", "up_proj", "down_proj", "q_proj", "k_proj"} <= linears.keys():
-        raise ValueError(f"model_type: no closed form for the blocks of {config.model_type}")
+    if not linears.keys() >= _GATED:
+        raise UserError(f"model_type: there is no closed form for the blocks of {config.model_type}")
     matrices = {name: (linear.in_features, linear.out_features) for name, linear in linears.items()}
     elements = sum(parameter.numel() for parameter in block.parameters())
     norms = sum(parameter.numel() for name, parameter in block.named_parameters() if "norm" in name)

@@ -2,8 +2,10 @@
 
 These are the runs of which measured peaks are published; this framework's own steps are recorded instead (`recording`).
 Bytes are those that the Trainer reports (`skip_memory_metrics=False`), which are the allocator's. Sizes follow from the
-code of the libraries that the runs used: torch 2.4, peft 0.13, bitsandbytes 0.43, accelerate 1.0, flash-attn 2.6, trl
-0.11, and transformers 4.48 with stock kernels, 4.45 with fused ones. What is assumed:
+code of the libraries pinned beside the published figures (fms-acceleration, scripts/benchmarks): torch 2.4.1, peft
+0.13.2, bitsandbytes 0.43.3, accelerate 1.0.1, flash-attn 2.6.3, trl 0.11.4, transformers 4.45.2. Runs with stock kernels
+show what transformers 4.48 does: the caller holds the logits, keys are not repeated, there is one rotary embedding.
+Assumptions:
 
 - Checkpoints are reentrant, the Trainer's default: a block keeps its input and is run again in the backward pass.
 - AdamW is torch's `foreach` form, which needs one more copy of the trained weights in its step.
@@ -15,7 +17,10 @@ code of the libraries that the runs used: torch 2.4, peft 0.13, bitsandbytes 0.4
 - Fused kernels are those of fms-acceleration: Liger's fused head and loss, unsloth's norm, rotary embedding and, with
   quantised weights, LoRA.
 
-"Between steps" is the ledger's phase `save`. The largest terms have no constants but the sizes of dtypes.
+Read off the published figures, and only then explained by code: FSDP's shards of gradients outlive the step, and blocks'
+inputs with their gradients the block; fused adapters are whole on every GPU and their weights not reported.
+
+"Between steps" is the ledger's phase `save`.
 """
 
 from __future__ import annotations
@@ -24,7 +29,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from framework.planner.cuda import MASK_BYTES, ROUNDING, STATISTIC_BYTES, cublas_workspaces
+from framework.planner.cuda import MASK_BYTES, STATISTIC_BYTES, block_bytes, cublas_workspaces, rounded
 from framework.planner.ledger import Ledger, Term, during, everywhere
 from framework.planner.shapes import Shapes
 
@@ -76,6 +81,11 @@ class TrainerRun:
     def tokens(self) -> int:
         """Of a GPU in a step."""
         return self.sequences * self.length
+
+    @property
+    def head(self) -> int:
+        """Width of an attention head."""
+        return self.shapes.queries // self.shapes.heads
 
     @property
     def sharded(self) -> bool:
@@ -142,8 +152,8 @@ def _held(run: TrainerRun) -> list[Term]:
         everywhere("optimizer state", state),
         everywhere("batch", BATCH_BYTES * run.tokens),
         everywhere("cuBLAS workspaces", cublas_workspaces(run.capability)),
-        # Modules of the rotary embedding have a tensor of a few bytes: a block one, and since 4.46 the model one.
-        everywhere("rotary frequencies", ROUNDING * (shapes.blocks if run.fused else 1)),
+        # A module of the rotary embedding has a tensor of them: each block's in 4.45, one for all later.
+        everywhere("rotary frequencies", rounded(_SINGLE * run.head // 2) * (shapes.blocks if run.fused else 1)),
     ]
     if run.tuning == "full":
         return [everywhere("weights", size * shapes.parameters / run.gpus), *terms]
@@ -167,7 +177,7 @@ def _magnitudes(shapes: Shapes) -> int:
     total = 0
     for rows, columns in shapes.matrices.values():
         magnitudes = ceil(rows * columns / NF4_BLOCK)
-        total += magnitudes + _SINGLE * ceil(magnitudes / NF4_GROUP) + NF4_SMALL * ROUNDING
+        total += magnitudes + _SINGLE * ceil(magnitudes / NF4_GROUP) + NF4_SMALL * rounded(1)
     return total
 
 
@@ -182,7 +192,7 @@ def _loss(run: TrainerRun) -> list[Term]:
     """The end of the forward pass, at the head's largest moment."""
     shapes, tokens, row = run.shapes, run.tokens, run.hidden_bytes
     trains_head = run.tuning == "full"
-    terms = {"block inputs": _checkpoints(run, shapes.blocks)}
+    terms: dict[str, float] = {"block inputs": _checkpoints(run, shapes.blocks)}
     if run.fused:
         # A chunk's logits, 16 bits wide, of the one before too, with their gradient, and in float32.
         rows = _liger_rows(run)
@@ -194,8 +204,9 @@ def _loss(run: TrainerRun) -> list[Term]:
             terms["head's gradient"] = _HALF * shapes.head
     else:
         # Transformers 4.46 to 4.49: the caller holds them in 16 bits while `ForCausalLMLoss` has them in float32,
-        # the shifted ones again, and their log-softmax.
-        terms["logits"] = tokens * shapes.vocabulary * (_HALF + 3 * _SINGLE)
+        # those that predict something again, and their log-softmax.
+        shifted = block_bytes(_SINGLE * run.sequences * (run.length - 1) * shapes.vocabulary)
+        terms["logits"] = tokens * shapes.vocabulary * (_HALF + _SINGLE) + 2 * shifted
         # The last norm's input in float32 and its result; where its weight is trained, its quotient too.
         kept = _SINGLE * shapes.hidden + row + (_HALF * shapes.hidden if trains_head else 0)
         terms["head's input"] = tokens * (kept + _INTEGER + _SINGLE)
@@ -214,8 +225,10 @@ def _liger_rows(run: TrainerRun) -> int:
 
 
 def _block_backward(run: TrainerRun) -> list[Term]:
-    """The backward pass of the block, of all, at which most is held: the last block or the first."""
-    moments = (_block_moment(run, done) for done in (0, run.shapes.blocks - 1))
+    """The moment of the backward pass at which most is held: in the last block, in the first, or at the embedding."""
+    moments = [_block_moment(run, done) for done in (0, run.shapes.blocks - 1)]
+    if run.tuning == "full" and run.sharded:
+        moments.append(_root_moment(run))
     return _terms(max(moments, key=lambda moment: sum(moment.values())), run, _BACKWARD)
 
 
@@ -258,13 +271,24 @@ def _block_moment(run: TrainerRun, done: int) -> dict[str, float]:
     return terms
 
 
+def _root_moment(run: TrainerRun) -> dict[str, float]:
+    """The end of the backward pass, when FSDP puts the gradients of the root's weights together."""
+    shapes = run.shapes
+    return {
+        "gradients so far": shapes.blocks * run.trained_bytes * shapes.block / run.gpus,
+        "gathered root": _HALF * shapes.outside,
+        "root's gradients, one by one and together": 2 * _HALF * shapes.outside,
+        "embedding's gradient": run.tokens * run.hidden_bytes,
+    }
+
+
 def _checkpoints(run: TrainerRun, count: int) -> int:
     """Bytes of the inputs of the first blocks; the embedding's rows have 16 bits."""
     return run.tokens * (_HALF * run.shapes.hidden + (count - 1) * run.hidden_bytes)
 
 
 def _kept_by_block(run: TrainerRun) -> int:
-    """Bytes that a block which is run again keeps of a token, without its input, when its MLP's backward pass begins."""
+    """Bytes of a token that a block which is run again keeps besides its input, as its MLP's backward pass begins."""
     return _kept_by_norms(run) + _kept_by_attention(run) + _kept_by_adapters(run) + 3 * _HALF * run.shapes.mlp
 
 
@@ -304,6 +328,5 @@ def _kept_by_adapters(run: TrainerRun) -> int:
 
 def _terms(sizes: dict[str, float], run: TrainerRun, phase: str) -> list[Term]:
     """Terms of a phase, with what the rotary embedding has made for it: cosines and sines, and their positions."""
-    head = run.shapes.queries // run.shapes.heads
-    rotary = run.length * (2 * _HALF * head + _INTEGER)
+    rotary = run.length * (2 * _HALF * run.head + _INTEGER)
     return [during(name, size, (phase,)) for name, size in (sizes | {"rotary embedding": rotary}).items()]
