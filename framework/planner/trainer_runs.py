@@ -3,9 +3,9 @@
 These are the runs of which measured peaks are published; this framework's own steps are recorded instead (`recording`).
 Bytes are those that the Trainer reports (`skip_memory_metrics=False`), which are the allocator's. Sizes follow from the
 code of the libraries pinned beside the published figures (fms-acceleration, scripts/benchmarks): torch 2.4.1, peft
-0.13.2, bitsandbytes 0.43.3, accelerate 1.0.1, flash-attn 2.6.3, trl 0.11.4, transformers 4.45.2. Runs with stock kernels
-show what transformers 4.48 does: the caller holds the logits, keys are not repeated, there is one rotary embedding.
-Assumptions:
+0.13.2, bitsandbytes 0.43.3, accelerate 1.0.1, flash-attn 2.6.3, trl 0.11.4, transformers 4.45.2. Runs with stock
+kernels show what transformers 4.48 does: the caller holds the logits, keys are not repeated, there is one rotary
+embedding. Assumptions:
 
 - Checkpoints are reentrant, the Trainer's default: a block keeps its input and is run again in the backward pass.
 - AdamW is torch's `foreach` form, which needs one more copy of the trained weights in its step.
@@ -17,8 +17,8 @@ Assumptions:
 - Fused kernels are those of fms-acceleration: Liger's fused head and loss, unsloth's norm, rotary embedding and, with
   quantised weights, LoRA.
 
-Read off the published figures, and only then explained by code: FSDP's shards of gradients outlive the step, and blocks'
-inputs with their gradients the block; fused adapters are whole on every GPU and their weights not reported.
+Read off the published figures, and only then explained by code: under FSDP, shards of gradients outlive the step, and
+inputs of frozen blocks with their gradients the block; fused adapters are whole on every GPU, their weights not reported.
 
 "Between steps" is the ledger's phase `save`.
 """
