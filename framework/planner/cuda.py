@@ -1,6 +1,7 @@
 """What CUDA adds to, or has otherwise than, the tensors that a step shows on the CPU. Must not import torch.
 
-Everything here is in `torch.cuda.memory_allocated`. Context, kernels' code and NCCL's buffers are not.
+Everything here is in `torch.cuda.memory_allocated`, as cuBLAS' workspaces are (`assumptions.workspace_bytes`). Context,
+kernels' code and NCCL's buffers are not.
 """
 
 from __future__ import annotations
@@ -25,11 +26,6 @@ dtype."""
 STATISTIC_BYTES = 4
 """Of a token and a head: the float32 log-sum-exp that flash attention keeps, on the CPU too."""
 
-CUBLAS_HANDLES = 2
-"""Threads that multiply matrices: the one that runs the forward pass and autograd's for the device."""
-
-_KIBIBYTE = 1024
-
 
 def rounded(size: int) -> int:
     """Bytes that the allocator counts for a tensor that is cut from a larger block."""
@@ -42,16 +38,3 @@ def block_bytes(size: int) -> int:
         return rounded(size)
     segment = -(-size // SEGMENT) * SEGMENT
     return segment if segment - rounded(size) <= SMALL else rounded(size)
-
-
-def cublas_workspaces(capability: int) -> int:
-    """Bytes of cuBLAS' workspaces, one a thread, which stay from the first product on.
-
-    The sizes are PyTorch's defaults where `CUBLAS_WORKSPACE_CONFIG` is unset: `:4096:2:16:8`, from Hopper on `:4096:8`
-    (`parseChosenWorkspaceSize`, aten/src/ATen/cuda/CublasHandlePool.cpp).
-
-    Args:
-        capability: the first number of the device's compute capability, 8 for an A100.
-    """
-    kibibytes = 8 * 4096 if capability >= 9 else 2 * 4096 + 8 * 16
-    return CUBLAS_HANDLES * kibibytes * _KIBIBYTE

@@ -18,7 +18,8 @@ embedding. Assumptions:
   quantised weights, LoRA.
 
 Read off the published figures, and only then explained by code: under FSDP, shards of gradients outlive the step, and
-inputs of frozen blocks with their gradients the block; fused adapters are whole on every GPU, their weights not reported.
+inputs of frozen blocks with their gradients the block; every GPU has all of the fused adapters, whose weights are not
+reported.
 
 "Between steps" is the ledger's phase `save`.
 """
@@ -29,7 +30,8 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from framework.planner.cuda import MASK_BYTES, STATISTIC_BYTES, block_bytes, cublas_workspaces, rounded
+from framework.planner.assumptions import WORKSPACES, workspace_bytes
+from framework.planner.cuda import MASK_BYTES, STATISTIC_BYTES, block_bytes, rounded
 from framework.planner.ledger import Ledger, Term, during, everywhere
 from framework.planner.shapes import Shapes
 
@@ -63,7 +65,7 @@ class TrainerRun:
         length: tokens of a sequence.
         rank: of LoRA.
         targets: layers that have it.
-        capability: of the device, its first number.
+        device: architecture of the GPUs, as `Device.architecture`.
     """
 
     shapes: Shapes
@@ -75,7 +77,7 @@ class TrainerRun:
     length: int
     rank: int = 16
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    capability: int = 8
+    device: str = "8.0"
 
     @property
     def tokens(self) -> int:
@@ -151,7 +153,7 @@ def _held(run: TrainerRun) -> list[Term]:
     terms = [
         everywhere("optimizer state", state),
         everywhere("batch", BATCH_BYTES * run.tokens),
-        everywhere("cuBLAS workspaces", cublas_workspaces(run.capability)),
+        everywhere("cuBLAS workspaces", WORKSPACES * workspace_bytes(run.device)[0]),
         # A module of the rotary embedding has a tensor of them: each block's in 4.45, one for all later.
         everywhere("rotary frequencies", rounded(_SINGLE * run.head // 2) * (shapes.blocks if run.fused else 1)),
     ]

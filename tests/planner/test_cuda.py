@@ -1,10 +1,10 @@
-"""What CUDA's allocator and libraries add, against their documented sizes."""
+"""What CUDA's allocator counts for tensors of some sizes."""
 
 from __future__ import annotations
 
 import pytest
 
-from framework.planner.cuda import block_bytes, cublas_workspaces, rounded
+from framework.planner.cuda import block_bytes, rounded
 
 
 def test_small_tensors_are_rounded_up():
@@ -23,8 +23,3 @@ def test_small_tensors_are_rounded_up():
 )
 def test_large_tensors_keep_a_rest_of_their_segment_that_is_not_worth_splitting_off(size, expected):
     assert block_bytes(size) == expected
-
-
-def test_workspaces_are_one_a_thread():
-    assert cublas_workspaces(8) == 2 * 8_519_680
-    assert cublas_workspaces(9) == 2 * 32 * 2**20
