@@ -21,7 +21,7 @@ _TYPICAL_SHAPES = 0.9
 _LINK = 0.75
 _COPY = 0.8
 
-_WORKSPACES = 2
+WORKSPACES = 2
 """Threads with a cuBLAS handle of their own: the one of forward passes, and autograd's."""
 
 
@@ -69,7 +69,7 @@ def assumed_figures(device: Device) -> dict[str, tuple[Any, str]]:
             1024 * MIB,
             "assumption: NCCL's channels for several communicators, with buffers of 4 MiB (NCCL_BUFFSIZE) each",
         ),
-        "workspace_bytes": (_WORKSPACES * workspace, f"{workspace_source}, for {_WORKSPACES} threads"),
+        "workspace_bytes": (WORKSPACES * workspace, f"{workspace_source}, for {WORKSPACES} threads"),
         "reserved_ratio": (
             1.10,
             "median of 16 runs on one A100 (fms-acceleration, scripts/benchmarks/refs), with 600 MB of nvidia-smi's "
