@@ -125,7 +125,7 @@ class Course:
                 levels, peaks = [level], []
                 for mark in law.passes[name][part].marks:
                     if holder is not None and weights is not None:
-                        level, peak = _advanced(level, _told(holder, weights, mark, block))
+                        level, peak = _advanced(level, told(holder, weights, mark, block))
                     else:
                         peak = level
                     levels.append(level)
@@ -158,7 +158,15 @@ class Course:
         return found
 
 
-def _told(holder: Holder, weights: Weights, mark: Mark, block: int) -> Iterator[int]:
+def told(holder: Holder, weights: Weights, mark: Mark, block: int) -> Iterator[int]:
+    """Let a holder hear a mark; what it allocates.
+
+    Args:
+        holder: that hears.
+        weights: of the model.
+        mark: of a part.
+        block: that the mark counts from.
+    """
     place = (mark.name, None if mark.offset is None else block + mark.offset)
     if mark.kind == GRADIENT:
         return holder.gradient(weights.by_name[place])

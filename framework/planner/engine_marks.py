@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-from torch import nn
+from torch import Tensor, nn
 
 from framework.planner.marks import FETCH, GRADIENT, RELEASE, Mark
 from framework.planner.naming import Naming
@@ -39,9 +39,7 @@ def marks_of(engine: Any, recorder: Recorder, naming: Naming) -> Iterator[None]:
 @contextmanager
 def _gradients_stay(model: nn.Module, recorder: Recorder, naming: Naming) -> Iterator[None]:
     def told(parameter: nn.Parameter) -> None:
-        assert parameter.grad is not None
-        recorder.hand_over(parameter.grad)
-        recorder.mark(Mark(GRADIENT, *naming.parameters[parameter]))
+        recorder.mark(Mark(GRADIENT, *naming.parameters[parameter]), parameter.grad)
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # torch's hooks are not annotated.
@@ -59,16 +57,14 @@ def _deepspeed(engine: Any, recorder: Recorder, naming: Naming) -> Iterator[Abst
 
     from framework.sharding.zero_stages import FlatPartitions, WholeParameters
 
-    def entered(module: nn.Module, **_: Any) -> Mark:
-        return Mark(FETCH, *naming.modules[module])
+    def entered(module: nn.Module, **_: Any) -> tuple[Mark, Tensor | None]:
+        return Mark(FETCH, *naming.modules[module]), None
 
-    def left(module: nn.Module, **_: Any) -> Mark:
-        return Mark(RELEASE, *naming.modules[module])
+    def left(module: nn.Module, **_: Any) -> tuple[Mark, Tensor | None]:
+        return Mark(RELEASE, *naming.modules[module]), None
 
-    def reduced(parameter: nn.Parameter, *_: Any) -> Mark:
-        assert parameter.grad is not None
-        recorder.hand_over(parameter.grad)
-        return Mark(GRADIENT, *naming.parameters[parameter])
+    def reduced(parameter: nn.Parameter, *_: Any) -> tuple[Mark, Tensor | None]:
+        return Mark(GRADIENT, *naming.parameters[parameter]), parameter.grad
 
     yield _working(recorder, type(engine), "step")
     if isinstance(engine._holder, WholeParameters):
@@ -86,14 +82,14 @@ def _deepspeed(engine: Any, recorder: Recorder, naming: Naming) -> Iterator[Abst
 
 
 def _working(
-    recorder: Recorder, owner: type, method: str, mark_of: Callable[..., Mark] | None = None
+    recorder: Recorder, owner: type, method: str, mark_of: Callable[..., tuple[Mark, Tensor | None]] | None = None
 ) -> AbstractContextManager[Any]:
     """What replaces a method by itself, at work, after a mark."""
     plain = getattr(owner, method)
 
     def working(self: Any, *arguments: Any, **options: Any) -> Any:
         if mark_of is not None:
-            recorder.mark(mark_of(*arguments, **options))
+            recorder.mark(*mark_of(*arguments, **options))
         with recorder.at_work():
             return plain(self, *arguments, **options)
 

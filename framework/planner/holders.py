@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil
 from typing import Any
 
 from framework.config import Config
 from framework.planner.choice import Choice
-from framework.planner.course import Holder
+from framework.planner.course import Holder, Place
 from framework.planner.held import Weights
-from framework.planner.law import StepLaw, trace_of
 from framework.planner.zero import Buckets, Bytes, FlatPartitions, WholeGradients
 from framework.planner.zero3 import PartitionedWeights
 
@@ -38,13 +38,13 @@ class Holders:
         self._precision, self._optimizer = config.optimizer.precision, config.optimizer.name
         self._weights, self._sizes, self._one_by_one = weights, buckets, one_by_one
 
-    def of(self, choice: Choice, law: StepLaw, blocks: int) -> Holder | None:
+    def of(self, choice: Choice, trace: Sequence[Place], rank: int | None = None) -> Holder | None:
         """The holder of a choice, as it is between steps; None for one whose law has no marks.
 
         Args:
             choice: of which engine, stage and ranks count.
-            law: of its step.
-            blocks: depth of the model.
+            trace: the modules of a micro-batch, from `trace_of`.
+            rank: that holds; None for one that holds most.
         """
         if choice.engine == "fsdp":
             return None
@@ -54,8 +54,8 @@ class Holders:
             return WholeGradients(self._weights, self.state_bytes, self.update, bucket)
         size, buckets, ranks = self._bytes(), self._buckets(stage), choice.shard_ranks
         if stage < 3:
-            return FlatPartitions(self._weights, size, self.update, buckets, stage=stage, ranks=ranks)
-        return PartitionedWeights(self._weights, size, self.update, buckets, ranks=ranks, trace=trace_of(law, blocks))
+            return FlatPartitions(self._weights, size, self.update, buckets, stage=stage, ranks=ranks, rank=rank)
+        return PartitionedWeights(self._weights, size, self.update, buckets, ranks=ranks, trace=trace)
 
     @property
     def state_bytes(self) -> float:

@@ -9,7 +9,7 @@ from framework.planner.choice import Choice
 from framework.planner.course import Course
 from framework.planner.held import Weights
 from framework.planner.holders import Holders
-from framework.planner.law import StepLaw
+from framework.planner.law import StepLaw, trace_of
 from framework.planner.ledger import Ledger, Term, everywhere
 from framework.planner.zero import STATE, WEIGHTS
 
@@ -105,7 +105,7 @@ class MemoryModel:
     def _course(self, choice: Choice, law: StepLaw) -> tuple[Course, dict[str, int]]:
         key = (id(law), _engine_key(choice))
         if key not in self._courses:
-            holder = self._holders.of(choice, law, self._blocks)
+            holder = self._holders.of(choice, trace_of(law, self._blocks))
             held = self._held(choice) if holder is None else holder.held()
             course = Course(
                 law,

@@ -80,12 +80,25 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
         """From here on it is another part."""
         self.parts.append(RecordedPart(name))
 
-    def mark(self, mark: Mark) -> None:
-        """From here on it is another stretch."""
-        if self.parts:
-            self.parts[-1].marks.append(mark)
-            self.parts[-1].stretches.append([])
-            self.parts[-1].engine.append([])
+    def mark(self, mark: Mark, given: Tensor | None = None) -> None:
+        """From here on it is another stretch.
+
+        Args:
+            mark: between the two.
+            given: a tensor that is the engine's from here on.
+        """
+        if not self.parts:
+            return
+        part = self.parts[-1]
+        part.marks.append(mark)
+        part.engine.append([])
+        key = None if given is None else given.untyped_storage()._cdata
+        if key is not None and key in self._live and key not in self._engines:
+            self._engines.add(key)
+            size = self._live[key][1]
+            part.stretches[-1].append(-size)
+            part.engine[-1].append(size)
+        part.stretches.append([])
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
@@ -95,16 +108,6 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
             yield
         finally:
             self._at_work -= 1
-
-    def hand_over(self, tensor: Tensor) -> None:
-        """A tensor is the engine's from here on."""
-        key = tensor.untyped_storage()._cdata
-        if key in self._live and key not in self._engines:
-            self._engines.add(key)
-            size = self._live[key][1]
-            if self.parts:
-                self.parts[-1].stretches[-1].append(-size)
-                self.parts[-1].engine[-1].append(size)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if self._at_work and storage._cdata not in self._live:

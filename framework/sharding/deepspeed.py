@@ -230,7 +230,7 @@ class DeepSpeedEngine:
         # Stage 1 leaves them with the parameters until the step, and stage 0 has no others.
         held_there = () if self._holder.replicated else self.model.parameters()
         unreduced = [parameter.grad for parameter in held_there if parameter.grad is not None]
-        return Held(weights, [*self._holder.gradients(), *unreduced], optimizer)
+        return Held(weights, [*self._holder.gradients(), *unreduced], optimizer, self._holder.buckets())
 
     def close(self) -> None:
         """See `Engine.close`."""

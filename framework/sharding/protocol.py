@@ -5,7 +5,7 @@ A rank is one of the data-parallel processes; every method is called on all of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -46,6 +46,8 @@ class Held(NamedTuple):
     """Parameters, buffers and the optimiser's copies of parameters."""
     gradients: list[Tensor]
     optimizer: list[Tensor]
+    buckets: Sequence[Tensor] = ()
+    """Buffers of exchanges that are there between steps, too."""
 
 
 class Engine(Protocol):

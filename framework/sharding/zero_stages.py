@@ -109,6 +109,10 @@ class WholeParameters:
         """Parameters and copies of them on this rank."""
         return [*self._engine.module.parameters()]
 
+    def buckets(self) -> list[Tensor]:
+        """Buffers that are there between steps, too."""
+        return []
+
 
 class _Zero(ABC):
     """What stages 1 to 3 have in common: an optimiser that unscales and clips by a norm it is told."""
@@ -251,6 +255,10 @@ class FlatPartitions(_Zero):
         frozen = [p for p in self._engine.module.parameters() if not p.requires_grad]
         return [*frozen, *zero.bit16_groups_flat, *zero.single_partition_of_fp32_groups]
 
+    def buckets(self) -> list[Tensor]:
+        """See `WholeParameters.buckets`; they are there during backward passes only."""
+        return []
+
 
 class PartitionedParameters(_Zero):
     """Stage 3: of every parameter a rank holds one partition, also of its gradient and its state.
@@ -320,3 +328,7 @@ class PartitionedParameters(_Zero):
         parameters = [*self._engine.module.parameters()]
         gathered = [p.data for p in parameters if p.data.numel()]
         return [*gathered, *(p.ds_tensor for p in parameters), *self._optimizer.fp32_partitioned_groups_flat]
+
+    def buckets(self) -> list[Tensor]:
+        """See `WholeParameters.buckets`."""
+        return [bucket.buffer for bucket in self._optimizer.ipg_buckets.values() if bucket.buffer is not None]
