@@ -16,7 +16,7 @@ from framework.config import Config
 from framework.data import Batch
 from framework.models.wrapping import unwrapped
 from framework.planner.engine_marks import marks_of
-from framework.planner.law import BLOCKS, PARTS, STEP, places_of
+from framework.planner.law import BLOCKS, PARTS, PASSES, STEP, places_of
 from framework.planner.marks import END_OF_PASS, Mark
 from framework.planner.naming import Naming
 from framework.planner.symbols import model_symbols
@@ -182,7 +182,7 @@ class _Announcing:
     """An engine that says when a backward pass ends, and when its optimiser's step begins."""
 
     def __init__(self, engine: Any, recorder: Recorder) -> None:
-        self._engine, self._recorder = engine, recorder
+        self._engine, self._recorder, self._passes = engine, recorder, 0
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -191,6 +191,9 @@ class _Announcing:
         """The engine's."""
         self._engine.backward(loss)
         self._recorder.mark(Mark(END_OF_PASS, "", None))
+        self._passes += 1
+        if self._passes < len(PASSES):
+            self._recorder.begin(PARTS[0])
 
     def step(self, **arguments: Any) -> Any:
         """The engine's."""
@@ -220,8 +223,6 @@ class _Borders:
         def enter(*_: Any) -> None:
             # A block that is recomputed enters again, in the backward pass.
             if torch._C._current_graph_task_id() == -1:
-                if place == "first" and self._recorder.parts[-1].name != PARTS[0]:
-                    self._recorder.begin(PARTS[0])
                 self._recorder.begin(f"forward {place}")
 
         return enter
