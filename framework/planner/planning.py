@@ -228,8 +228,8 @@ def rates_of(config: Config, cluster: Cluster, profile: Profile) -> Rates:
 
 def _kind(choice: Choice) -> Choice:
     """What a law depends on of a choice, the rest at fixed values."""
-    # A selection of everything goes the same way as one of a part.
-    ratio = 1.0 if choice.strategy == "none" else 0.5
+    # A selection of everything goes the same way as one of a part, where blocks can have a part only.
+    ratio = 0.5 if choice.strategy != "none" and choice.policy == "selective" else 1.0
     return replace(choice, ratio=ratio, micro_batch_size=1, accumulation=1, ranks=1, replicas=1)
 
 
