@@ -30,7 +30,7 @@ from framework.planner.rates import Rates
 from framework.planner.report import Report
 from framework.planner.search import Budget, Found, Laws, Point, search
 from framework.planner.small_models import Family
-from framework.planner.space import Candidate, candidates
+from framework.planner.space import ENGINES, Candidate, candidates
 from framework.planner.symbols import model_symbols
 from framework.planner.timing import TimeModel
 from framework.planner.work import Job
@@ -174,8 +174,13 @@ class PlannedJob:
             self._say(f"left out: {reason}")
         return kept
 
-    def plan(self, cluster: Cluster, profile: Profile) -> Planned:
+    def plan(self, cluster: Cluster, profile: Profile, *, engines: Sequence[str] = ENGINES) -> Planned:
         """The plans for a cluster.
+
+        Args:
+            cluster: that the job is to run on.
+            profile: of its machines.
+            engines: that can be taken where the config leaves that open.
 
         Raises:
             UserError: nothing can be chosen from.
@@ -183,6 +188,8 @@ class PlannedJob:
         """
         config = self.config
         space = candidates(config, ranks=cluster.ranks, nodes=cluster.nodes, labelled_share=self.labelled_share)
+        if config.sharding.engine == "auto":
+            space = [each for each in space if each.choice.engine in engines] or space
         if cluster.ranks == 1:
             # The other engines do the same in one process, and hold more.
             space = [each for each in space if each.choice.engine == "single"] or space
