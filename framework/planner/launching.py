@@ -18,11 +18,8 @@ from framework.planner.profile import Profile, profile_for
 from framework.planner.report import gib
 from framework.planner.space import ENGINES
 
-FALLBACKS = 8
-"""Plans that are kept for the case that memory runs out."""
-
-FALLBACK_STEP = 0.95
-"""What a fallback may take / what the one before takes, at most."""
+FALLBACK_BUDGETS = (0.95, 0.85, 0.7, 0.5)
+"""For the plans that are kept for the case that memory runs out: what each may take / what the chosen one takes."""
 
 
 def launch_cluster(
@@ -54,7 +51,9 @@ def launch_cluster(
                 f'{", ".join(config.open_keys)}: "auto" is chosen for the memory of an accelerator, and this machine '
                 "has none: describe one, as in --set hardware.gpu_memory=24GiB, or give a value"
             )
-        return cluster_of(hardware, profile_of, nodes=nodes, gpus_per_node=ranks_per_node)
+        cluster = cluster_of(hardware, profile_of, nodes=nodes, gpus_per_node=ranks_per_node)
+        taken_for = f"device: none here, so a {cluster.device.name}, which typically has {hardware.gpu_memory}"
+        return replace(cluster, notes=(taken_for, *cluster.notes[1:]))
     bare = hardware.model_copy(update={"gpu_memory": None})
     cluster = cluster_of(bare, profile_of, nodes=nodes, gpus_per_node=ranks_per_node, detect=lambda: found)
     if hardware.gpu_memory is None:
@@ -143,9 +142,9 @@ def plan_launch(
     job, profile, engines = PlannedJob(config, labelled_share, say), profile_of(cluster.device), engines_here(config)
     planned = job.plan(cluster, profile, engines=engines)
     fallbacks: list[Plan] = []
-    best = planned.plans[:1]
-    while best and len(fallbacks) < FALLBACKS:
-        budget = int(FALLBACK_STEP * planned.budget.demand(best[0].point.ledger))
-        best = job.plan(replace(cluster, budget_bytes=budget), profile, engines=engines).plans[:1]
-        fallbacks += best
+    for share in FALLBACK_BUDGETS if planned.plans else ():
+        within = replace(cluster, budget_bytes=int(share * planned.budget.demand(planned.plans[0].point.ledger)))
+        # A plan that takes less than it may can be the one for a smaller budget, too.
+        if not fallbacks or planned.budget.demand(fallbacks[-1].point.ledger) > within.budget_bytes:
+            fallbacks += job.plan(within, profile, engines=engines, top=1).plans
     return LaunchPlan(planned, tuple(fallbacks), MadeFor.of(cluster), fixed or {})

@@ -174,13 +174,16 @@ class PlannedJob:
             self._say(f"left out: {reason}")
         return kept
 
-    def plan(self, cluster: Cluster, profile: Profile, *, engines: Sequence[str] = ENGINES) -> Planned:
+    def plan(
+        self, cluster: Cluster, profile: Profile, *, engines: Sequence[str] = ENGINES, top: int | None = None
+    ) -> Planned:
         """The plans for a cluster.
 
         Args:
             cluster: that the job is to run on.
             profile: of its machines.
             engines: that can be taken where the config leaves that open.
+            top: plans to find; None for `planner.top`.
 
         Raises:
             UserError: nothing can be chosen from.
@@ -197,8 +200,9 @@ class PlannedJob:
         rates = rates_of(config, cluster, profile)
         laws = Laws(self.memory, lambda choice: self.time.step(choice, rates).total)
         budget = Budget(cluster.budget_bytes, demand=lambda ledger: round(ledger.peak * profile.reserved_ratio))
-        found = search(space, laws, budget, config.planner, labelled_share=self.labelled_share)
-        plans = tuple(self._plan(point, cluster, profile) for point in found.points[: config.planner.top])
+        options = config.planner if top is None else config.planner.model_copy(update={"top": top})
+        found = search(space, laws, budget, options, labelled_share=self.labelled_share)
+        plans = tuple(self._plan(point, cluster, profile) for point in found.points[: options.top])
         smallest = None if plans else min((self.memory(c.at(c.lowest)) for c in space), key=lambda ledger: ledger.peak)
         return Planned(found, plans, budget, cluster, self.labelled_share, smallest)
 
