@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from framework.config import Config
 from framework.errors import RunError, UserError
@@ -253,6 +254,9 @@ def largest_tensors(device: torch.device) -> str:
     for candidate in gc.get_objects():
         # Without `isinstance`, which asks lazy objects of libraries for their class.
         if not issubclass(type(candidate), Tensor) or candidate.device.type != device.type:
+            continue
+        # What wraps tensors, such as FSDP2's, has no storage of its own; those inside are found, too.
+        if is_traceable_wrapper_subclass(candidate):
             continue
         storage = candidate.untyped_storage()
         if storage.data_ptr() not in storages:

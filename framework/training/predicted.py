@@ -126,7 +126,7 @@ def advice(plan: Mapping[str, Any], held: Mapping[str, int] | None, reached: int
             parts["activations and all else"] = max(0, reached - sum(held.values()))
         lines.append("held: " + ", ".join(f"{kind} {format_bytes(size)}" for kind, size in parts.items()))
     needed = None if reached is None else reached + requested
-    return [*lines, _next_words(plan, next_plan(plan, needed))]
+    return [*lines, _next_words(plan, needed)]
 
 
 def held_by_kind(held: Held, device: torch.device) -> dict[str, int]:
@@ -135,37 +135,39 @@ def held_by_kind(held: Held, device: torch.device) -> dict[str, int]:
     return {kind: held_bytes(tensors, device) for kind, tensors in named.items()}
 
 
-def next_plan(plan: Mapping[str, Any], needed: int | None) -> Mapping[str, Any] | None:
-    """The fallback to try after memory ran out; None if there is none.
+def next_plan(plan: Mapping[str, Any], needed: int | None) -> tuple[Mapping[str, Any] | None, bool]:
+    """The fallback to try after memory ran out, and whether it should do; None if there is none.
 
-    It is taken to exceed its prediction by as many bytes as the chosen plan did, and must stay within the budget, and
-    within what the run got.
+    One is taken to exceed its prediction by as many bytes as the chosen plan did, and should stay within the budget,
+    and within what the run got. If none does, it is the smallest.
 
     Args:
         plan: what `plan.json` holds.
         needed: bytes that the step needed at the least; None where nobody counted: the next smaller plan, then.
     """
-    fallbacks, chosen = plan.get("fallbacks", []), plan["chosen"]
+    fallbacks, chosen = plan["fallbacks"], plan["chosen"]
+    if not fallbacks:
+        return None, False
     if needed is None:
-        return next(iter(fallbacks), None)
+        return fallbacks[0], True
     peak, reserved = chosen["peak_allocated_bytes"], chosen["peak_reserved_bytes"]
-    budget = plan["budget_bytes"] * peak / (reserved or peak)
+    budget = plan["budget_bytes"] * peak / reserved
     limit = min(budget, needed) - max(0, needed - peak)
-    return next((fallback for fallback in fallbacks if fallback["peak_allocated_bytes"] < limit), None)
+    found = next((fallback for fallback in fallbacks if fallback["peak_allocated_bytes"] < limit), None)
+    return (fallbacks[-1], False) if found is None else (found, True)
 
 
-def _next_words(plan: Mapping[str, Any], fallback: Mapping[str, Any] | None) -> str:
+def _next_words(plan: Mapping[str, Any], needed: int | None) -> str:
+    fallback, should_do = next_plan(plan, needed)
     if fallback is None:
-        smallest = min((each["peak_allocated_bytes"] for each in plan.get("fallbacks", [])), default=None)
-        if smallest is None:
-            return "next plan: the config permits none that takes less"
-        return f"next plan: the smallest that the config permits takes {format_bytes(smallest)}, which is too much"
+        return "next plan: none, for nothing that the config permits takes less"
     options = [f"{key}={as_set(value)}" for key, value in fallback["overrides"].items()]
     line = shlex.join(word for option in options for word in ("--set", option))
     now, then = plan["overrides"], fallback["overrides"]
     same = all(now.get(key) == then.get(key) for key in RESULT_KEYS)
     result = "same result" if same else f"another result: {fallback['fidelity_class']}"
+    doubt = "" if should_do else ", the least that the config permits, which may be too much"
     return (
         f"next plan: {line} ({result}), {format_bytes(fallback['peak_allocated_bytes'])} at the peak instead of "
-        f"{format_bytes(plan['chosen']['peak_allocated_bytes'])}"
+        f"{format_bytes(plan['chosen']['peak_allocated_bytes'])}{doubt}"
     )

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from recorded_here import recorded_here
 
 import framework
 from framework.config import Config, load_config
 from framework.errors import NoPlanError, RunError, UserError
-from framework.planner import extract, laws
 from framework.planner.drift import drift_records
 from framework.planner.labelled import labelled_share_of
 from framework.planner.launching import LaunchPlan, launch_cluster, plan_launch
@@ -38,14 +36,9 @@ OPEN = {
 
 
 @pytest.fixture(autouse=True)
-def record_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Laws are recorded in this process, which saves the start of another one."""
-
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess:
-        extract.main(*map(Path, command[-2:]))
-        return subprocess.CompletedProcess(command, 0, "", "")
-
-    monkeypatch.setattr(laws, "subprocess", SimpleNamespace(run=run))
+def record_here() -> Iterator[None]:
+    with recorded_here():
+        yield
 
 
 @pytest.fixture
