@@ -139,6 +139,17 @@ def test_ranks_that_a_run_cannot_be_split_over_are_refused(sharding, ranks, mess
         check_ranks(config(**sharding), ranks)
 
 
+def test_what_is_left_to_the_planner_can_be_anything():
+    values = config(engine="fsdp").model_dump(mode="json", exclude_unset=True)
+    values["training"]["micro_batch_size"] = "auto"
+    values["sharding"]["engine"] = "auto"
+    open_run = Config.model_validate(values)
+    for ranks in (1, 3, 24):
+        check_ranks(open_run, ranks)
+    with pytest.raises(UserError, match=r"24 is no multiple of ranks = 5; the nearest are 20 and 25$"):
+        check_ranks(open_run, 5)
+
+
 def test_ranks_that_a_run_can_be_split_over():
     for ranks in (1, 2, 4, 12):
         check_ranks(config(engine="fsdp"), ranks)
