@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from typing import Any
 
-from framework.planner.polynomials import Polynomial, Sizes
+import numpy as np
+
+from framework.planner.polynomials import Monomial, Polynomial, Sizes
 
 ENDS = 2
 """Blocks at each end that have parts of their own: engines that gather a block's weights ahead treat them otherwise."""
@@ -57,7 +61,18 @@ class Part:
 
     def peak(self, sizes: Sizes) -> float:
         """Bytes above its start at its highest."""
-        return max((peak.value(sizes) for peak in self.peaks), default=0.0)
+        if not self.peaks:
+            return 0.0
+        monomials, coefficients = self._coefficients
+        values = [prod(map(sizes.__getitem__, monomial)) for monomial in monomials]
+        return float((coefficients @ values).max())
+
+    @cached_property
+    def _coefficients(self) -> tuple[list[Monomial], np.ndarray]:
+        """The monomials of the peaks, and each peak's coefficients of them: a search asks for many sizes."""
+        monomials = sorted({monomial for peak in self.peaks for monomial in peak.terms})
+        rows = [[float(peak.terms.get(monomial, 0)) for monomial in monomials] for peak in self.peaks]
+        return monomials, np.array(rows)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
