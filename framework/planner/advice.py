@@ -15,8 +15,8 @@ from framework.planner.profile import Profile
 from framework.planner.search import Laws
 from framework.planner.space import Candidate
 
-MOST_RECORDINGS = 12
-"""Laws that are recorded for it at a time; the others follow when the same is asked again."""
+MOST_RECORDINGS = 6
+"""Laws that are recorded for it at a time, some ten seconds each; others follow when the same is asked again."""
 
 GPUS_PER_NODE = 8
 """Of machines of which nothing is said."""
@@ -45,6 +45,8 @@ def with_advice(job: PlannedJob, planned: Planned, profile: Profile, say: Callab
         its_job = job.with_config(trial.config) if trial.variant is None else variants.get(trial.variant)
         if its_job is not None:
             wanted.append((its_job, _space(its_job, cluster.ranks, cluster.nodes)))
+    # What lacks few laws comes first, so that as many changes as can be are looked at.
+    wanted.sort(key=lambda entry: len(entry[0].unrecorded(entry[1])))
     learn(wanted, say, MOST_RECORDINGS)
 
     def variant(name: str) -> Laws | None:

@@ -65,11 +65,12 @@ def laws_of(
             missing[key] = config
         else:
             found[key] = stored
-    for key in [*missing][most:] if most is not None else ():
+    later = [] if most is None else [*missing][most:]
+    for key in later:
         del missing[key]
-        found[key] = NoLaw(
-            "for lack of time: what it allocates is not recorded yet; the same command again records more"
-        )
+        found[key] = NoLaw("what it allocates is not recorded yet")
+    if later:
+        say(f"{len(later)} settings are left out for lack of time; the same command again looks at more of them")
     if missing:
         settings = f"{len(missing)} settings" if len(missing) > 1 else "one setting"
         say(f"recording once for all models of this family what a step allocates, with {settings}")

@@ -194,6 +194,11 @@ class PlannedJob:
         """The candidates whose laws are there."""
         return [each for each in space if isinstance(self._laws.get(_kind(each.choice)), StepLaw)]
 
+    def unrecorded(self, space: Iterable[Candidate]) -> list[Choice]:
+        """Of each law that was not asked for yet, the kind of choice."""
+        kinds = dict.fromkeys(_kind(each.choice) for each in space)
+        return [kind for kind in kinds if kind not in self._laws]
+
     def known(self, space: Sequence[Candidate]) -> list[Candidate]:
         """The candidates whose laws are to be had; says why others are left out.
 
@@ -277,9 +282,8 @@ def learn(
     """
     missing: dict[tuple[int, Choice], PlannedJob] = {}
     for job, space in wanted:
-        for kind in dict.fromkeys(_kind(each.choice) for each in space):
-            if kind not in job._laws:
-                missing.setdefault((id(job._laws), kind), job)
+        for kind in job.unrecorded(space):
+            missing.setdefault((id(job._laws), kind), job)
     if not missing:
         return
     configs = [_law_config(job._described, kind) for (_, kind), job in missing.items()]

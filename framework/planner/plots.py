@@ -137,18 +137,23 @@ def memory_by_phase(axes: Axes, ledger: Ledger, budget: Budget) -> None:
     """
     from matplotlib import colormaps
 
-    terms = sorted((term for term in ledger.terms if term.bytes), key=lambda term: term.bytes, reverse=True)
-    shown, rest = terms[:SHOWN_TERMS], terms[SHOWN_TERMS:]
-    # What is there in all phases comes first, so that it is a band of the same height.
-    shown.sort(key=lambda term: -len(term.phases))
     phases = [phase for phase in PHASES if ledger.total(phase)]
-    layers = [(term.name, [term.bytes if phase in term.phases else 0 for phase in phases]) for term in shown]
+    sizes: dict[str, list[int]] = {}
+    for term in ledger.terms:
+        here = sizes.setdefault(term.name, [0] * len(phases))
+        sizes[term.name] = [
+            size + term.bytes * (phase in term.phases) for size, phase in zip(here, phases, strict=True)
+        ]
+    ordered = sorted(((name, each) for name, each in sizes.items() if any(each)), key=lambda layer: -max(layer[1]))
+    layers, rest = ordered[:SHOWN_TERMS], ordered[SHOWN_TERMS:]
+    # What is there in all phases comes first, so that it is a band of the same height.
+    layers.sort(key=lambda layer: -sum(map(bool, layer[1])))
     if rest:
-        layers.append(("other", [sum(term.bytes for term in rest if phase in term.phases) for phase in phases]))
+        layers.append(("other", [sum(each) for each in zip(*(each for _, each in rest), strict=True)]))
     colours = colormaps["tab10"].colors  # type: ignore[attr-defined]  # of a listed colour map
     places, bottom = range(len(phases)), [0.0] * len(phases)
-    for index, (name, sizes) in enumerate(layers):
-        heights = [size / GIB for size in sizes]
+    for index, (name, heights_in_bytes) in enumerate(layers):
+        heights = [size / GIB for size in heights_in_bytes]
         axes.bar(places, heights, bottom=bottom, width=0.7, label=name, color=colours[index % len(colours)])
         bottom = [base + height for base, height in zip(bottom, heights, strict=True)]
     for place, (phase, total) in enumerate(zip(phases, bottom, strict=True)):
@@ -256,7 +261,7 @@ def frontier(
         markersize=17,
         color="#f4a582",
         markeredgecolor="black",
-        label=f"chosen: {chosen.choice.ratio:.3g}",
+        label=f"{'chosen' if budget.holds(chosen.ledger) else 'smallest'}: {chosen.choice.ratio:.3g}",
         zorder=5,
     )
     peaks = [point.ledger.peak for _, points in fronts for point in points]
@@ -265,7 +270,7 @@ def frontier(
     else:
         axes.set_ylim(0, 1.05 * max(*peaks, budget.bytes) / GIB)
     _budget_line(axes, budget, left=True)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.05 * max(*x, *(per_step / point.seconds for _, points in fronts for point in points)))
     axes.set_xlabel("steps a second" if tokens_per_step is None else "tokens a second")
     axes.set_ylabel("peak allocated, GiB per GPU")
     axes.set_title("the least memory for a speed, by ratio")

@@ -13,7 +13,7 @@ from toy_laws import TOY, MiB
 from framework.config.sections import PlannerConfig
 from framework.errors import UserError
 from framework.planner.law import Moment
-from framework.planner.ledger import PHASES
+from framework.planner.ledger import PHASES, Ledger, during, everywhere
 from framework.planner.plots import Picture, draw, frontier, frontiers, memory_by_phase, timeline
 from framework.planner.search import Budget, Point, search
 from framework.planner.space import Candidate, candidates
@@ -58,6 +58,14 @@ def test_bars_add_up_to_the_phases(chosen: Point) -> None:
     heights = [sum(bar[index].get_height() for bar in axes.containers) for index in range(len(phases))]
     assert heights == pytest.approx([chosen.ledger.total(phase) / GIB for phase in phases])
     assert [line.get_ydata()[0] for line in axes.lines] == [BUDGET.bytes / GIB]
+
+
+def test_what_has_one_name_is_one_layer() -> None:
+    ledger = Ledger((everywhere("held", 4 * GIB), during("kept", GIB, {"loss"}), during("kept", 2 * GIB, {"forward"})))
+    axes = Figure().subplots()
+    memory_by_phase(axes, ledger, BUDGET)
+    layers = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
+    assert layers == {"held": [4, 4, 4, 4, 4], "kept": [2, 1, 0, 0, 0]}
 
 
 def test_the_chosen_point_is_where_it_belongs(space: list[Candidate], chosen: Point) -> None:
