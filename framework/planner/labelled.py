@@ -44,7 +44,7 @@ def labelled_share_of(config: Config) -> float:
 
     What `data.supervised_fraction` says, else what is counted in `SAMPLES` samples: the first ones of every file,
     through the run's own tokenizer, template, truncation, packing and padding. The same for the same data on every rank
-    and at every start, whether or not the token cache has it. Training data is read from wherever the run would read it.
+    and at every start, whether or not the token cache has it. Data is read from wherever the run would read it.
 
     Args:
         config: of the run; its micro-batch may be open, and is then taken to be one sequence.

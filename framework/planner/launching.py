@@ -10,6 +10,7 @@ from framework.config import Config
 from framework.errors import UserError
 from framework.extras import is_installed, shards_bytes
 from framework.hardware import Device
+from framework.planner.advice import with_advice
 from framework.planner.hardware import Cluster, cluster_of, detected_device, parse_bytes
 from framework.planner.made_for import MadeFor
 from framework.planner.plan import Plan
@@ -140,7 +141,7 @@ def plan_launch(
         RunError: laws cannot be recorded.
     """
     job, profile, engines = PlannedJob(config, labelled_share, say), profile_of(cluster.device), engines_here(config)
-    planned = job.plan(cluster, profile, engines=engines)
+    planned = with_advice(job, job.plan(cluster, profile, engines=engines), profile, say)
     fallbacks: list[Plan] = []
     for share in FALLBACK_BUDGETS if planned.plans else ():
         within = replace(cluster, budget_bytes=int(share * planned.budget.demand(planned.plans[0].point.ledger)))

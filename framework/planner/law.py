@@ -9,9 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import prod
 from typing import Any
 
-from framework.planner.polynomials import Polynomial, Sizes
+import numpy as np
+
+from framework.planner.polynomials import Monomial, Polynomial, Sizes
 
 ENDS = 2
 """Blocks at each end that have parts of their own: engines that gather a block's weights ahead treat them otherwise."""
@@ -106,16 +111,37 @@ class StepLaw:
             blocks: depth of the model; below `BLOCKS` the ends are taken to overlap.
             accumulation: micro-batches of a step.
         """
-        start = 0.0
-        for number in range(min(accumulation, 2)):
-            parts = self.passes[PASSES[number]]
+        start, values = 0.0, self._values(sizes)
+        for _ in range(min(accumulation, 2)):
             for name in PARTS:
-                part, repeated = parts[name], blocks - 2 * ENDS if name.endswith("middle") else 1
-                net, peak = part.net.value(sizes), part.peak(sizes)
+                repeated = blocks - 2 * ENDS if name.endswith("middle") else 1
+                net, peak = next(values)
                 for index in sorted({0, repeated - 1} if repeated > 0 else ()):
                     yield Moment(name, start + index * net, start + index * net + peak)
                 start += repeated * net
-        yield Moment(STEP, start, start + self.step.peak(sizes))
+        # The last one of all, whether or not there was a later micro-batch.
+        yield Moment(STEP, start, start + [*values][-1][1])
+
+    def _values(self, sizes: Sizes) -> Iterator[tuple[float, float]]:
+        """Net and peak of all parts in order; their polynomials at once, for a search asks for many sizes."""
+        monomials, coefficients, firsts = self._compiled
+        values = coefficients @ np.array([prod(map(sizes.__getitem__, monomial)) for monomial in monomials])
+        nets, peaks = values[: len(firsts)], np.maximum.reduceat(values[len(firsts) :], firsts)
+        return zip(nets.tolist(), peaks.tolist(), strict=True)
+
+    @cached_property
+    def _compiled(self) -> tuple[list[Monomial], np.ndarray, list[int]]:
+        """All monomials; coefficients of the nets of all parts, and then of all their peaks; the parts' first peaks."""
+        parts = [*(self.passes[number][name] for number in PASSES for name in PARTS), self.step]
+        peaks = [part.peaks or (Polynomial(),) for part in parts]
+        rows = [*(part.net for part in parts), *(peak for each in peaks for peak in each)]
+        monomials = sorted({monomial for row in rows for monomial in row.terms})
+        places = {monomial: place for place, monomial in enumerate(monomials)}
+        coefficients = np.zeros((len(rows), len(monomials)))
+        for number, row in enumerate(rows):
+            for monomial, coefficient in row.terms.items():
+                coefficients[number, places[monomial]] = float(coefficient)
+        return monomials, coefficients, [*accumulate(map(len, peaks[:-1]), initial=0)]
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""

@@ -19,7 +19,7 @@ class Polynomial:
     As text it reads `4 batch tokens hidden + 8 tokens`.
     """
 
-    __slots__ = ("terms",)
+    __slots__ = ("_floats", "terms")
 
     def __init__(self, terms: Mapping[Monomial, Fraction | int] | None = None) -> None:
         """From coefficients by monomial; those of zero are dropped."""
@@ -27,6 +27,7 @@ class Polynomial:
         for monomial, coefficient in (terms or {}).items():
             if coefficient:
                 self.terms[tuple(sorted(monomial))] = Fraction(coefficient)
+        self._floats: list[tuple[Monomial, float]] | None = None
 
     @classmethod
     def parse(cls, text: str) -> Polynomial:
@@ -72,4 +73,6 @@ class Polynomial:
 
     def value(self, sizes: Sizes) -> float:
         """Its value where the symbols have these sizes."""
-        return sum(float(c) * prod(sizes[symbol] for symbol in monomial) for monomial, c in self.terms.items())
+        if self._floats is None:
+            self._floats = [(monomial, float(coefficient)) for monomial, coefficient in self.terms.items()]
+        return sum(coefficient * prod(map(sizes.__getitem__, monomial)) for monomial, coefficient in self._floats)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from framework.config import Config
 from framework.errors import UserError
+from framework.planner import advice
+from framework.planner.advice import with_advice
 from framework.planner.choice import Choice
-from framework.planner.hardware import cluster_of
+from framework.planner.hardware import Cluster, cluster_of
 from framework.planner.planning import PlannedJob
 from framework.planner.profile import Profile, assumed_profile
+from framework.planner.sizing import fewest, sizes, sizes_table
 
 ROOT = Path(__file__).parents[2]
 LLAMA = {
@@ -78,6 +84,47 @@ def test_the_largest_micro_batch_that_fits_is_chosen_and_laws_are_kept():
     deeper = config_of(model={"from_config": LLAMA | {"num_hidden_layers": 9}, "tokenizer": "unused"})
     assert PlannedJob(deeper, 0.5, again.append).plan(*cluster_with(deeper, 1 << 40)).plans
     assert again == []
+
+
+@pytest.mark.slow
+def test_more_accelerators_or_one_change_are_found_where_nothing_fits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(advice, "MOST_RECORDINGS", 0)
+    fixed = {"max_steps": 1, "global_batch_size": 32, "micro_batch_size": 8}
+    config = config_of(sharding={"engine": "fsdp"}, training=fixed)
+    job = PlannedJob(config, 0.5, lambda line: None)
+
+    def on(size: int) -> Callable[[int, int], Cluster]:
+        return lambda nodes, gpus: replace(
+            cluster_with(config, size)[0], nodes=nodes, gpus_per_node=gpus, budget_bytes=size
+        )
+
+    _, profile = cluster_with(config, 1)
+    everything = sizes(job, on(1 << 40), profile, lambda line: None)
+    peaks = {size.ranks: size.planned.plans[0].point.ledger.peak for size in everything if size.planned}
+    # Micro-batches of 8 make up 32 sequences on at most 4 ranks.
+    assert list(peaks) == [1, 2, 4] and [size.ranks for size in everything] == [1, 2, 4, 8, 16, 32, 64]
+    assert peaks[1] > peaks[2] > peaks[4]
+
+    found = sizes(job, on(peaks[2]), profile, lambda line: None)
+    assert [size.fits for size in found] == [False, True, True, False, False, False, False]
+    best = fewest(found)
+    assert best.ranks == 2 and best.to_json()["chosen"]["peak_allocated_bytes"] == peaks[2]
+    output = io.StringIO()
+    Console(file=output, width=120).print(sizes_table(found))
+    rows = [line.split() for line in output.getvalue().splitlines()[2:]]
+    assert [row[:2] for row in rows[:3]] == [["1", "nothing"], ["2", "FSDP2"], ["4", "FSDP2"]]
+    assert rows[3] == ["8", "cannot", "be", "planned"]
+
+    nothing = job.plan(on(peaks[2])(1, 1), profile)
+    advised = with_advice(job, nothing, profile, lambda line: None)
+    assert advised.more_ranks is not None and advised.more_ranks.ranks == 2
+    changes = {tuple(change.overrides.items()): change for change in advised.changes}
+    smaller = changes[("training.micro_batch_size", 4),]
+    assert smaller.point.ledger.peak <= peaks[2] and smaller.same_result
+    changed = PlannedJob(config_of(sharding={"engine": "fsdp"}, training=fixed | {"micro_batch_size": 4}), 0.5, print)
+    assert changed.plan(on(peaks[2])(1, 1), profile).found.points[0].ledger == smaller.point.ledger
+    fits = job.plan(on(peaks[1])(1, 1), profile)
+    assert with_advice(job, fits, profile, print) is fits
 
 
 def test_what_the_planner_does_not_know_is_said():

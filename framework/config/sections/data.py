@@ -85,7 +85,7 @@ class DataConfig(Section):
     """What becomes of a sample that is longer than `sequence_length`: left out and counted, or cut at its end."""
 
     supervised_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Labelled tokens / all tokens of the training rows, for the planner. Null: it counts them in a sample of `train`."""
+    """Labelled tokens / all tokens of the rows that are trained, for the planner. Null: counted in a sample."""
 
     cache_dir: NonEmpty | None = "auto"
     """Directory of the token cache, from which a second start takes its tokens; "auto": `selectrain/tokens` in
