@@ -79,7 +79,7 @@ def share_for_planning(config: Config, given: float | None = None) -> LabelledSh
         return LabelledShare(
             1.0,
             f"labelled share: 100 % assumed, the most there can be: {', '.join(missing)} not here. "
-            "--labelled-share or data.supervised_fraction says how much it is",
+            "--set data.supervised_fraction=0.3 would say that it is 30 %",
             assumed=True,
         )
     counted = _counted(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from framework.checkpoint import Checkpoint, find_checkpoint
 from framework.config import Config
 from framework.errors import NoPlanError, RunError, UserError
 from framework.extras import check_bitsandbytes
-from framework.planner.labelled import share_for_planning
+from framework.planner.labelled import labelled_share_of, share_for_planning
 from framework.planner.launching import launch_cluster, plan_launch
 from framework.planner.made_for import MadeFor
 from framework.planner.overrides import RESULT_KEYS, is_open, with_overrides
@@ -75,7 +75,14 @@ def resolve_together(
     return _resolved(config, plan, ranks.world_size)
 
 
-def resolve(config: Config, resume: str, directory: RunDirectory, place: Place, reporter: Reporter) -> Resolved:
+def resolve(
+    config: Config,
+    resume: str,
+    directory: RunDirectory,
+    place: Place,
+    reporter: Reporter,
+    share_of: Callable[[Config], float] = labelled_share_of,
+) -> Resolved:
     """Fill the open keys of a config in this process; see `resolve_together`. Writes nothing in the run directory.
 
     Args:
@@ -84,6 +91,7 @@ def resolve(config: Config, resume: str, directory: RunDirectory, place: Place, 
         directory: of the run.
         place: of a process of the launch, for the number of processes and machines.
         reporter: gets the planner's report.
+        share_of: gives the labelled share of a run's data.
     """
     nodes = math.ceil(place.world_size / place.local_world_size)
     cluster = launch_cluster(config, nodes=nodes, ranks_per_node=place.world_size // nodes)
@@ -101,9 +109,9 @@ def resolve(config: Config, resume: str, directory: RunDirectory, place: Place, 
         config = _with(config, fixed, checkpoint)
     for note in cluster.notes:
         reporter.line(note)
-    share = share_for_planning(config)
-    reporter.line(share.source)
-    planned = plan_launch(config, cluster, share.value, reporter.line, fixed=fixed)
+    share = share_of(config)
+    reporter.line(f"labelled share: {share:.1%} of the tokens")
+    planned = plan_launch(config, cluster, share, reporter.line, fixed=fixed)
     report = replace(planned.planned.report(""), launch=None)
     reporter.drawing(report.print)
     if not planned.planned.plans:
@@ -134,7 +142,14 @@ def resolve_preview(config: Config, launch: Launch, resume: str) -> Config:
         nodes = math.ceil(launch.ranks / config.hardware.gpus_per_node)
         place = Place(world_size=launch.ranks, local_world_size=launch.ranks // nodes)
     with Reporter() as reporter:
-        return resolve(config, resume, RunDirectory(config.run.output_dir), place, reporter).config
+
+        def share_of(config: Config) -> float:
+            share = share_for_planning(config)
+            if share.assumed:
+                reporter.line(share.source)
+            return share.value
+
+        return resolve(config, resume, RunDirectory(config.run.output_dir), place, reporter, share_of).config
 
 
 def _fixed(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:

@@ -17,12 +17,15 @@ from recorded_here import recorded_here
 import framework
 from framework.config import Config, load_config
 from framework.errors import NoPlanError, RunError, UserError
+from framework.planner import advice
 from framework.planner.drift import drift_records
 from framework.planner.labelled import labelled_share_of
 from framework.planner.launching import LaunchPlan, launch_cluster, plan_launch
 from framework.planner.overrides import with_overrides
 from framework.sharding.single import SingleEngine
 from framework.training import launch_plan, start
+
+pytestmark = pytest.mark.slow
 
 TRAIN = Path(__file__).parents[2] / "launchers" / "train.py"
 OPEN = {
@@ -116,6 +119,7 @@ def test_fallbacks_are_the_plans_of_smaller_budgets(open_config):
 
 def test_a_budget_that_cannot_be_met_exits_3_before_anything_is_loaded(open_config, monkeypatch, tmp_path, capsys):
     config = open_config(hardware__gpu_memory="0.01MiB")
+    monkeypatch.setattr(advice, "MOST_RECORDINGS", 0)
     monkeypatch.setattr(start, "shared_run_data", None)
     with pytest.raises(NoPlanError, match=r"^no plan fits: the smallest that the config permits takes 0\.\d MiB"):
         framework.train(config)
@@ -138,6 +142,7 @@ def command(*options: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
 
 def test_a_dry_run_shows_the_plan_and_touches_nothing(open_config, tmp_path, monkeypatch, capsys):
     config = open_config()
+    monkeypatch.setattr(advice, "MOST_RECORDINGS", 0)
     before = sorted(tmp_path.iterdir())
     options = ("--config", str(tmp_path / "config.json"), "--dry-run")
     code, said, _ = command(*options, monkeypatch=monkeypatch, capsys=capsys)
