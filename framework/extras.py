@@ -57,8 +57,9 @@ def shards_bytes() -> bool:
     return tuple(map(int, version("torch").split(".")[:2])) >= SHARDS_BYTES
 
 
-def is_installed(name: str = _NAME) -> bool:
+def is_installed(name: str | None = None) -> bool:
     """Whether a package, `bitsandbytes` by default, can be imported, or could be if its import were not put off."""
+    name = name or _NAME
     return _is_put_off(name) or importlib.util.find_spec(name) is not None
 
 
