@@ -45,7 +45,21 @@ def launch_cluster(
     Raises:
         UserError: there is no accelerator, and none is described.
     """
-    hardware, found = config.hardware, detect()
+    cluster = _bounded_cluster(config, nodes, ranks_per_node, profile_of, detect())
+    hardware, described = config.hardware, config.described_ranks
+    if not hardware.model_fields_set & {"nodes", "gpus_per_node"} or described == cluster.ranks:
+        return cluster
+    return replace(
+        cluster,
+        notes=(f"planned for {cluster.ranks} ranks, as launched; hardware describes {described}", *cluster.notes),
+    )
+
+
+def _bounded_cluster(
+    config: Config, nodes: int, ranks_per_node: int, profile_of: Callable[[Device], Profile], found: Device | None
+) -> Cluster:
+    """The machines, with the accelerator that was found."""
+    hardware = config.hardware
     if found is None:
         if hardware.gpu_memory is None:
             raise UserError(

@@ -28,6 +28,8 @@ def test_the_accelerator_that_is_there_is_planned_for():
     whole = cluster()
     assert (whole.nodes, whole.gpus_per_node, whole.ranks, whole.device) == (2, 4, 8, A100)
     assert whole.budget_bytes == A100.visible_bytes - assumed_profile(A100).outside_bytes(8)
+    assert not any("as launched" in note for note in whole.notes)
+    assert cluster(ranks_per_node=1).notes[0] == "planned for 2 ranks, as launched; hardware describes 8"
     # What is described bounds it, but makes no memory.
     assert cluster("100GiB") == whole
     part = cluster("24GiB")

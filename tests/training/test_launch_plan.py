@@ -154,6 +154,9 @@ def test_a_dry_run_shows_the_plan_and_touches_nothing(open_config, tmp_path, mon
         *options, "--set", "hardware.gpu_memory=0.01MiB", monkeypatch=monkeypatch, capsys=capsys
     )
     assert code == 3 and "nothing fits" in said and error.startswith("error: no plan fits")
+    options = ("--config", str(tmp_path / "config.json"), "--inspect-data", "1")
+    code, said, _ = command(*options, monkeypatch=monkeypatch, capsys=capsys)
+    assert code == 0 and "48 samples" in said
     assert sorted(tmp_path.iterdir()) == before
 
 
