@@ -6,6 +6,7 @@ its interpreter does before the first line and after the last is not: tests of t
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -24,9 +25,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launchers" / "train.py"
 TIMEOUT_SECONDS = 180
-# What a run imports on its way, but for DeepSpeed, which must be quiet about it in every process.
+# What runs import on their way.
 PRELOADED = ["framework.training.start", "framework.token_selection", "framework.sharding.fsdp", "datasets"]
-PRELOADED += ["torch._dynamo", "transformers.models.llama.modeling_llama"]
+PRELOADED += ["torch._dynamo", "transformers.models.llama.modeling_llama", "deepspeed"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
@@ -92,6 +93,7 @@ def fork(
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("DS_ACCELERATOR", "cpu")
         process.start()
     return Forked(process, *streams)
 
@@ -150,6 +152,8 @@ def _run(environment: dict[str, str], streams: list[Path], function: Callable[..
     import torch
 
     torch.set_num_threads(1)
+    # DeepSpeed and torch collect garbage again and again, of which none is in what was imported.
+    gc.freeze()
     try:
         function(*arguments)
     except SystemExit:
