@@ -98,16 +98,9 @@ def fork(
     return Forked(process, *streams)
 
 
-def fork_script(
-    directory: Path,
-    script: Path,
-    options: Sequence[str],
-    *,
-    patch: str = "",
-    environment: Mapping[str, str] | None = None,
-) -> Forked:
+def fork_script(directory: Path, script: Path, options: Sequence[str], patch: str = "") -> Forked:
     """Start a script as `python SCRIPT OPTIONS` would, with the code `patch` executed before; see `fork`."""
-    return fork(directory, run_script, script, [*options], patch, environment=environment)
+    return fork(directory, run_script, script, [*options], patch)
 
 
 def run_script(script: Path, options: Sequence[str], patch: str = "") -> None:
