@@ -13,7 +13,6 @@ import runpy
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -107,6 +106,7 @@ def run_script(script: Path, options: Sequence[str], patch: str = "") -> None:
     """A script, in this process."""
     exec(patch, {"os": os, "signal": signal, "time": time, "rank": int(os.environ.get("RANK", "0"))})
     sys.argv = [str(script), *options]
+    sys.path.insert(0, str(script.parent))
     runpy.run_path(str(script), run_name="__main__")
 
 
@@ -147,13 +147,4 @@ def _run(environment: dict[str, str], streams: list[Path], function: Callable[..
     torch.set_num_threads(1)
     # DeepSpeed and torch collect garbage again and again, of which none is in what was imported.
     gc.freeze()
-    try:
-        function(*arguments)
-    except SystemExit:
-        raise
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    function(*arguments)
