@@ -10,7 +10,7 @@ from pathlib import Path
 TIMEOUT_SECONDS = 3600
 
 
-def launch(ranks: int, script: Path, *arguments: Path) -> None:
+def launch(ranks: int, script: Path, *arguments: Path | str) -> None:
     """Run a script under `torchrun` on so many ranks; ends this process with what they wrote if they fail."""
     options = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
     command = [sys.executable, *options, "--rdzv-endpoint", "localhost:0", str(script), *map(str, arguments)]

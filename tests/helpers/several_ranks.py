@@ -16,6 +16,8 @@ from typing import Any
 
 from forked import TIMEOUT_SECONDS, TRAIN, Ended, Forked, fork, run_script
 
+SCRIPT_TIMEOUT_SECONDS = 900
+
 
 @dataclass
 class Ranks:
@@ -73,6 +75,15 @@ def run(
 def start_training(count: int, directory: Path, options: Sequence[str], patch: str = "") -> Ranks:
     """Start `launchers/train.py` on so many ranks, each with the code `patch` executed before."""
     return start(count, directory, run_script, TRAIN, [*options], patch)
+
+
+def run_script_on_ranks(directory: Path) -> Callable[..., None]:
+    """What tools start a script on ranks with, in the place of `torchrun`."""
+
+    def launch(count: int, script: Path, *arguments: Path) -> None:
+        run(count, directory, run_script, script, [*map(str, arguments)], timeout=SCRIPT_TIMEOUT_SECONDS)
+
+    return launch
 
 
 def train_one_after_the_other(config: str, shardings: list[dict[str, Any]], runs: str) -> None:

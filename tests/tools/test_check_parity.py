@@ -8,10 +8,9 @@ from pathlib import Path
 
 import check_parity
 import pytest
-import several_ranks
 from check_parity import differences, main, table
-from forked import run_script
 from parity_cases import ACCUMULATION, ADAPTERS, ARMS, ENGINES, RANKS, Case, pairwise_cover, whole_matrix
+from several_ranks import run_script_on_ranks
 
 from framework.config import Config
 
@@ -51,15 +50,8 @@ def test_the_difference_is_the_largest_over_all_steps(tmp_path):
 @pytest.mark.multiprocess
 @pytest.mark.slow
 def test_every_engine_gives_the_losses_of_one_process(tmp_path, monkeypatch, capsys):
-    """Within 1e-5 over 3 steps in float32, in a pairwise cover of the matrix; the tool itself takes 20.
-
-    The ranks are forked instead of started by `torchrun`.
-    """
-
-    def fork(ranks, script, *arguments):
-        several_ranks.run(ranks, tmp_path / "outputs", run_script, script, [*map(str, arguments)], timeout=900)
-
-    monkeypatch.setattr(check_parity, "launch", fork)
+    """Within 1e-5 over 3 steps in float32, in a pairwise cover of the matrix; the tool itself takes 20."""
+    monkeypatch.setattr(check_parity, "launch", run_script_on_ranks(tmp_path / "outputs"))
     monkeypatch.setattr(sys, "argv", ["check_parity.py", "--directory", str(tmp_path), "--steps", "3"])
     code, printed = main(), capsys.readouterr()
     assert code == 0, printed.out + printed.err
