@@ -53,7 +53,7 @@ def lose_one() -> None:
 def test_a_rank_that_ends_is_noticed_by_the_others(tmp_path):
     first, second = several_ranks.start(2, tmp_path, lose_one).wait(timeout=30)
     assert second.code == 7
-    assert first.output.splitlines()[-1] == "lost"
+    assert first.stdout.splitlines()[-1] == "lost"
 
 
 def wait_in_vain() -> None:
@@ -70,11 +70,9 @@ def wait_in_vain() -> None:
 @pytest.mark.multiprocess
 def test_a_rank_waits_no_longer_than_the_timeout(tmp_path):
     ranks = several_ranks.start(2, tmp_path, wait_in_vain)
-    ranks.processes[0].join(timeout=12)
-    ended = ranks.processes[0].exitcode
+    first = ranks.processes[0].wait(timeout=12)
     ranks.kill()
-    assert ended == 0
-    assert ranks.outputs[0].read_text().splitlines()[-1] == "lost"
+    assert (first.code, first.stdout.splitlines()[-1]) == (0, "lost")
 
 
 def test_one_process_talks_to_nobody():
