@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import Ended, patched
 from recorded_here import recorded_here
-from several_ranks import Ended, patched, start_training
+from several_ranks import start_training
 
 from framework.config import load_config
 from framework.planner.labelled import labelled_share_of
