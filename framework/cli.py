@@ -17,14 +17,15 @@ from framework.extras import put_off_import
 PRECEDENCE_SECONDS = 3.0
 
 
-def add_config_options(options: argparse.ArgumentParser, about: str) -> None:
+def add_config_options(options: argparse.ArgumentParser, about: str, *, required: bool = True) -> None:
     """The options that name a config: `--config`, and `--set`, whose values are `overrides`.
 
     Args:
         options: that get them.
         about: what the config says, in the help text of `--config`.
+        required: whether nothing can be done without one.
     """
-    options.add_argument("--config", required=True, metavar="FILE", help=about)
+    options.add_argument("--config", required=required, metavar="FILE", help=about)
     options.add_argument(
         "--set",
         action="append",

@@ -1,4 +1,4 @@
-"""The two failures that a command line reports in one line instead of with a traceback."""
+"""The failures that a command line reports in one line instead of with a traceback."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ class UserError(ValueError):
     """
 
     exit_code = 2
+
+
+class NoPlanError(UserError):
+    """Nothing that a config permits fits the memory that it may take; nothing was started."""
+
+    exit_code = 3
 
 
 class RunError(RuntimeError):

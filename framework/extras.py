@@ -57,9 +57,10 @@ def shards_bytes() -> bool:
     return tuple(map(int, version("torch").split(".")[:2])) >= SHARDS_BYTES
 
 
-def is_installed() -> bool:
-    """Whether `bitsandbytes` can be imported."""
-    return _is_put_off(_NAME) or importlib.util.find_spec(_NAME) is not None
+def is_installed(name: str | None = None) -> bool:
+    """Whether a package, `bitsandbytes` by default, can be imported, or could be if its import were not put off."""
+    name = name or _NAME
+    return _is_put_off(name) or importlib.util.find_spec(name) is not None
 
 
 @contextmanager

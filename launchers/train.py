@@ -9,9 +9,9 @@ import argparse
 import sys
 
 from framework.cli import add_config_options, run_command
-from framework.config import load_config
+from framework.config import Config, load_config
 from framework.errors import UserError
-from framework.training.run import check_launch, train
+from framework.training.run import Launch, check_launch, train
 from framework.training.signals import StopRequested, StopSignals
 
 
@@ -19,7 +19,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     options = argparse.ArgumentParser(
         description=__doc__,
-        epilog="exit codes: 0 done or stopped on request, 1 failure while running, 2 bad config, data or arguments",
+        epilog="exit codes: 0 done or stopped on request, 1 failure while running, 2 bad config, data or arguments, "
+        '3 something is "auto", and no plan fits',
         allow_abbrev=False,
     )
     add_config_options(options, "JSON config; see python -m framework.config")
@@ -47,6 +48,20 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
+def show(config: Config, launch: Launch, arguments: argparse.Namespace) -> None:
+    """The dry run or the view of samples, on one rank."""
+    from framework.training.preview import dry_run, inspect_data
+
+    if config.open_keys:
+        from framework.training.launch_plan import resolve_preview
+
+        config = resolve_preview(config, launch, arguments.resume)
+    if arguments.dry_run:
+        print(dry_run(config, launch.ranks, launch.own_options))
+    else:
+        inspect_data(config, arguments.inspect_data)
+
+
 def main() -> int:
     """Parse, validate, then import torch and run."""
     arguments = parser().parse_args()
@@ -57,17 +72,9 @@ def main() -> int:
         raise UserError(f"--inspect-data: {arguments.inspect_data} samples cannot be shown; give at least 1")
     with StopSignals(together_seconds=launch.together_seconds) as signals:
         try:
-            if arguments.dry_run:
-                from framework.training.preview import dry_run
-
-                if launch.place.rank == 0:
-                    print(dry_run(config, launch.ranks, launch.own_options))
-            elif arguments.inspect_data is not None:
-                from framework.training.preview import inspect_data
-
-                if launch.place.rank == 0:
-                    inspect_data(config, arguments.inspect_data)
-            else:
+            if preview and launch.place.rank == 0:
+                show(config, launch, arguments)
+            elif not preview:
                 from torch.distributed.elastic.multiprocessing.errors import record
 
                 record(train)(

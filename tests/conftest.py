@@ -45,10 +45,11 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep token caches out of the home directory, those of commands too."""
+    """Keep caches and machines' profiles out of the home directory, those of commands too."""
     path = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(path))
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("profiles")))
         yield path
 
 

@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -25,13 +23,13 @@ from pathlib import Path
 
 from chat_tokenizer import save_tokenizer, train_sentencepiece
 from parity_cases import ACCUMULATION, ADAPTERS, ARMS, ENGINES, RANKS, Case, pairwise_cover, whole_matrix
+from torchrun import launch
 
 from framework.training.run_directory import COMPLETED
 
 WORKER = Path(__file__).with_name("parity_worker.py")
 LIMITS = {"fp32": 1e-5, "fp32_master": 2e-2, "pure_bf16": 2e-2, "fp16": 5e-3}
 """Largest relative difference of a loss, by precision; bf16 has 8 bits of precision, which is 4e-3 a rounding."""
-TIMEOUT_SECONDS = 3600
 
 
 def write_data(directory: Path) -> None:
@@ -64,16 +62,7 @@ def run_cases(cases: Sequence[Case], directory: Path, steps: int) -> None:
             continue
         path = directory / f"configs-{ranks}.json"
         path.write_text(json.dumps(configs))
-        launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "0"]
-        command = [sys.executable, *launch, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", str(WORKER)]
-        log = directory / f"log-{ranks}.txt"
-        environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
-        with log.open("w") as output:
-            done = subprocess.run(
-                [*command, str(path)], stdout=output, stderr=output, env=environment, timeout=TIMEOUT_SECONDS
-            )
-        if done.returncode:
-            sys.exit(f"error: the launch with {ranks} ranks failed:\n{log.read_text()[-6000:]}")
+        launch(ranks, WORKER, path)
 
 
 def losses(case: Case, directory: Path) -> list[float]:

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 
 from check_parity import write_data
 from parity_cases import ENGINES, MODEL
+from torchrun import launch
 
 WORKER = Path(__file__).with_name("sharding_worker.py")
 WIDE = MODEL | {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -46,12 +45,7 @@ def measure(engines: list[str], ranks: int, directory: Path, precision: str) -> 
     """Bytes by kind of the rank with most, for each engine."""
     configs, output = directory / "configs.json", directory / "found.json"
     configs.write_text(json.dumps([config_of(engine, directory, ranks, precision) for engine in engines]))
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "c10d"]
-    command = [sys.executable, *launch, "--rdzv-endpoint", "localhost:0", str(WORKER), str(configs), str(output)]
-    environment = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | os.environ
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
-    if done.returncode:
-        sys.exit(f"error: the launch with {ranks} ranks failed:\n{(done.stdout + done.stderr)[-6000:]}")
+    launch(ranks, WORKER, configs, output)
     found = json.loads(output.read_text())
     return {
         engine: {kind: max(rank[kind] for rank in per_rank) for kind in KINDS}

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import framework
+from framework.cli import run_command
 from framework.config import Config
 from framework.sharding.place import Place
 from framework.sharding.ranks import joined_ranks
@@ -24,4 +25,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(run_command(lambda: main(Path(sys.argv[1]))))

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from framework.cli import run_command
 from framework.config import Config
 from framework.sharding.place import Place
 from framework.sharding.ranks import Ranks, joined_ranks
@@ -64,4 +65,4 @@ def main(path: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    sys.exit(run_command(lambda: main(Path(sys.argv[1]), Path(sys.argv[2]))))

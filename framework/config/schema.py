@@ -29,7 +29,11 @@ from framework.config.sections import (
 RESULT_NEUTRAL_SECTIONS = frozenset({"checkpoint", "logging", "hardware", "planner"})
 """Sections that say how a run is watched, saved or described, and leave its losses as they are."""
 
-RESULT_NEUTRAL_KEYS = {"run": ("output_dir",), "model": ("offline",), "data": ("cache_dir", "workers")}
+RESULT_NEUTRAL_KEYS = {
+    "run": ("output_dir",),
+    "model": ("offline",),
+    "data": ("cache_dir", "workers", "supervised_fraction"),
+}
 """Such keys of other sections."""
 
 PLANNED_KEYS = (

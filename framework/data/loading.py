@@ -58,6 +58,7 @@ def load_dataset(
     train_on: str = "assistant",
     option: str = "data.train",
     cache: TokenCache | None = None,
+    most: int | None = None,
 ) -> TokenizedDataset:
     """Read, validate, tokenise and label data, or take the tokens from the cache.
 
@@ -70,13 +71,16 @@ def load_dataset(
         train_on: Which turns of conversations carry labels: `assistant` (all of its turns) or `last_assistant`.
         option: The config key that `paths` comes from, for error messages.
         cache: Where the tokens are taken from, or written to for the next time; None: they are kept in memory.
+        most: Samples to read, without a cache: the first ones of every file, equally many; None: all.
 
     Raises:
         UserError: A source is missing, a record is broken (its place and what is wrong; up to ten together), there is
             no record, none fits into the sequence length, or no token anywhere carries a label.
     """
+    assert cache is None or most is None, "a cache has all samples"
     parts = list_parts(paths, option=option)
-    reading = _Reading(parts, tokenizer, sequence_length, format, overlong, train_on, option)
+    of_part = None if most is None else -(-most // len(parts))
+    reading = _Reading(parts, tokenizer, sequence_length, format, overlong, train_on, option, of_part)
     dataset = _in_memory(reading) if cache is None else _cached(reading, cache)
     dataset.name = str(parts[0]) if len(parts) == 1 else ", ".join(dict.fromkeys(part.source.path for part in parts))
     return dataset
@@ -92,6 +96,8 @@ class _Reading(NamedTuple):
     overlong: str
     train_on: str
     option: str
+    most: int | None
+    """Samples of each part."""
 
     def samples(self, report: DataReport) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
         """Tokens, labels and `content_hash` of each sample that is kept; all records are counted in `report`.
@@ -102,14 +108,19 @@ class _Reading(NamedTuple):
         problems = ProblemList(self.option)
         for part in self.parts:
             records = read_records(part, format=self.format, problems=problems)
-            for format, chunk in _chunks(records):
+            enough = None if self.most is None else report.samples + self.most
+            for format, chunk in _chunks(records, CHUNK if self.most is None else min(CHUNK, self.most)):
+                if report.samples == enough:
+                    break
                 report.formats[str(part)] = format
                 report.records += len(chunk)
                 if problems.problems:
                     continue  # only to find further broken records
                 labelled = label_records(format, chunk, self.tokenizer, train_on=self.train_on)
                 for record, (ids, supervised) in zip(chunk, labelled, strict=True):
-                    if _admit(ids, supervised, self.sequence_length, self.overlong, report):
+                    if report.samples != enough and _admit(
+                        ids, supervised, self.sequence_length, self.overlong, report
+                    ):
                         kept = slice(self.sequence_length)
                         yield ids[kept], supervised[kept], content_hash(record)
         problems.raise_if_any()
@@ -183,10 +194,10 @@ def content_hash(record: Record) -> int:
     return int.from_bytes(digest.digest(), "little")
 
 
-def _chunks(records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, list[Record]]]:
+def _chunks(records: Iterable[tuple[str, Record]], size: int) -> Iterator[tuple[str, list[Record]]]:
     """Group the records of one file, which has one format."""
     records = iter(records)
-    while chunk := list(islice(records, CHUNK)):
+    while chunk := list(islice(records, size)):
         yield chunk[0][0], [record for _, record in chunk]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from framework.config import Config
 from framework.config.sections import PlannerConfig
@@ -48,7 +48,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 """Changes of what is trained, by the names under which `cheapest_changes` asks for their laws."""
 
-MAX_RANKS = 64
+COUNTS = (1, 2, 4, 8, 16, 32, 64)
+"""Of ranks that are tried upwards."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,22 @@ class Change:
     point: Point
     slowdown: float
     same_result: bool
+
+
+class Trial(NamedTuple):
+    """One change that may help.
+
+    Attributes:
+        change: key -> value, where "auto" is the value that fits and is fastest.
+        config: with the change.
+        same_result: what is learnt stays as it is.
+        variant: the name in `VARIANTS` of a change that needs laws of its own.
+    """
+
+    change: Mapping[str, Any]
+    config: Config
+    same_result: bool
+    variant: str | None
 
 
 @dataclass(frozen=True)
@@ -103,35 +120,49 @@ def cheapest_changes(
         variant: gives the laws of the run with one of `VARIANTS`; None where that is no option, such as a quantised
             model without an adapter.
     """
-    trials = [(change, laws, True) for change in SAME_RESULT] + [(change, laws, False) for change in OTHER_RESULT]
-    if config.sharding.engine == "single":
-        trials += [(OTHER_ENGINE | offload, laws, True) for offload in OFFLOADS]
-    strategy = OTHER_STRATEGY.get(config.selection.strategy)
-    if strategy is not None:
-        change = {"selection.strategy": strategy, "selection.ratio": AUTO, "retention.policy": "selective"}
-        trials.append((change, laws, False))
-    for name, change in VARIANTS.items():
-        found = variant(name)
-        if found is not None:
-            trials.append((change, found, False))
     changes: list[Change] = []
-    for change, its_laws, same_result in trials:
-        if all(_has(config, key, value) for key, value in change.items()):
+    for trial in trials(config):
+        its_laws = laws if trial.variant is None else variant(trial.variant)
+        if its_laws is None:
             continue
-        changed = with_overrides(config, change)
-        point = None if changed is None else fastest(changed, its_laws, budget, ranks, nodes, labelled_share)
-        if changed is None or point is None:
+        point = fastest(trial.config, its_laws, budget, ranks, nodes, labelled_share)
+        if point is None:
             continue
-        resolved = with_overrides(changed, overrides(changed, point.choice, labelled_share))
+        resolved = with_overrides(trial.config, overrides(trial.config, point.choice, labelled_share))
         assert resolved is not None
-        named = _differences(config, resolved, change)
+        named = _differences(config, resolved, trial.change)
         if named:
-            changes.append(Change(named, point, point.seconds / fastest_seconds, same_result))
+            changes.append(Change(named, point, point.seconds / fastest_seconds, trial.same_result))
     # One that changes all that another changes, and more, is not needed.
     changes = [
         each for each in changes if not any(other.overrides.items() < each.overrides.items() for other in changes)
     ]
     return sorted(changes, key=lambda each: (each.slowdown, not each.same_result))
+
+
+def trials(config: Config) -> list[Trial]:
+    """The changes that are tried: those that the config does not have already, and that its rules permit."""
+    tried = [(change, True, None) for change in SAME_RESULT] + [(change, False, None) for change in OTHER_RESULT]
+    if config.sharding.engine == "single":
+        tried += [(OTHER_ENGINE | offload, True, None) for offload in OFFLOADS]
+    strategy = OTHER_STRATEGY.get(config.selection.strategy)
+    if strategy is not None:
+        change = {"selection.strategy": strategy, "selection.ratio": AUTO, "retention.policy": "selective"}
+        tried.append((change, False, None))
+    named = [(change, False, name) for name, change in VARIANTS.items()]
+    found = []
+    for change, same_result, variant in [*tried, *named]:
+        changed = None if _has_all(config, change) else with_overrides(config, change)
+        if changed is not None:
+            found.append(Trial(change, changed, same_result, variant))
+    return found
+
+
+def in_several(config: Config) -> Config:
+    """A run that several processes may share: one that is for a single one may take any engine there."""
+    if config.sharding.engine != "single":
+        return config
+    return with_overrides(config, OTHER_ENGINE) or config
 
 
 def fewest_ranks(
@@ -141,7 +172,7 @@ def fewest_ranks(
     *,
     gpus_per_node: int,
     labelled_share: float,
-    counts: Iterable[int] = (1, 2, 4, 8, 16, 32, MAX_RANKS),
+    counts: Iterable[int] = COUNTS,
 ) -> MoreRanks | None:
     """The fewest ranks on which a job fits; None if it does on none of the counts.
 
@@ -155,8 +186,7 @@ def fewest_ranks(
         labelled_share: labelled tokens / all tokens of the data.
         counts: of ranks, rising.
     """
-    if config.sharding.engine == "single":
-        config = with_overrides(config, {"sharding.engine": AUTO, "sharding.zero_stage": AUTO}) or config
+    config = in_several(config)
     for ranks in counts:
         nodes = math.ceil(ranks / gpus_per_node)
         point = fastest(config, laws_of(ranks, nodes), budget, ranks, nodes, labelled_share)
@@ -180,6 +210,8 @@ def fastest(config: Config, laws: Laws, budget: Budget, ranks: int, nodes: int, 
         space = candidates(config, ranks=ranks, nodes=nodes, labelled_share=labelled_share)
     except UserError:
         return None
+    if not (space := [*laws.known(space)]):
+        return None
     found = search(space, laws, budget, PlannerConfig(objective="speed", top=1), labelled_share=labelled_share)
     return found.points[0] if found.points else None
 
@@ -189,9 +221,9 @@ def _value(config: Config, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def _has(config: Config, key: str, value: Any) -> bool:
-    """Whether a change of a key changes nothing."""
-    return is_open(config, key) if value == AUTO else bool(_value(config, key) == value)
+def _has_all(config: Config, change: Mapping[str, Any]) -> bool:
+    """Whether a change changes nothing."""
+    return all(is_open(config, key) if value == AUTO else _value(config, key) == value for key, value in change.items())
 
 
 def _differences(config: Config, resolved: Config, change: Mapping[str, Any]) -> dict[str, Any]:

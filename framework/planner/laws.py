@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parent / "recorded"
 """Laws that come with the package, one file each."""
 
+_CODE = ("extraction", "fitting", "fake_ranks", "law", "recording", "small_models", "symbols")
+"""Modules that decide whether there is a law."""
+
 _LAST_LINES = 5
 
 
@@ -34,7 +39,9 @@ class NoLaw:
     reason: str
 
 
-def laws_of(configs: Sequence[Config], family: Family, say: Callable[[str], None]) -> list[StepLaw | NoLaw]:
+def laws_of(
+    configs: Sequence[Config], family: Family, say: Callable[[str], None], most: int | None = None
+) -> list[StepLaw | NoLaw]:
     """The laws of runs of one model that differ in their settings.
 
     What neither comes with the package nor was recorded on this machine before is recorded now, by a process of its
@@ -44,6 +51,7 @@ def laws_of(configs: Sequence[Config], family: Family, say: Callable[[str], None
         configs: of the runs, without open keys.
         family: of their model.
         say: is told what takes time.
+        most: laws to record, in the order of the configs; None for no limit. What is beyond it has none for now.
 
     Raises:
         RunError: recording failed altogether.
@@ -57,6 +65,12 @@ def laws_of(configs: Sequence[Config], family: Family, say: Callable[[str], None
             missing[key] = config
         else:
             found[key] = stored
+    later = [] if most is None else [*missing][most:]
+    for key in later:
+        del missing[key]
+        found[key] = NoLaw("what it allocates is not recorded yet")
+    if later:
+        say(f"{len(later)} settings are left out for lack of time; the same command again looks at more of them")
     if missing:
         settings = f"{len(missing)} settings" if len(missing) > 1 else "one setting"
         say(f"recording once for all models of this family what a step allocates, with {settings}")
@@ -64,15 +78,26 @@ def laws_of(configs: Sequence[Config], family: Family, say: Callable[[str], None
     return [found[key] for key in keys]
 
 
-def _stored(key: str) -> StepLaw | None:
+def _stored(key: str) -> StepLaw | NoLaw | None:
     for directory in (SHIPPED, _cache()):
         try:
-            return StepLaw.of_json(json.loads((directory / f"{key}.json").read_text(encoding="utf-8"))["law"])
+            content = json.loads((directory / f"{key}.json").read_text(encoding="utf-8"))
+            if "law" in content:
+                return StepLaw.of_json(content["law"])
+            if content["code"] == _code_hash():
+                return NoLaw(content["reason"])
         except FileNotFoundError:
             continue
         except (OSError, ValueError, KeyError) as error:
             logger.warning("%s: cannot be read as a law, recorded anew: %s", directory / f"{key}.json", error)
     return None
+
+
+@cache
+def _code_hash() -> str:
+    """Of what decides whether there is a law: that there is none is believed until it changes."""
+    modules = (Path(__file__).with_name(f"{name}.py").read_bytes() for name in _CODE)
+    return hashlib.sha256(b"".join(modules)).hexdigest()
 
 
 def _cache() -> Path:
@@ -112,5 +137,6 @@ def _recorded(missing: dict[str, Config]) -> dict[str, StepLaw | NoLaw]:
             _keep(key, content)
             found[key] = StepLaw.of_json(content["law"])
         else:
+            _keep(key, content | {"code": _code_hash()})
             found[key] = NoLaw(content["reason"])
     return found

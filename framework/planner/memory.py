@@ -77,6 +77,13 @@ class MemoryModel:
         }
         return self._symbols | batch
 
+    def moments(self, choice: Choice) -> list[Moment]:
+        """The step's parts in order, with all that the worst rank holds."""
+        law, sizes = self._law_of(choice), self.sizes(choice)
+        held = law.start.value(sizes)
+        parts = law.moments(sizes, blocks=self._blocks, accumulation=choice.accumulation)
+        return [Moment(part.part, held + part.start, held + part.peak) for part in parts]
+
     def __call__(self, choice: Choice) -> Ledger:
         """What the worst rank holds."""
         return self.at(choice, self.sizes(choice))

@@ -13,6 +13,9 @@ from framework.planner.choice import Choice
 
 LABELLED = "labelled"
 
+RESULT_KEYS = ("selection.ratio", "retention.kv_format")
+"""What the planner chooses and a model learns otherwise by; the rest changes no more than the order of sums."""
+
 
 def is_open(config: Config, key: str) -> bool:
     """Whether a key is the planner's to choose.

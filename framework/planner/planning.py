@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from framework.models.configured import base_config, configured_empty_model
 from framework.models.products import matrix_products
 from framework.models.quantization import quantized_elements
 from framework.models.wrapping import unwrapped
+from framework.planner.changes import Change, MoreRanks
 from framework.planner.choice import Choice
 from framework.planner.hardware import Cluster
 from framework.planner.holders import Holders
@@ -29,10 +31,10 @@ from framework.planner.overrides import with_overrides
 from framework.planner.plan import Plan, launch_line, plan_json
 from framework.planner.profile import Profile
 from framework.planner.rates import Rates
-from framework.planner.report import Report
+from framework.planner.report import Report, sharding_words
 from framework.planner.search import Budget, Found, Laws, Point, search
 from framework.planner.small_models import Family
-from framework.planner.space import Candidate, candidates
+from framework.planner.space import ENGINES, Candidate, candidates
 from framework.planner.symbols import model_symbols
 from framework.planner.timing import TimeModel
 from framework.planner.work import Job
@@ -63,6 +65,8 @@ class Planned:
         cluster: that the plans are for.
         labelled_share: labelled tokens / all tokens.
         smallest: ledger of the candidate that takes least; None where a plan fits.
+        changes: that would make the job fit, where nothing fits; see `framework.planner.advice`.
+        more_ranks: the fewest on which it would.
     """
 
     found: Found
@@ -71,6 +75,8 @@ class Planned:
     cluster: Cluster
     labelled_share: float
     smallest: Ledger | None
+    changes: tuple[Change, ...] = ()
+    more_ranks: MoreRanks | None = None
 
     def to_json(self) -> dict[str, Any]:
         """In the shape of `plan.json`."""
@@ -94,6 +100,8 @@ class Planned:
             labelled_share=self.labelled_share,
             launch=launch,
             smallest=self.smallest,
+            changes=self.changes,
+            more_ranks=self.more_ranks,
         )
 
 
@@ -119,6 +127,7 @@ class PlannedJob:
         self._symbols = model_symbols(model)
         self._model_sizes = model_sizes(describe(unwrapped(model), task=config.model.task))
         self._laws: dict[Choice, StepLaw | NoLaw] = {}
+        self._told: set[str] = set()
         adapter = config.model.adapter
         rank = None if adapter is None else adapter.rank
         weights = weights_of(model, parameter_groups(model, described.optimizer))
@@ -161,6 +170,42 @@ class PlannedJob:
         assert isinstance(law, StepLaw)
         return law
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return self._family.depth
+
+    def with_config(self, config: Config) -> PlannedJob:
+        """The same model and data with other settings: of those that a choice has, of batch, hardware or planner."""
+        other = copy.copy(self)
+        other.config, other._described = config, _described(config)
+        return other
+
+    def of_config(self, config: Config) -> PlannedJob:
+        """A job of another model, on the same data."""
+        return PlannedJob(config, self.labelled_share, self._say)
+
+    def space(self, ranks: int, nodes: int) -> list[Candidate]:
+        """What the config permits on so many ranks.
+
+        Raises:
+            UserError: nothing.
+        """
+        space = candidates(self.config, ranks=ranks, nodes=nodes, labelled_share=self.labelled_share)
+        if ranks > 1:
+            return space
+        # The other engines do the same in one process, and hold more.
+        return [each for each in space if each.choice.engine == "single"] or space
+
+    def recorded(self, space: Iterable[Candidate]) -> list[Candidate]:
+        """The candidates whose laws are there."""
+        return [each for each in space if isinstance(self._laws.get(_kind(each.choice)), StepLaw)]
+
+    def unrecorded(self, space: Iterable[Candidate]) -> list[Choice]:
+        """Of each law that was not asked for yet, the kind of choice."""
+        kinds = dict.fromkeys(_kind(each.choice) for each in space)
+        return [kind for kind in kinds if kind not in self._laws]
+
     def known(self, space: Sequence[Candidate]) -> list[Candidate]:
         """The candidates whose laws are to be had; says why others are left out.
 
@@ -168,39 +213,63 @@ class PlannedJob:
             UserError: there are none.
             RunError: laws cannot be recorded.
         """
-        kinds = {_kind(each.choice) for each in space} - set(self._laws)
-        ordered = sorted(kinds, key=repr)
-        found = laws_of([_law_config(self._described, kind) for kind in ordered], self._family, self._say)
-        self._laws |= dict(zip(ordered, found, strict=True))
-        laws = [self._laws[_kind(each.choice)] for each in space]
-        kept = [each for each, law in zip(space, laws, strict=True) if isinstance(law, StepLaw)]
-        reasons = dict.fromkeys(law.reason for law in laws if isinstance(law, NoLaw))
+        learn([(self, space)], self._say)
+        kept, missing = self.recorded(space), self._missing(space)
         if not kept:
-            raise UserError("\n".join(reasons))
-        for reason in reasons:
-            self._say(f"left out: {reason}")
+            raise UserError("\n".join(missing))
+        for reason, choices in missing.items():
+            engines = dict.fromkeys(map(sharding_words, choices))
+            line = f"left out: {len(choices)} settings of {', '.join(engines)}: {reason}"
+            if line not in self._told:
+                self._told.add(line)
+                self._say(line)
         return kept
 
-    def plan(self, cluster: Cluster, profile: Profile) -> Planned:
+    def _missing(self, space: Sequence[Candidate]) -> dict[str, list[Choice]]:
+        """Why there are no laws, and of which kinds of choices."""
+        missing: dict[str, list[Choice]] = {}
+        for kind in dict.fromkeys(_kind(each.choice) for each in space):
+            law = self._laws.get(kind)
+            if isinstance(law, NoLaw):
+                missing.setdefault(law.reason, []).append(kind)
+        return missing
+
+    def laws(self, cluster: Cluster, profile: Profile) -> Laws:
+        """What a choice takes on a cluster."""
+        rates = rates_of(self.config, cluster, profile)
+        return Laws(self.memory, lambda choice: self.time.step(choice, rates).total, self.recorded)
+
+    def plan(
+        self, cluster: Cluster, profile: Profile, *, engines: Sequence[str] = ENGINES, top: int | None = None
+    ) -> Planned:
         """The plans for a cluster.
+
+        Args:
+            cluster: that the job is to run on.
+            profile: of its machines.
+            engines: that can be taken where the config leaves that open.
+            top: plans to find; None for `planner.top`.
 
         Raises:
             UserError: nothing can be chosen from.
             RunError: a law cannot be recorded.
         """
-        config = self.config
-        space = candidates(config, ranks=cluster.ranks, nodes=cluster.nodes, labelled_share=self.labelled_share)
-        if cluster.ranks == 1:
-            # The other engines do the same in one process, and hold more.
-            space = [each for each in space if each.choice.engine == "single"] or space
+        config, space = self.config, self.space(cluster.ranks, cluster.nodes)
+        if config.sharding.engine == "auto":
+            space = [each for each in space if each.choice.engine in engines] or space
         space = self.known(space)
-        rates = rates_of(config, cluster, profile)
-        laws = Laws(self.memory, lambda choice: self.time.step(choice, rates).total)
-        budget = Budget(cluster.budget_bytes, demand=lambda ledger: round(ledger.peak * profile.reserved_ratio))
-        found = search(space, laws, budget, config.planner, labelled_share=self.labelled_share)
-        plans = tuple(self._plan(point, cluster, profile) for point in found.points[: config.planner.top])
-        smallest = None if plans else min((self.memory(c.at(c.lowest)) for c in space), key=lambda ledger: ledger.peak)
+        laws, budget = self.laws(cluster, profile), budget_of(cluster, profile)
+        options = config.planner if top is None else config.planner.model_copy(update={"top": top})
+        found = search(space, laws, budget, options, labelled_share=self.labelled_share)
+        plans = tuple(self._plan(point, cluster, profile) for point in found.points[: options.top])
+        smallest = None if plans else self.smallest(space, laws).ledger
         return Planned(found, plans, budget, cluster, self.labelled_share, smallest)
+
+    def smallest(self, space: Iterable[Candidate], laws: Laws) -> Point:
+        """The point of a space that takes least."""
+        points = ((choice, laws.memory(choice)) for choice in (each.at(each.lowest) for each in space))
+        choice, ledger = min(points, key=lambda point: point[1].peak)
+        return Point(choice, ledger, laws.seconds(choice))
 
     def _plan(self, point: Point, cluster: Cluster, profile: Profile) -> Plan:
         return Plan.of(
@@ -210,6 +279,36 @@ class PlannedJob:
             engine_options=lambda resolved: engine_options(resolved, self._model_sizes, cluster.ranks, None),
             reserved_bytes=lambda planned: round(planned.ledger.peak * profile.reserved_ratio),
         )
+
+
+def budget_of(cluster: Cluster, profile: Profile) -> Budget:
+    """What a rank may take: the allocator's, fragmentation included."""
+    return Budget(cluster.budget_bytes, demand=lambda ledger: round(ledger.peak * profile.reserved_ratio))
+
+
+def learn(
+    wanted: Sequence[tuple[PlannedJob, Iterable[Candidate]]], say: Callable[[str], None], most: int | None = None
+) -> None:
+    """Get the laws of candidates, of jobs with models of one family, all together.
+
+    Args:
+        wanted: jobs and candidates of each.
+        say: is told what takes time.
+        most: laws to record, see `laws_of`.
+
+    Raises:
+        RunError: laws cannot be recorded.
+    """
+    missing: dict[tuple[int, Choice], PlannedJob] = {}
+    for job, space in wanted:
+        for kind in job.unrecorded(space):
+            missing.setdefault((id(job._laws), kind), job)
+    if not missing:
+        return
+    configs = [_law_config(job._described, kind) for (_, kind), job in missing.items()]
+    family = next(iter(missing.values()))._family
+    for ((_, kind), job), law in zip(missing.items(), laws_of(configs, family, say, most), strict=True):
+        job._laws[kind] = law
 
 
 def rates_of(config: Config, cluster: Cluster, profile: Profile) -> Rates:
@@ -235,8 +334,8 @@ def rates_of(config: Config, cluster: Cluster, profile: Profile) -> Rates:
 
 def _kind(choice: Choice) -> Choice:
     """What a law depends on of a choice, the rest at fixed values."""
-    # A selection of everything goes the same way as one of a part.
-    ratio = 1.0 if choice.strategy == "none" else 0.5
+    # A selection of everything goes the same way as one of a part, but the other policies know none of a part.
+    ratio = 0.5 if choice.strategy != "none" and choice.policy == "selective" else 1.0
     engine, stage = choice.engine, choice.zero_stage
     if engine == "deepspeed":
         # Passes of stage 0 are those of one process, and those of stage 1 are those of stage 2.
@@ -250,6 +349,7 @@ def _law_config(config: Config, kind: Choice) -> Config:
     """A run that has a kind's law."""
     ratio: float | None = None if kind.strategy == "none" else kind.ratio
     values = {
+        "selection.strategy": kind.strategy,
         "selection.ratio": ratio,
         "retention.policy": kind.policy,
         "retention.retain_linears": kind.retain_linears,
@@ -258,6 +358,8 @@ def _law_config(config: Config, kind: Choice) -> Config:
         "sharding.zero_stage": kind.zero_stage,
         "sharding.reshard_after_forward": kind.reshard_after_forward,
         "sharding.replicas": 1,
+        "sharding.offload_optimizer": kind.offload_optimizer,
+        "sharding.offload_parameters": kind.offload_parameters,
         "training.micro_batch_size": 1,
     }
     found = with_overrides(config, values)

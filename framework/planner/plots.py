@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framework.errors import UserError
+from framework.planner.law import ENDS, PHASE_OF_PART, Moment
 from framework.planner.ledger import PHASES, Ledger
 from framework.planner.search import Budget, Laws, Point
 from framework.planner.space import Candidate
@@ -21,42 +23,77 @@ MOST_ON_A_LINEAR_AXIS = 10
 BUDGET_COLOUR = "#b2182b"
 
 
-def draw(
-    path: Path,
-    chosen: Point,
-    fronts: Sequence[tuple[float, Sequence[Point]]],
-    budget: Budget,
-    tokens_per_step: int | None,
-    title: str,
-) -> None:
-    """Draw memory by phase, and what speed and memory the ratios have, into a file.
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn of a plan.
 
-    Args:
-        path: whose ending says the format, such as `.png`.
+    Attributes:
         chosen: the plan's point.
+        moments: its step's parts in order, from `MemoryModel.moments`.
+        blocks: depth of the model.
         fronts: from `frontiers`.
         budget: of a rank.
         tokens_per_step: of all ranks; None where the data has no sequence length: speed is steps a second.
-        title: over both.
+        title: over all of it.
+    """
+
+    chosen: Point
+    moments: Sequence[Moment]
+    blocks: int
+    fronts: Sequence[tuple[float, Sequence[Point]]]
+    budget: Budget
+    tokens_per_step: int | None
+    title: str
+
+
+def draw(path: Path, picture: Picture) -> list[Path]:
+    """Draw memory by phase, memory in the course of a step, and what speed and memory the ratios have.
+
+    Args:
+        path: of a file, whose ending says the format, such as `.png`; or a directory, which gets a file each.
+        picture: what is drawn.
+
+    Returns:
+        The files.
 
     Raises:
-        UserError: matplotlib is not installed, or the file cannot be written.
+        UserError: matplotlib is not installed, or a file cannot be written.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError('--plot: matplotlib is not installed here; pip install "selectrain[plots]"') from None
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    figure.suptitle(title)
-    memory_by_phase(left, chosen.ledger, budget)
-    frontier(right, chosen, fronts, budget, tokens_per_step)
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot: cannot write {path}: {error}") from None
+
+    def figure(width: float, height: float) -> Figure:
+        made = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(made)
+        made.suptitle(picture.title)
+        return made
+
+    panels: dict[str, Callable[[Axes], None]] = {
+        "memory": lambda axes: memory_by_phase(axes, picture.chosen.ledger, picture.budget),
+        "timeline": lambda axes: timeline(axes, picture.moments, picture.blocks, picture.budget),
+        "frontier": lambda axes: frontier(
+            axes, picture.chosen, picture.fronts, picture.budget, picture.tokens_per_step
+        ),
+    }
+    files: dict[Path, Figure] = {}
+    if path.is_dir():
+        for name, panel in panels.items():
+            files[path / f"{name}.png"] = alone = figure(8, 5.5)
+            panel(alone.subplots())
+    else:
+        files[path] = together = figure(13, 10)
+        places = together.subplot_mosaic([["memory", "frontier"], ["timeline", "timeline"]])
+        for name, panel in panels.items():
+            panel(places[name])
+    for file, drawn in files.items():
+        try:
+            drawn.savefig(file, dpi=120)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--plot: cannot write {file}: {error}") from None
+    return [*files]
 
 
 def frontiers(
@@ -100,18 +137,23 @@ def memory_by_phase(axes: Axes, ledger: Ledger, budget: Budget) -> None:
     """
     from matplotlib import colormaps
 
-    terms = sorted((term for term in ledger.terms if term.bytes), key=lambda term: term.bytes, reverse=True)
-    shown, rest = terms[:SHOWN_TERMS], terms[SHOWN_TERMS:]
-    # What is there in all phases comes first, so that it is a band of the same height.
-    shown.sort(key=lambda term: -len(term.phases))
     phases = [phase for phase in PHASES if ledger.total(phase)]
-    layers = [(term.name, [term.bytes if phase in term.phases else 0 for phase in phases]) for term in shown]
+    sizes: dict[str, list[int]] = {}
+    for term in ledger.terms:
+        here = sizes.setdefault(term.name, [0] * len(phases))
+        sizes[term.name] = [
+            size + term.bytes * (phase in term.phases) for size, phase in zip(here, phases, strict=True)
+        ]
+    ordered = sorted(((name, each) for name, each in sizes.items() if any(each)), key=lambda layer: -max(layer[1]))
+    layers, rest = ordered[:SHOWN_TERMS], ordered[SHOWN_TERMS:]
+    # What is there in all phases comes first, so that it is a band of the same height.
+    layers.sort(key=lambda layer: -sum(map(bool, layer[1])))
     if rest:
-        layers.append(("other", [sum(term.bytes for term in rest if phase in term.phases) for phase in phases]))
+        layers.append(("other", [sum(each) for each in zip(*(each for _, each in rest), strict=True)]))
     colours = colormaps["tab10"].colors  # type: ignore[attr-defined]  # of a listed colour map
     places, bottom = range(len(phases)), [0.0] * len(phases)
-    for index, (name, sizes) in enumerate(layers):
-        heights = [size / GIB for size in sizes]
+    for index, (name, heights_in_bytes) in enumerate(layers):
+        heights = [size / GIB for size in heights_in_bytes]
         axes.bar(places, heights, bottom=bottom, width=0.7, label=name, color=colours[index % len(colours)])
         bottom = [base + height for base, height in zip(bottom, heights, strict=True)]
     for place, (phase, total) in enumerate(zip(phases, bottom, strict=True)):
@@ -125,6 +167,63 @@ def memory_by_phase(axes: Axes, ledger: Ledger, budget: Budget) -> None:
     _plain(axes)
     handles, labels = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+
+
+def timeline(axes: Axes, moments: Sequence[Moment], blocks: int, budget: Budget) -> None:
+    """What a rank holds in the course of a step, whose blocks follow each other at equal distances.
+
+    Of several micro-batches the first two are shown; those after them are like the second.
+
+    Args:
+        axes: to draw on.
+        moments: the step's parts in order.
+        blocks: depth of the model.
+        budget: of a rank.
+    """
+    places: list[float] = []
+    borders: list[tuple[float, str]] = []
+    end = 0.0
+    for index, moment in enumerate(moments):
+        repeats = moment.part.endswith("middle")
+        again = repeats and index > 0 and moments[index - 1].part == moment.part
+        if again:
+            end += blocks - 2 * ENDS - 2
+        phase = PHASE_OF_PART[moment.part]
+        if not borders or borders[-1][1] != phase:
+            borders.append((end, phase))
+        places.append(end + 0.5)
+        end += 1
+    held = [moment.start / GIB for moment in moments]
+    peaks = [moment.peak / GIB for moment in moments]
+    axes.fill_between(places, held, color="#4393c3", label="held", linewidth=0)
+    axes.fill_between(places, held, peaks, color="#f4a582", label="for a moment, at its most", linewidth=0)
+    axes.plot(places, peaks, color="black", linewidth=0.8)
+    top = 1.15 * max(*peaks, budget.bytes / GIB)
+    for place, _ in borders[1:]:
+        axes.axvline(place, color="grey", linewidth=0.6, linestyle=":")
+    ends = [*(place for place, _ in borders[1:]), end]
+    shown = [(place, stop, phase) for (place, phase), stop in zip(borders, ends, strict=True)]
+    axes.set_xticks(
+        [(place + stop) / 2 for place, stop, _ in shown],
+        [phase if stop - place > end / 10 else phase.replace(" ", "\n") for place, stop, phase in shown],
+    )
+    axes.tick_params(axis="x", length=0)
+    highest = max(range(len(peaks)), key=peaks.__getitem__)
+    axes.annotate(
+        f"{peaks[highest]:.1f}",
+        (places[highest], peaks[highest]),
+        (0, 3),
+        textcoords="offset points",
+        ha="center",
+        weight="bold",
+    )
+    _budget_line(axes, budget)
+    axes.set_xlim(0, end)
+    axes.set_ylim(0, top)
+    axes.set_ylabel("allocated, GiB per GPU")
+    axes.set_title("a step, block by block")
+    _plain(axes)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
 def frontier(
@@ -162,7 +261,7 @@ def frontier(
         markersize=17,
         color="#f4a582",
         markeredgecolor="black",
-        label=f"chosen: {chosen.choice.ratio:.3g}",
+        label=f"{'chosen' if budget.holds(chosen.ledger) else 'smallest'}: {chosen.choice.ratio:.3g}",
         zorder=5,
     )
     peaks = [point.ledger.peak for _, points in fronts for point in points]
@@ -171,7 +270,7 @@ def frontier(
     else:
         axes.set_ylim(0, 1.05 * max(*peaks, budget.bytes) / GIB)
     _budget_line(axes, budget, left=True)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.05 * max(*x, *(per_step / point.seconds for _, points in fronts for point in points)))
     axes.set_xlabel("steps a second" if tokens_per_step is None else "tokens a second")
     axes.set_ylabel("peak allocated, GiB per GPU")
     axes.set_title("the least memory for a speed, by ratio")

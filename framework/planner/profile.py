@@ -165,6 +165,20 @@ def assumed_profile(device: Device) -> Profile:
     return Profile(device=device.name, host="", **values, origins=origins)
 
 
+def figure_lines(profile: Profile) -> list[str]:
+    """The figures for people, a line each, with where they come from."""
+    lines = []
+    for name, origin in profile.origins.items():
+        value = getattr(profile, name)
+        if isinstance(value, Mapping):
+            text = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in value.items())
+        else:
+            text = "none" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+        source = origin.source if not origin.measured else f"measured: {origin.source}"
+        lines.append(f"{name:20} {text}  ({source})")
+    return lines
+
+
 def machines_directory() -> Path:
     """`$XDG_CONFIG_HOME/selectrain/machines`, by default `~/.config/selectrain/machines`."""
     base = os.environ.get("XDG_CONFIG_HOME") or "~/.config"

@@ -30,10 +30,12 @@ class Laws:
     Attributes:
         memory: its ledger.
         seconds: its time for one optimiser step.
+        known: those of some candidates that the other two know.
     """
 
     memory: Callable[[Choice], Ledger]
     seconds: Callable[[Choice], float]
+    known: Callable[[Sequence[Candidate]], Sequence[Candidate]] = lambda space: space
 
 
 @dataclass(frozen=True)

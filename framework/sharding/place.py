@@ -67,7 +67,7 @@ class Place:
 
 
 def check_ranks(config: Config, ranks: int) -> None:
-    """Check that a run can be split over so many ranks.
+    """Check that a run can be split over so many ranks; what its config leaves open can be anything.
 
     Raises:
         UserError: it cannot; all reasons are named.
@@ -80,10 +80,12 @@ def check_ranks(config: Config, ranks: int) -> None:
             "--nproc-per-node 1 for torchrun"
         )
     problems = []
-    if training.global_batch_size % (training.micro_batch_size * ranks):
+    if training.global_batch_size % _batch_unit(config, ranks):
+        size = training.micro_batch_size
+        product = f"ranks = {ranks}" if size == "auto" else f"training.micro_batch_size x ranks = {size} x {ranks}"
         problems.append(
-            f"training.global_batch_size: {training.global_batch_size} is no multiple of training.micro_batch_size x "
-            f"ranks = {training.micro_batch_size} x {ranks}; the nearest are {_nearest_batches(config, ranks)}"
+            f"training.global_batch_size: {training.global_batch_size} is no multiple of {product}; the nearest are "
+            f"{_nearest_batches(config, ranks)}"
         )
     if ranks % sharding.replicas:
         problems.append(f"sharding.replicas: {sharding.replicas} copies cannot share {ranks} ranks evenly")
@@ -91,7 +93,12 @@ def check_ranks(config: Config, ranks: int) -> None:
         raise UserError("\n".join(problems))
 
 
+def _batch_unit(config: Config, ranks: int) -> int:
+    """Sequences that all ranks together take at a time, at the least."""
+    return ranks if config.training.micro_batch_size == "auto" else config.micro_batch_size * ranks
+
+
 def _nearest_batches(config: Config, ranks: int) -> str:
-    unit = config.training.micro_batch_size * ranks
+    unit = _batch_unit(config, ranks)
     below = config.training.global_batch_size // unit * unit
     return " and ".join(str(size) for size in (below, below + unit) if size)

@@ -19,6 +19,7 @@ from framework.training.flops import Flops, utilisation
 from framework.training.memory_report import MemoryWatch
 from framework.training.metrics import EvalRecord, TrainRecord
 from framework.training.objective import Objective
+from framework.training.predicted import PeakCheck
 from framework.training.profiling import StepProfiler
 from framework.training.progress import Reporter
 from framework.training.run_directory import RunDirectory, write_json
@@ -66,6 +67,7 @@ class Insight:
             reporter.line(f"mfu is left out: framework/hardware.py has no peak of {name} for this precision")
         if first:
             write_json(directory.path / "environment.json", environment(commands=False))
+        self._check = PeakCheck(plan, config, engine.device, reporter.line, after_step=step) if first else None
         self._trackers = Trackers(config, directory, rank=ranks.rank, step=step, plan=plan, report=reporter.line)
 
     @contextmanager
@@ -89,6 +91,11 @@ class Insight:
     def utilisation(self, total: Flops, seconds: float) -> dict[str, Any]:
         """What a step of so many operations on all ranks and so many seconds did: these keys of its `TrainRecord`."""
         return utilisation(total, seconds=seconds, peak=self._peak)
+
+    def peak(self, step: int, measured: int | None) -> None:
+        """Compare the peak of a step, of the rank with most, with what the plan predicts."""
+        if self._check is not None:
+            self._check.observe(step, measured)
 
     def write(self, record: TrainRecord | EvalRecord) -> None:
         """Pass on what was written to `metrics.jsonl`."""

@@ -164,6 +164,7 @@ class Run:
             step_seconds=seconds,
             tokens_per_second=tokens / seconds,
             peak_memory_bytes=allocated,
+            predicted_peak_memory_bytes=self.plan["chosen"]["peak_allocated_bytes"],
             peak_reserved_bytes=reserved,
             **self.insight.utilisation(flops, seconds),
             loss_scale=result.loss_scale,
@@ -173,6 +174,7 @@ class Run:
         self.step, self.tokens, self.train_loss, self.evaluation = step, self.tokens + tokens, result.loss, None
         if _due(step, self.config.logging.every_steps) or step == settings.max_steps or result.skipped:
             self.report(record)
+        self.insight.peak(step, allocated)
         if not result.finite:
             self.answer_non_finite(describe_non_finite(step, result, window, self.train_data, self.ranks))
 

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from framework.config import Config
 from framework.errors import RunError, UserError
+from framework.sharding.protocol import Engine
 from framework.training.flops import FlopTally
+from framework.training.memory import CpuMemoryTracker, device_peak_memory
+from framework.training.predicted import advice, held_by_kind, requested_bytes
 from framework.training.progress import format_bytes
 
 HISTORY_ENTRIES = 200_000
@@ -81,13 +85,25 @@ class MemoryWatch:
         device: that the run computes on.
         tally: knows the last micro-batch.
         rank: of this process; the files of others than the first have it in their names.
+        plan: what `plan.json` is to hold.
 
     Raises:
         UserError: a snapshot is asked for on a device that has none.
     """
 
-    def __init__(self, config: Config, directory: Path, device: torch.device, tally: FlopTally, rank: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config,
+        directory: Path,
+        device: torch.device,
+        tally: FlopTally,
+        rank: int = 0,
+        plan: Mapping[str, Any] | None = None,
+    ) -> None:
         self._config, self._directory, self._device, self._tally = config, directory, device, tally
+        self._plan = plan
+        self._engine: Engine | None = None
+        self._tracker: CpuMemoryTracker | None = None
         self._suffix = f"-rank-{rank}" if rank else ""
         self._allocator = allocator = allocator_of(device)
         self._snapshot = config.logging.memory_snapshot
@@ -97,6 +113,10 @@ class MemoryWatch:
                     f"logging.memory_snapshot: only CUDA devices have one, and this run is on {device}; set it to false"
                 )
             allocator.record_history()
+
+    def placed(self, engine: Engine, tracker: CpuMemoryTracker | None) -> None:
+        """Know from now on what the engine holds, and who counts the bytes of a CPU."""
+        self._engine, self._tracker = engine, tracker
 
     def end_step(self, step: int) -> None:
         """Write the snapshot that was asked for after this step."""
@@ -124,9 +144,27 @@ class MemoryWatch:
         if self._allocator is not None:
             lines[0] += f"; {self._allocator.state()}"
         lines.append(f"  {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+        lines += [f"  {line}" for line in self._planned(error, phase)]
         lines += [f"  to try: {option}" for option in options_to_change(self._config, phase)]
         lines += [f"  {line}" for line in written]
         return "\n".join(lines)
+
+    def _planned(self, error: torch.OutOfMemoryError, phase: str) -> list[str]:
+        """What the plan says, which is about steps and the model's place, not about evaluations."""
+        if self._plan is None or phase == "evaluation":
+            return []
+        try:
+            held = None if self._engine is None else held_by_kind(self._engine.held(), self._device)
+        except Exception:
+            # In the middle of a step an engine may not know, which must not hide the error itself.
+            held = None
+        return advice(self._plan, held, self._reached(), requested_bytes(error))
+
+    def _reached(self) -> int | None:
+        """Peak bytes of the step so far."""
+        if (peak := device_peak_memory(self._device)) is not None:
+            return peak.allocated
+        return None if self._tracker is None else self._tracker.peak
 
     def _batch(self) -> str:
         """The last micro-batch of training."""
@@ -216,6 +254,9 @@ def largest_tensors(device: torch.device) -> str:
     for candidate in gc.get_objects():
         # Without `isinstance`, which asks lazy objects of libraries for their class.
         if not issubclass(type(candidate), Tensor) or candidate.device.type != device.type:
+            continue
+        # What wraps tensors, such as FSDP2's, has no storage of its own; those inside are found, too.
+        if is_traceable_wrapper_subclass(candidate):
             continue
         storage = candidate.untyped_storage()
         if storage.data_ptr() not in storages:

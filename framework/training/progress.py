@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections import deque
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -27,6 +29,12 @@ class Reporter:
         self.last_lines.extend(message.splitlines())
         self._console.print(message, markup=False)
         self._console.file.flush()
+
+    def drawing(self, draw: Callable[[Console], None]) -> None:
+        """Print what a function prints on a console, such as a table."""
+        text = io.StringIO()
+        draw(Console(file=text, width=self._console.width, highlight=False))
+        self.line(text.getvalue().rstrip())
 
     def start(self, step: int, max_steps: int) -> None:
         """Show the bar, on a terminal."""

@@ -63,13 +63,17 @@ def manifest_of(config: Config, plan: dict[str, Any], data: Dataset, **progress:
         data: the training set.
         progress: numbers of the run so far.
     """
-    return progress | {
+    manifest = progress | {
         "selection_seed": config.run.seed,
         "data_fingerprint": data.fingerprint,
         "config": config.to_json(),
         "config_sha256": config.sha256(),
         "plan": plan["chosen"],
     }
+    if "made_for" in plan:
+        # By the planner: a run that goes on takes it again.
+        manifest["planned"] = {key: value for key, value in plan.items() if key not in ("chosen", "plans")}
+    return manifest
 
 
 def resumable_checkpoint(
@@ -143,9 +147,9 @@ def check_resumable(manifest: dict[str, Any], config: Config, data: Dataset) -> 
     """
     saved = with_defaults(manifest["config"])
     changes = {line.partition(":")[0]: line for line in compare_configs(saved, config.to_json())}
-    binding = [line for key, line in changes.items() if _within(key, BINDING)]
+    binding = [line for key, line in changes.items() if within(key, BINDING)]
     if manifest["data_fingerprint"] != data.fingerprint:
-        sources = [line for key, line in changes.items() if _within(key, DATA_SOURCES)]
+        sources = [line for key, line in changes.items() if within(key, DATA_SOURCES)]
         binding.extend(sources or ["data.train: the files hold other samples than when the checkpoint was saved"])
     if binding:
         raise UserError(
@@ -154,7 +158,7 @@ def check_resumable(manifest: dict[str, Any], config: Config, data: Dataset) -> 
             + "\ngive these their former values, choose another run.output_dir, or start over with --resume none"
         )
     # The same samples under another name are the same data.
-    return [line for key, line in changes.items() if not _within(key, (*UNREMARKABLE, *DATA_SOURCES))]
+    return [line for key, line in changes.items() if not within(key, (*UNREMARKABLE, *DATA_SOURCES))]
 
 
 def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
@@ -166,5 +170,6 @@ def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
         return saved
 
 
-def _within(key: str, names: tuple[str, ...]) -> bool:
+def within(key: str, names: tuple[str, ...]) -> bool:
+    """Whether a key is one of these, or in a section that is."""
     return any(key == name or key.startswith(f"{name}.") for name in names)

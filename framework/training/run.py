@@ -9,7 +9,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Never
+from typing import TYPE_CHECKING, Any, Never
 
 from framework.errors import RunError, UserError
 from framework.extras import check_bitsandbytes
@@ -21,6 +21,7 @@ from framework.training.tracking import check_trackers
 
 if TYPE_CHECKING:
     from framework.config import Config
+    from framework.training.progress import Reporter
 
 TOGETHER_SECONDS = 2.0
 """Signals that a launcher and a terminal send for the same reason reach a process within this time."""
@@ -79,6 +80,7 @@ def train(
 
     Raises:
         UserError: config, data, model and the launch do not go together; nothing was started.
+        NoPlanError: a `UserError`: the config leaves something open, and nothing fits.
         RunError: a failure while running; saved checkpoints stay as they are and the marker `FAILED` is written.
     """
     launch = check_launch(config, deepspeed_config)
@@ -135,8 +137,6 @@ def check_launch(config: Config, deepspeed_config: str | None, *, preview: bool 
 
 
 def _checked_launch(config: Config, deepspeed_config: str | None, place: Place, preview: bool) -> Launch:
-    if config.open_keys:
-        raise UserError(f'{", ".join(config.open_keys)}: "auto" needs a planner, and a run has none: give a value')
     ranks = config.described_ranks if preview and not place.is_launched else place.world_size
     check_ranks(config, ranks)
     check_trackers(config.logging.trackers)
@@ -189,32 +189,53 @@ class _Run:
         """The run itself, with the ranks connected; its result and the last lines that it printed."""
         from framework.sharding.ranks import joined_ranks
         from framework.training.progress import Reporter
-        from framework.training.start import run_training
 
-        sharding = self.config.sharding
-        with (
-            joined_ranks(
-                self.place, timeout_seconds=sharding.timeout_seconds, needed=sharding.engine != "single"
-            ) as ranks,
-            Reporter(quiet=not ranks.is_first) as reporter,
-        ):
-            if not ranks.is_first:
+        with Reporter(quiet=self.place.rank != 0) as reporter:
+            if self.place.rank != 0:
                 # They would say what the first one says.
                 for name in ("framework", "transformers", "peft"):
                     logging.getLogger(name).setLevel(logging.ERROR)
-            if ranks.world_size > 1:
-                # From here on no rank may leave by itself: they agree at the first step boundary.
-                signals.defer()
-            result = run_training(
-                self.config,
+            if not self.config.open_keys:
+                result = self.resolved(self.config, None, signals, reporter)
+            else:
+                from framework.training.launch_plan import resolve_together
+
+                # One process may turn out to need no connections; several plan and train with the same ones.
+                with joined_ranks(
+                    self.place, timeout_seconds=self.config.sharding.timeout_seconds, needed=False
+                ) as ranks:
+                    self.defer(signals)
+                    found = resolve_together(self.config, self.resume, self.directory, ranks, reporter)
+                    result = self.resolved(found.config, found.plan, signals, reporter)
+        return result, list(reporter.last_lines)
+
+    def resolved(
+        self, config: Config, planned: dict[str, Any] | None, signals: StopSignals, reporter: Reporter
+    ) -> TrainResult:
+        """The run without open keys."""
+        from framework.sharding.ranks import joined_ranks
+        from framework.training.start import run_training
+
+        sharding = config.sharding
+        with joined_ranks(
+            self.place, timeout_seconds=sharding.timeout_seconds, needed=sharding.engine != "single"
+        ) as ranks:
+            self.defer(signals)
+            return run_training(
+                config,
                 resume=self.resume,
                 own_options=self.own_options,
                 ranks=ranks,
                 directory=self.directory,
                 signals=signals,
                 reporter=reporter,
+                planned=planned,
             )
-        return result, list(reporter.last_lines)
+
+    def defer(self, signals: StopSignals) -> None:
+        """From when ranks are connected no one may leave by itself: they agree at the first step boundary."""
+        if self.place.world_size > 1:
+            signals.defer()
 
     def fail(self, error: Exception) -> Never:
         """Say in the marker what ended the run, and raise it."""

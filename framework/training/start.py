@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing, nullcontext
 from functools import partial
+from typing import Any
 
 from framework.checkpoint import (
     CheckpointSaver,
@@ -18,7 +19,6 @@ from framework.training.loop import Run
 from framework.training.memory_report import MemoryWatch
 from framework.training.metrics import MetricsFile
 from framework.training.optimizer import optimizer_factory
-from framework.training.plan import settings_plan
 from framework.training.prepared import PreparedModel, placed
 from framework.training.progress import Reporter
 from framework.training.resuming import resumable_checkpoint, resume_from
@@ -34,6 +34,7 @@ from framework.training.setup import (
     warm_up,
 )
 from framework.training.signals import StopSignals
+from framework.training.stored_plan import plan_of_run
 
 
 def run_training(
@@ -45,6 +46,7 @@ def run_training(
     directory: RunDirectory,
     signals: StopSignals,
     reporter: Reporter,
+    planned: dict[str, Any] | None = None,
 ) -> TrainResult:
     """Do what `framework.train` promises, the end marker aside. See there for errors.
 
@@ -56,6 +58,7 @@ def run_training(
         directory: of the run.
         signals: that ask to stop.
         reporter: for people.
+        planned: the plan of a run that the planner has resolved.
     """
     if config.training.deterministic:
         use_deterministic_kernels()
@@ -71,7 +74,8 @@ def run_training(
     # The order of the transforms: adapters, then selection and retention, then the engine.
     prepared = PreparedModel.build(config, data.tokenizer, ranks, own_options)
     engine, objective = prepared.engine, prepared.objective
-    memory = MemoryWatch(config, directory.memory, engine.device, objective.tally, ranks.rank)
+    plan = plan_of_run(config, prepared.options, ranks, directory, planned)
+    memory = MemoryWatch(config, directory.memory, engine.device, objective.tally, ranks.rank, plan)
     ranks.meet()
     with memory.guard("placing the model", phase="placing"):
         engine.prepare(prepared.model, optimizer_factory(config, reporter.line), prepared.initial)
@@ -81,7 +85,6 @@ def run_training(
     if checkpoint is not None:
         resume_from(checkpoint, config, engine, ranks, loader, reporter)
     step = checkpoint.step if checkpoint else 0
-    plan = settings_plan(config, ranks.world_size, prepared.options)
     ranks.barrier()
     if ranks.is_first:
         continues = checkpoint is not None and directory.holds(checkpoint.path)
@@ -90,13 +93,15 @@ def run_training(
     ranks.barrier()
     report_epochs(config, loader, reporter)
 
+    tracker = cpu_tracker(config, engine)
+    memory.placed(engine, tracker)
     signals.defer()
     with (
         closing(engine),
         closing(loader),
         MetricsFile(directory.metrics if ranks.is_first else None) as metrics,
         Insight(config, directory, engine, ranks, objective, memory, reporter, step=step, plan=plan) as insight,
-        cpu_tracker(config, engine) or nullcontext() as tracker,
+        tracker or nullcontext(),
         closing(CheckpointSaver(directory.path, config.checkpoint, ranks)) as saver,
     ):
         longest = next(evaluation_batches(train_data, rank=0, ranks=1))

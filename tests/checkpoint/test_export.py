@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forked import ROOT, fork_script
 from peft import PeftModel
 from saved_weights import save_weights
 from tokenizers import Tokenizer, pre_tokenizers
@@ -237,21 +235,13 @@ def test_full_disk_leaves_no_half_export(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_command_exports_and_reports(tmp_path: Path) -> None:
     trained = make_run(tmp_path / "run", from_config=LLAMA, steps=(5, 9))
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [
-        sys.executable,
-        str(root / "launchers" / "export.py"),
-        "--run",
-        str(tmp_path / "run"),
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout) == (0, f"exported to {tmp_path / 'out'}\n"), done.stderr
+    script = ROOT / "launchers" / "export.py"
+    options = ["--run", str(tmp_path / "run"), "--output", str(tmp_path / "out")]
+    done = fork_script(tmp_path, script, options).wait()
+    assert (done.code, done.stdout) == (0, f"exported to {tmp_path / 'out'}\n"), done.stderr
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), logits(trained))
-    again = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert again.returncode == 2
+    again = fork_script(tmp_path, script, options).wait()
+    assert again.code == 2
     assert again.stderr == (
         f"error: --output: {tmp_path / 'out'} exists and is not an empty directory; give another one\n"
     )

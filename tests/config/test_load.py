@@ -80,6 +80,7 @@ def test_hash_covers_what_determines_the_losses(small: Path) -> None:
         "optimizer.weight_decay=0",
         "data.workers=0",
         "data.cache_dir=elsewhere",
+        "data.supervised_fraction=0.3",
     ):
         assert load_config(small, [neutral]).sha256() == plain
     for changed in ("run.seed=1", "optimizer.weight_decay=0.1", "training.micro_batch_size=4", "data.packing=true"):

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
+from rich.console import Console
 
 from framework.config import Config
 from framework.errors import UserError
+from framework.planner import advice
+from framework.planner.advice import with_advice
 from framework.planner.choice import Choice
-from framework.planner.hardware import cluster_of
+from framework.planner.hardware import Cluster, cluster_of
 from framework.planner.planning import PlannedJob
 from framework.planner.profile import Profile, assumed_profile
+from framework.planner.sizing import fewest, sizes, sizes_table
 
-ROOT = Path(__file__).parents[2]
+PLAN = Path(__file__).parents[2] / "launchers" / "plan.py"
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 256,
@@ -80,6 +87,47 @@ def test_the_largest_micro_batch_that_fits_is_chosen_and_laws_are_kept():
     assert again == []
 
 
+@pytest.mark.slow
+def test_more_accelerators_or_one_change_are_found_where_nothing_fits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(advice, "MOST_RECORDINGS", 0)
+    fixed = {"max_steps": 1, "global_batch_size": 32, "micro_batch_size": 8}
+    config = config_of(sharding={"engine": "fsdp"}, training=fixed)
+    job = PlannedJob(config, 0.5, lambda line: None)
+
+    def on(size: int) -> Callable[[int, int], Cluster]:
+        return lambda nodes, gpus: replace(
+            cluster_with(config, size)[0], nodes=nodes, gpus_per_node=gpus, budget_bytes=size
+        )
+
+    _, profile = cluster_with(config, 1)
+    everything = sizes(job, on(1 << 40), profile, lambda line: None)
+    peaks = {size.ranks: size.planned.plans[0].point.ledger.peak for size in everything if size.planned}
+    # Micro-batches of 8 make up 32 sequences on at most 4 ranks.
+    assert list(peaks) == [1, 2, 4] and [size.ranks for size in everything] == [1, 2, 4, 8, 16, 32, 64]
+    assert peaks[1] > peaks[2] > peaks[4]
+
+    found = sizes(job, on(peaks[2]), profile, lambda line: None)
+    assert [size.fits for size in found] == [False, True, True, False, False, False, False]
+    best = fewest(found)
+    assert best.ranks == 2 and best.to_json()["chosen"]["peak_allocated_bytes"] == peaks[2]
+    output = io.StringIO()
+    Console(file=output, width=120).print(sizes_table(found))
+    rows = [line.split() for line in output.getvalue().splitlines()[2:]]
+    assert [row[:2] for row in rows[:3]] == [["1", "nothing"], ["2", "FSDP2"], ["4", "FSDP2"]]
+    assert rows[3] == ["8", "cannot", "be", "planned"]
+
+    nothing = job.plan(on(peaks[2])(1, 1), profile)
+    advised = with_advice(job, nothing, profile, lambda line: None)
+    assert advised.more_ranks is not None and advised.more_ranks.ranks == 2
+    changes = {tuple(change.overrides.items()): change for change in advised.changes}
+    smaller = changes[("training.micro_batch_size", 4),]
+    assert smaller.point.ledger.peak <= peaks[2] and smaller.same_result
+    changed = PlannedJob(config_of(sharding={"engine": "fsdp"}, training=fixed | {"micro_batch_size": 4}), 0.5, print)
+    assert changed.plan(on(peaks[2])(1, 1), profile).found.points[0].ledger == smaller.point.ledger
+    fits = job.plan(on(peaks[1])(1, 1), profile)
+    assert with_advice(job, fits, profile, print) is fits
+
+
 def test_what_the_planner_does_not_know_is_said():
     deepspeed = config_of(sharding={"engine": "deepspeed", "zero_stage": 2}, hardware={"gpus_per_node": 2})
     with pytest.raises(UserError, match="does not know what stage 2 allocates"):
@@ -107,11 +155,12 @@ def test_the_command_prints_a_plan_and_exits_3_where_nothing_fits(tmp_path: Path
     config.write_text(json.dumps(config_of().to_json()))
     for memory, code, words in (("24GiB", 0, "launch"), ("10MiB", 3, "nothing fits")):
         output = tmp_path / "plan.json"
-        command = [sys.executable, str(ROOT / "launchers" / "plan.py"), "--config", str(config), "--json", str(output)]
-        done = subprocess.run([*command, "--gpu-memory", memory], capture_output=True, text=True, timeout=240)
-        assert done.returncode == code, done.stderr
+        options = ["--config", str(config), "--json", str(output), "--gpu-memory", memory]
+        done = forked.fork_script(tmp_path, PLAN, options).wait()
+        assert done.code == code, done.stderr
         assert words in done.stdout
         plan = json.loads(output.read_text())
         assert plan["fits"] == (code == 0)
-    wrong = subprocess.run([*command, "--device", "H1000"], capture_output=True, text=True, timeout=60)
+    command = [sys.executable, str(PLAN), "--config", str(config), "--device", "H1000"]
+    wrong = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2 and "no device is known as 'H1000'" in wrong.stderr

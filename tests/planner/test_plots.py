@@ -12,8 +12,9 @@ from toy_laws import TOY, MiB
 
 from framework.config.sections import PlannerConfig
 from framework.errors import UserError
-from framework.planner.ledger import PHASES
-from framework.planner.plots import draw, frontier, frontiers, memory_by_phase
+from framework.planner.law import Moment
+from framework.planner.ledger import PHASES, Ledger, during, everywhere
+from framework.planner.plots import Picture, draw, frontier, frontiers, memory_by_phase, timeline
 from framework.planner.search import Budget, Point, search
 from framework.planner.space import Candidate, candidates
 
@@ -59,6 +60,14 @@ def test_bars_add_up_to_the_phases(chosen: Point) -> None:
     assert [line.get_ydata()[0] for line in axes.lines] == [BUDGET.bytes / GIB]
 
 
+def test_what_has_one_name_is_one_layer() -> None:
+    ledger = Ledger((everywhere("held", 4 * GIB), during("kept", GIB, {"loss"}), during("kept", 2 * GIB, {"forward"})))
+    axes = Figure().subplots()
+    memory_by_phase(axes, ledger, BUDGET)
+    layers = {bars.get_label(): [bar.get_height() for bar in bars] for bars in axes.containers}
+    assert layers == {"held": [4, 4, 4, 4, 4], "kept": [2, 1, 0, 0, 0]}
+
+
 def test_the_chosen_point_is_where_it_belongs(space: list[Candidate], chosen: Point) -> None:
     axes = Figure().subplots()
     frontier(axes, chosen, frontiers(space, TOY, SHARE), BUDGET, 65536)
@@ -66,17 +75,56 @@ def test_the_chosen_point_is_where_it_belongs(space: list[Candidate], chosen: Po
     assert (star.get_xdata()[0], star.get_ydata()[0]) == (65536 / chosen.seconds, chosen.ledger.peak / GIB)
 
 
-def test_the_file_is_a_picture(tmp_path: Path, space: list[Candidate], chosen: Point) -> None:
-    fronts = frontiers(space, TOY, SHARE, levels=2)
-    draw(tmp_path / "plan.png", chosen, fronts, BUDGET, 65536, "a job")
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+MOMENTS = [
+    Moment(part, start * GIB, (start + 0.5) * GIB)
+    for part, start in [
+        ("inputs", 1),
+        ("forward first", 1),
+        ("forward second", 2),
+        ("forward middle", 3),
+        ("forward middle", 7),
+        ("forward last but one", 8),
+        ("forward last", 9),
+        ("loss", 10),
+        ("backward last", 10),
+        ("optimizer step", 1),
+    ]
+]
+
+
+def test_a_step_is_drawn_in_order_with_a_place_for_every_block() -> None:
+    axes = Figure().subplots()
+    timeline(axes, MOMENTS, 9, BUDGET)
+    line = axes.lines[0]
+    # Inputs, nine blocks forward of which five are in the middle, the loss, a block backward, the step.
+    assert line.get_xdata().tolist() == [0.5, 1.5, 2.5, 3.5, 7.5, 8.5, 9.5, 10.5, 11.5, 12.5]
+    assert line.get_ydata().tolist() == [moment.peak / GIB for moment in MOMENTS]
+    assert [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()] == [
+        "forward",
+        "loss",
+        "block backward",
+        "optimizer step",
+    ]
+
+
+@pytest.fixture(scope="module")
+def picture(space: list[Candidate], chosen: Point) -> Picture:
+    return Picture(chosen, MOMENTS, 9, frontiers(space, TOY, SHARE, levels=2), BUDGET, 65536, "a job")
+
+
+def test_the_files_are_pictures(tmp_path: Path, picture: Picture) -> None:
+    assert draw(tmp_path / "plan.png", picture) == [tmp_path / "plan.png"]
+    drawn = draw(tmp_path, picture)
+    assert [path.name for path in drawn] == ["memory.png", "timeline.png", "frontier.png"]
+    for path in [tmp_path / "plan.png", *drawn]:
+        assert path.read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match=r"^--plot: cannot write .*plan.nothing"):
-        draw(tmp_path / "plan.nothing", chosen, fronts, BUDGET, None, "a job")
+        draw(tmp_path / "plan.nothing", picture)
     with pytest.raises(UserError, match=r"^--plot: cannot write "):
-        draw(tmp_path / "missing" / "plan.png", chosen, fronts, BUDGET, None, "a job")
+        draw(tmp_path / "missing" / "plan.png", picture)
 
 
-def test_without_matplotlib_it_is_named(chosen: Point, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_matplotlib_it_is_named(picture: Picture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(UserError, match=r'pip install "selectrain\[plots\]"'):
-        draw(tmp_path / "plan.png", chosen, [], BUDGET, None, "a job")
+        draw(tmp_path / "plan.png", picture)

@@ -1,4 +1,4 @@
-"""One rank of the runs that test_deepspeed.py looks at: `deepspeed_ranks.py DIRECTORY` in a launcher's environment.
+"""One rank of the runs that test_deepspeed.py looks at; `deepspeed_ranks.py DIRECTORY` is the only one of its run.
 
 What it finds, a dictionary, is written to `WORLD_SIZE-RANK.pt`.
 """
@@ -6,6 +6,7 @@ What it finds, a dictionary, is written to `WORLD_SIZE-RANK.pt`.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -285,6 +286,8 @@ def shards(ranks: Ranks) -> dict[int, set[int]]:
 def main(directory: Path) -> None:
     """Run everything on this rank."""
     torch.set_num_threads(1)
+    # A name of transformers' own, of which it warns itself.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     with joined_ranks(Place.of_environment(), timeout_seconds=120) as ranks:
         found = run(ranks, directory)
         torch.save(found, directory / f"{ranks.world_size}-{ranks.rank}.pt")

@@ -1,9 +1,5 @@
 """Run by test_quantized_shards.py in two processes: NF4 and 8-bit AdamW under `fully_shard` against one process."""
 
-import sys
-from datetime import timedelta
-from pathlib import Path
-
 import families
 import torch
 import torch.distributed as dist
@@ -16,6 +12,7 @@ from framework.extras import shards_bytes
 from framework.models.adapters import add_adapter
 from framework.models.quantization import NF4Linear, quantize
 from framework.retention import apply_checkpointing, blocks_of
+from framework.sharding.ranks import Place, joined_ranks
 from framework.token_selection import enable_token_selection, fixed_selection
 from framework.training.eight_bit import EightBitAdamW
 
@@ -111,17 +108,8 @@ def check_optimizer(mesh: dist.DeviceMesh) -> None:
 
 
 def main() -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
-    check_optimizer(mesh)
-    # Older versions of torch shard float parameters only; a run says so.
-    if shards_bytes():
-        check_nf4()
-    dist.barrier()
-    if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text("done")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+    with joined_ranks(Place.of_environment(), timeout_seconds=60) as ranks:
+        check_optimizer(dist.device_mesh.init_device_mesh("cpu", (ranks.world_size,)))
+        # Older versions of torch shard float parameters only; a run says so.
+        if shards_bytes():
+            check_nf4()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Any
 import deepspeed_cases as cases
 import deepspeed_ranks as ranks
 import pytest
+import several_ranks
 import torch
-
-HERE = Path(__file__).parent
 
 pytestmark = [
     pytest.mark.slow,
@@ -22,38 +20,13 @@ pytestmark = [
 ]
 
 TIMEOUT_SECONDS = 600
-# A name of transformers' own, of which it warns itself.
-IGNORED = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 STAGES = pytest.mark.parametrize("stage", ranks.STAGES)
 
 Found = list[dict[Any, Any]]
 
 
-def launch(world_size: int, directory: Path) -> tuple[Found, str]:
-    """What each rank of deepspeed_ranks.py found, and what the ranks wrote to the terminal."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", IGNORED, str(HERE / "deepspeed_ranks.py"), directory]
-    started = [
-        subprocess.Popen(
-            command,
-            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        written = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * world_size, "\n".join(written)
-    found = [torch.load(directory / f"{world_size}-{rank}.pt", weights_only=False) for rank in range(world_size)]
-    return found, "".join(written)
+def found_by(rank: int, world_size: int, directory: Path) -> dict[Any, Any]:
+    return torch.load(directory / f"{world_size}-{rank}.pt", weights_only=False)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +36,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def launched(directory: Path) -> tuple[Found, str]:
-    return launch(2, directory)
+    """What each of two ranks found, and what they wrote to the terminal."""
+    written = several_ranks.run(2, directory / "outputs", ranks.main, directory, timeout=TIMEOUT_SECONDS)
+    return [found_by(rank, 2, directory) for rank in range(2)], "".join(written)
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +52,19 @@ def two(launched: tuple[Found, str]) -> dict[Any, Any]:
 
 
 @pytest.fixture(scope="module")
-def one(two: dict[Any, Any], directory: Path) -> dict[Any, Any]:
-    return launch(1, directory)[0][0]
+def one(two: dict[Any, Any], directory: Path) -> tuple[dict[Any, Any], str]:
+    """What a single rank found and wrote, which imports DeepSpeed by itself."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, ranks.__file__, str(directory)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout
+    return found_by(0, 1, directory), done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -137,10 +123,10 @@ def test_discarded_gradients_and_steps_that_are_not_finite_leave_no_trace(two: d
 
 @STAGES
 def test_any_stage_and_number_of_ranks_goes_on_from_what_another_saved(
-    two: dict[Any, Any], one: dict[Any, Any], stage: int
+    two: dict[Any, Any], one: tuple[dict[Any, Any], str], stage: int
 ) -> None:
     fourth = cases.reference(cases.Case(steps=4)).results[-1]
-    for found, source in ((two, (stage + 1) % 4), (one, 3)):
+    for found, source in ((two, (stage + 1) % 4), (one[0], 3)):
         got, given = found["resumed", stage], two["undisturbed", source]
         assert got["weights"].tiled and got["weights"].equals(given["weights"])
         assert got["optimizer"].tiled and got["optimizer"].equals(given["optimizer"])
@@ -245,5 +231,5 @@ def test_what_does_not_fit_is_refused(two: dict[Any, Any]) -> None:
     assert "missing: model.norm.weight" in names and "unexpected: model.norm.bias" in names
 
 
-def test_it_is_quiet(launched: tuple[Found, str]) -> None:
-    assert launched[1] == ""
+def test_it_is_quiet(launched: tuple[Found, str], one: tuple[dict[Any, Any], str]) -> None:
+    assert launched[1] == one[1] == ""

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
-import socket
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import fsdp_cases as cases
 import fsdp_ranks
 import pytest
+import several_ranks
 import torch
 
 from framework.errors import UserError
@@ -20,35 +18,12 @@ from framework.sharding.fsdp import FsdpEngine
 from framework.sharding.ranks import Place, Ranks, joined_ranks
 from framework.training.loss import evaluation_loss
 
-HERE = Path(__file__).parent
-TIMEOUT_SECONDS = 240
 ALL = cases.CASES | cases.PRECISIONS | cases.HYBRID
 
 
 def launch(world_size: int, directory: Path) -> list[dict]:
-    """What each rank of fsdp_ranks.py found.
-
-    The ranks are forked from a process that has imported what they need.
-    """
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["fsdp_ranks"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [(directory, rank, world_size, port) for rank in range(world_size)]
-    ranks = [processes.Process(target=fsdp_ranks.main, args=given, daemon=True) for given in arguments]
-    with pytest.MonkeyPatch.context() as patch:
-        # The process that forks the ranks is started with the first, and looks for modules here only.
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(HERE), str(HERE.parents[1])]))
-        for rank in ranks:
-            rank.start()
-    ranks[0].join(TIMEOUT_SECONDS)
-    for rank in ranks[1:]:
-        rank.join(10)
-    codes = [rank.exitcode for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    assert codes == [0] * world_size, "\n".join(path.read_text() for path in directory.glob("*.failure"))
+    """What each rank of fsdp_ranks.py found."""
+    several_ranks.run(world_size, directory / "outputs", fsdp_ranks.main, directory)
     return [torch.load(directory / f"{world_size}-{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 

@@ -53,7 +53,7 @@ def lose_one() -> None:
 def test_a_rank_that_ends_is_noticed_by_the_others(tmp_path):
     first, second = several_ranks.start(2, tmp_path, lose_one).wait(timeout=30)
     assert second.code == 7
-    assert first.output.splitlines()[-1] == "lost"
+    assert first.stdout.splitlines()[-1] == "lost"
 
 
 def wait_in_vain() -> None:
@@ -70,11 +70,9 @@ def wait_in_vain() -> None:
 @pytest.mark.multiprocess
 def test_a_rank_waits_no_longer_than_the_timeout(tmp_path):
     ranks = several_ranks.start(2, tmp_path, wait_in_vain)
-    ranks.processes[0].join(timeout=12)
-    ended = ranks.processes[0].exitcode
+    first = ranks.processes[0].wait(timeout=12)
     ranks.kill()
-    assert ended == 0
-    assert ranks.outputs[0].read_text().splitlines()[-1] == "lost"
+    assert (first.code, first.stdout.splitlines()[-1]) == (0, "lost")
 
 
 def test_one_process_talks_to_nobody():
@@ -137,6 +135,17 @@ def config(**sharding) -> Config:
 def test_ranks_that_a_run_cannot_be_split_over_are_refused(sharding, ranks, message):
     with pytest.raises(UserError, match=message):
         check_ranks(config(**sharding), ranks)
+
+
+def test_what_is_left_to_the_planner_can_be_anything():
+    values = config(engine="fsdp").model_dump(mode="json", exclude_unset=True)
+    values["training"]["micro_batch_size"] = "auto"
+    values["sharding"]["engine"] = "auto"
+    open_run = Config.model_validate(values)
+    for ranks in (1, 3, 24):
+        check_ranks(open_run, ranks)
+    with pytest.raises(UserError, match=r"24 is no multiple of ranks = 5; the nearest are 20 and 25$"):
+        check_ranks(open_run, 5)
 
 
 def test_ranks_that_a_run_can_be_split_over():

@@ -1,15 +1,16 @@
 """Two processes under DistributedDataParallel against the slow reference of one."""
 
-import os
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
+import several_ranks
 import torch
 from transformers import DataCollatorForSeq2Seq
 
-HERE = Path(__file__).parent
+
+def run_step(directory: Path) -> None:
+    runpy.run_path(str(Path(__file__).with_name("ddp_step.py")))["main"](directory)
 
 
 @pytest.mark.multiprocess
@@ -20,12 +21,7 @@ def test_a_step_of_two_micro_batches_each(foreign, tiny_tokenizer, tmp_path):
     batches = [dict(collate(data[i : i + 2])) for i in range(0, 8, 2)]
     torch.save(models, tmp_path / "models.pt")
     torch.save(batches, tmp_path / "batches.pt")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, str(HERE / "ddp_step.py"), str(tmp_path)], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    several_ranks.run(2, tmp_path, run_step, tmp_path)
     want = {kind: foreign.reference(model, batches) for kind, model in models.items()}
     found = torch.load(tmp_path / "gradients.pt", weights_only=True)
     assert len(found) == 12

@@ -2,18 +2,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import check_parity
 import pytest
-from check_parity import differences, table
+from check_parity import differences, main, table
 from parity_cases import ACCUMULATION, ADAPTERS, ARMS, ENGINES, RANKS, Case, pairwise_cover, whole_matrix
+from several_ranks import run_script_on_ranks
 
 from framework.config import Config
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_cover_has_every_pair_of_the_matrix():
@@ -50,9 +49,10 @@ def test_the_difference_is_the_largest_over_all_steps(tmp_path):
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_every_engine_gives_the_losses_of_one_process(tmp_path):
-    """Within 1e-5 over 5 steps in float32, in a pairwise cover of the matrix; the tool itself takes 20."""
-    command = [sys.executable, str(ROOT / "tools" / "check_parity.py"), "--directory", str(tmp_path), "--steps", "5"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    assert f"{len(pairwise_cover())} of {len(pairwise_cover())} runs are within it" in done.stdout
+def test_every_engine_gives_the_losses_of_one_process(tmp_path, monkeypatch, capsys):
+    """Within 1e-5 over 3 steps in float32, in a pairwise cover of the matrix; the tool itself takes 20."""
+    monkeypatch.setattr(check_parity, "launch", run_script_on_ranks(tmp_path / "outputs"))
+    monkeypatch.setattr(sys, "argv", ["check_parity.py", "--directory", str(tmp_path), "--steps", "3"])
+    code, printed = main(), capsys.readouterr()
+    assert code == 0, printed.out + printed.err
+    assert f"{len(pairwise_cover())} of {len(pairwise_cover())} runs are within it" in printed.out

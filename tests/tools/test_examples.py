@@ -1,18 +1,13 @@
 """The examples for foreign trainers, run to the end as a person would."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from forked import ROOT, fork_script
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +33,10 @@ def model_and_data(tmp_path_factory, tiny_tokenizer_path):
 @pytest.mark.parametrize("script", ["trainer", "trainer_lora", "sft_trainer", "accelerate_loop"])
 def test_an_example_trains_and_saves_a_stock_model(model_and_data, tmp_path, script):
     base, output = model_and_data / "model", tmp_path / "out"
-    command = [sys.executable, f"tools/examples/{script}.py", "--model", base, "--data", model_and_data / "data.jsonl"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
-    environment |= {"HF_HOME": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [*map(str, command), "--output", str(output), "--max-steps", "2"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--model", base, "--data", model_and_data / "data.jsonl", "--output", output, "--max-steps", "2"]
+    cpu = 'os.environ["ACCELERATE_USE_CPU"] = "true"'
+    done = fork_script(tmp_path, ROOT / "tools" / "examples" / f"{script}.py", [*map(str, options)], cpu).wait()
+    assert done.code == 0, done.stderr
     assert "loss" in done.stdout
     before = AutoModelForCausalLM.from_pretrained(base)
     name = "model.layers.1.mlp.up_proj.weight"

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 
+import measure_sharding
 import pytest
 from check_parity import write_data
 from measure_sharding import config_of, measure, table
 from parity_cases import ENGINES
+from several_ranks import run_script_on_ranks
 
 from framework.config import Config
 from framework.models import configured_architecture, configured_tokenizer
@@ -16,7 +18,8 @@ PRECISION = "fp32_master"
 
 @pytest.mark.multiprocess
 @pytest.mark.slow
-def test_ranks_hold_what_the_dry_run_says(tmp_path):
+def test_ranks_hold_what_the_dry_run_says(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure_sharding, "launch", run_script_on_ranks(tmp_path / "outputs"))
     write_data(tmp_path)
     found = measure([*ENGINES], 2, tmp_path, PRECISION)
     for engine, held in found.items():

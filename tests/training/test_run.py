@@ -11,7 +11,7 @@ import pytest
 
 import framework
 from framework.config import Config
-from framework.errors import RunError, UserError
+from framework.errors import RunError
 from framework.training.run_directory import RunDirectory
 
 
@@ -48,13 +48,3 @@ def test_an_error_of_another_file_keeps_its_type(
     monkeypatch.setattr(RunDirectory, "begin", refuse)
     with pytest.raises(PermissionError):
         framework.train(make_config())
-
-
-def test_what_is_left_to_the_planner_is_named(make_config: Callable[..., Config], tmp_path: Path) -> None:
-    config = make_config(training__micro_batch_size="auto", retention__policy="auto")
-    with pytest.raises(
-        UserError, match=r'^retention\.policy, training\.micro_batch_size: "auto" needs a planner'
-    ) as caught:
-        framework.train(config)
-    assert caught.value.exit_code == 2
-    assert not (tmp_path / "run").exists()

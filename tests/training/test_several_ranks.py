@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from forked import KILL, Ended, patched
 from safetensors.torch import load_file
-from several_ranks import KILL, Ended, Ranks, patched, run, start_training, train_one_after_the_other
+from several_ranks import Ranks, run, start_training, train_one_after_the_other
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import framework
@@ -133,7 +134,7 @@ def test_killed_at_any_point_it_resumes_to_the_bit(make_runs, point, everybody, 
     target, call, rank = KILL_POINTS[point]
     ranks = runs.start("run", 2, patch=patched(target, call, [rank], KILL))
     if everybody:
-        ranks.processes[rank].join(timeout=120)
+        ranks.processes[rank].wait()
         ranks.kill()
     ended = ranks.wait(timeout=ENDS_BY_ITSELF_SECONDS)
     assert ended[rank].code == -signal.SIGKILL

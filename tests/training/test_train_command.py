@@ -1,4 +1,4 @@
-"""`launchers/train.py` as people start it: a process of its own."""
+"""`launchers/train.py` in processes of its own, one of them as people start it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import several_ranks
+from forked import KILL, TRAIN, Forked, fork_script, patched
 from safetensors.torch import load_file
 
 import framework
@@ -22,54 +22,22 @@ from framework.checkpoint import find_checkpoint
 from framework.config import load_config
 from framework.training.run_directory import MARKERS
 
-ROOT = Path(__file__).parents[2]
-TRAIN = ROOT / "launchers" / "train.py"
-
-# Starts the launcher with one function replaced, to be killed or held up at a certain point.
-PATCHED = """
-import os, runpy, shutil, signal, sys, time
-from framework.checkpoint import saver, saving
-from framework.sharding.single import SingleEngine
-plain, calls = {function}, []
-def patched(*args, **kwargs):
-    calls.append(1)
-    if len(calls) == {call}:
-        {action}
-    return plain(*args, **kwargs)
-{function} = patched
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
+Start = Callable[..., Forked]
 
 
-KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Start the launcher on a config, with the code `patch` executed before."""
+    started: list[Forked] = []
 
+    def start(config: Path, *options: str, patch: str = "") -> Forked:
+        options = ("--config", str(config), *options)
+        started.append(fork_script(tmp_path.parent / f"{tmp_path.name}-output", TRAIN, options, patch=patch))
+        return started[-1]
 
-def command(config: Path, *options: str, patch: dict[str, Any] | None = None) -> list[str]:
-    start = [sys.executable, "-c", PATCHED.format(**patch)] if patch else [sys.executable]
-    return [*start, str(TRAIN), "--config", str(config), *options]
-
-
-def environment() -> dict[str, str]:
-    unset = {"WORLD_SIZE", "RANK", "LOCAL_RANK"}
-    kept = {key: value for key, value in os.environ.items() if key not in unset}
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-
-
-def run(config: Path, *options: str, **keywords: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(config, *options, **keywords), capture_output=True, text=True, env=environment(), timeout=240
-    )
-
-
-def start(config: Path, *options: str, **keywords: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        command(config, *options, **keywords),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(),
-    )
+    yield start
+    for process in started:
+        process.kill()
 
 
 def wait_for_step(run_dir: Path, step: int) -> None:
@@ -100,17 +68,18 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_killed_in_the_middle_of_a_step_it_resumes_to_the_bit(write_config: Callable[..., Path], run_dir: Path):
+def test_killed_in_the_middle_of_a_step_it_resumes_to_the_bit(
+    write_config: Callable[..., Path], run_dir: Path, start: Start
+):
     config = write_config(checkpoint__every_steps=2)
-    whole = run(config, "--set", f"run.output_dir={run_dir}-whole")
-    assert whole.returncode == 0, whole.stderr
-    kill = {"function": "SingleEngine.backward", "call": 10, "action": KILL}
-    killed = run(config, patch=kill)
-    assert killed.returncode == -signal.SIGKILL
+    whole = start(config, "--set", f"run.output_dir={run_dir}-whole").wait()
+    assert whole.code == 0, whole.stderr
+    kill = patched("framework.sharding.single:SingleEngine.backward", 10, [0], KILL)
+    assert start(config, patch=kill).wait().code == -signal.SIGKILL
     # Two micro-batches a step: it died in step 5, after the checkpoint of step 4.
     assert markers(run_dir) == [] and len(losses(run_dir)) == 4
-    resumed = run(config, "--resume", "auto")
-    assert resumed.returncode == 0, resumed.stderr
+    resumed = start(config, "--resume", "auto").wait()
+    assert resumed.code == 0, resumed.stderr
     assert "resuming from" in resumed.stdout
     whole_dir = Path(f"{run_dir}-whole")
     assert losses(run_dir) == losses(whole_dir)
@@ -146,14 +115,13 @@ def test_killed_in_the_middle_of_a_step_it_resumes_to_the_bit(write_config: Call
     ],
 )
 def test_killed_while_saving_it_resumes_to_the_bit(
-    write_config: Callable[..., Path], run_dir: Path, function: str, call: int, action: str, kept: int
+    write_config: Callable[..., Path], run_dir: Path, start: Start, function: str, call: int, action: str, kept: int
 ):
     config = write_config(
         checkpoint__every_steps=2, checkpoint__keep_last=1, checkpoint__keep_best=1, training__eval_every_steps=2
     )
     framework.train(load_config(config, [f"run.output_dir={run_dir}-whole"]))
-    patch = several_ranks.patched(function, call, [0], action)
-    (killed,) = several_ranks.start_training(1, run_dir.parent / "out", ["--config", str(config)], patch).wait()
+    killed = start(config, patch=patched(function, call, [0], action)).wait()
     assert killed.code == -signal.SIGKILL, killed.output
     assert find_checkpoint(run_dir).step == kept
     resumed = framework.train(load_config(config))
@@ -168,9 +136,22 @@ def count_files(run_dir: Path) -> list[str]:
     return sorted(str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file())
 
 
-def test_signals_and_the_stop_file_end_a_run_with_a_checkpoint(write_config: Callable[..., Path], run_dir: Path):
+def check_stopped(run_dir: Path, name: str, code: int, output: str) -> None:
+    """By a request of this name, with a checkpoint of the last step."""
+    assert code == 0, (name, output)
+    assert f"stopped by {name} after step" in output
+    assert "Traceback" not in output, "of no thread that makes batches either"
+    assert markers(run_dir) == ["STOPPED"], name
+    step = train_lines(run_dir)[-1]["step"]
+    manifest = json.loads((run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
+    assert manifest["step"] == step
+
+
+def test_signals_and_the_stop_file_end_a_run_with_a_checkpoint(
+    write_config: Callable[..., Path], run_dir: Path, start: Start
+):
     config = write_config(training__max_steps=100_000)
-    requests = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGUSR2": signal.SIGUSR2, "STOP": None}
+    requests = {"SIGINT": signal.SIGINT, "SIGUSR2": signal.SIGUSR2, "STOP": None}
     directories = {name: Path(f"{run_dir}-{name}") for name in requests}
     processes = {name: start(config, "--set", f"run.output_dir={path}") for name, path in directories.items()}
     for name, process in processes.items():
@@ -178,17 +159,10 @@ def test_signals_and_the_stop_file_end_a_run_with_a_checkpoint(write_config: Cal
         if requests[name] is None:
             (directories[name] / "STOP").touch()
         else:
-            process.send_signal(requests[name])
+            process.signal(requests[name])
     for name, process in processes.items():
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, (name, output)
-        assert f"stopped by {name} after step" in output
-        assert "Traceback" not in output, "of no thread that makes batches either"
-        path = directories[name]
-        assert markers(path) == ["STOPPED"], name
-        step = train_lines(path)[-1]["step"]
-        manifest = json.loads((path / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
-        assert manifest["step"] == step
+        ended = process.wait()
+        check_stopped(directories[name], name, ended.code, ended.output)
     # A request to stop does not outlive the start that it was for.
     step = train_lines(directories["STOP"])[-1]["step"]
     framework.train(load_config(config, [f"run.output_dir={directories['STOP']}", f"training.max_steps={step + 2}"]))
@@ -196,30 +170,45 @@ def test_signals_and_the_stop_file_end_a_run_with_a_checkpoint(write_config: Cal
     assert [line["step"] for line in train_lines(directories["STOP"])] == list(range(1, step + 3))
 
 
-def test_a_second_signal_ends_the_process_at_once(write_config: Callable[..., Path], run_dir: Path):
-    hold = {"function": "SingleEngine.backward", "call": 3, "action": "time.sleep(0.01); time.sleep(1e6)"}
-    process = start(write_config(), patch=hold)
+def test_a_signal_ends_what_was_started_from_a_shell_with_a_checkpoint(
+    write_config: Callable[..., Path], run_dir: Path
+):
+    command = [sys.executable, str(TRAIN), "--config", str(write_config(training__max_steps=100_000))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        try:
+            wait_for_step(run_dir, 3)
+            process.send_signal(signal.SIGTERM)
+            output, _ = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    check_stopped(run_dir, "SIGTERM", process.returncode, output)
+
+
+def test_a_second_signal_ends_the_process_at_once(write_config: Callable[..., Path], run_dir: Path, start: Start):
+    hold = "time.sleep(0.01); time.sleep(1e6)"
+    process = start(write_config(), patch=patched("framework.sharding.single:SingleEngine.backward", 3, [0], hold))
     wait_for_step(run_dir, 1)
     time.sleep(0.5)
-    process.send_signal(signal.SIGTERM)
+    process.signal(signal.SIGTERM)
     time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    process.stdout.close()
+    assert process.is_running
+    process.signal(signal.SIGTERM)
+    assert process.wait(timeout=30).code == 128 + signal.SIGTERM
     assert json.loads((run_dir / "FAILED").read_text())["code"] == 128 + signal.SIGTERM
 
 
-def test_a_signal_before_training_ends_cleanly(write_config: Callable[..., Path], run_dir: Path):
-    hold = {"function": "SingleEngine.prepare", "call": 1, "action": "print('prepared', flush=True); time.sleep(1e6)"}
-    process = start(write_config(), patch=hold)
-    for line in process.stdout:
-        if line.startswith("prepared"):
-            break
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode == 0
-    assert "Traceback" not in output
+def test_a_signal_before_training_ends_cleanly(write_config: Callable[..., Path], run_dir: Path, start: Start):
+    hold = f"open({str(run_dir.parent / 'prepared')!r}, 'w').close(); time.sleep(1e6)"
+    process = start(write_config(), patch=patched("framework.sharding.single:SingleEngine.prepare", 1, [0], hold))
+    while process.is_running and not (run_dir.parent / "prepared").exists():
+        time.sleep(0.05)
+    process.signal(signal.SIGINT)
+    ended = process.wait(timeout=30)
+    assert ended.code == 0
+    assert "Traceback" not in ended.output
     assert markers(run_dir) == ["STOPPED"]
 
 
@@ -233,38 +222,40 @@ def test_a_wrong_config_exits_2_without_importing_torch(write_config: Callable[.
         "except SystemExit as end:\n"
         "    print(end.code, 'torch' in sys.modules)\n"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment())
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert result.stdout.strip() == "2 False"
     assert result.stderr.startswith("error: ")
     assert "training.max_stepz" in result.stderr and "training.max_steps" in result.stderr
     assert not run_dir.exists()
 
 
-def test_an_exploding_loss_exits_1_and_keeps_the_checkpoint(write_config: Callable[..., Path], run_dir: Path):
+def test_an_exploding_loss_exits_1_and_keeps_the_checkpoint(
+    write_config: Callable[..., Path], run_dir: Path, start: Start
+):
     config = write_config()
     framework.train(load_config(config, ["training.max_steps=2"]))
-    result = run(config, "--set", "optimizer.learning_rate=1e30")
-    assert result.returncode == 1
+    result = start(config, "--set", "optimizer.learning_rate=1e30").wait()
+    assert result.code == 1
     assert result.stderr.splitlines()[-1].startswith("error: step ")
     assert markers(run_dir) == ["FAILED"]
     assert (run_dir / "checkpoints" / "step-00000002" / "manifest.json").exists()
 
 
-def test_a_full_disk_exits_1_and_loses_nothing(write_config: Callable[..., Path], tmp_path: Path):
+def test_a_full_disk_exits_1_and_loses_nothing(write_config: Callable[..., Path], tmp_path: Path, start: Start):
     """On a real small disk where mounting is allowed; elsewhere the save fails as it would there."""
     disk = tmp_path / "disk"
     disk.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
     mounted = shutil.which("mount") is not None and subprocess.run(command, capture_output=True).returncode == 0
-    full = {"function": "saving._write_state", "call": 1, "action": "raise OSError(28, 'No space left on device')"}
+    full = patched("framework.checkpoint.saving:write_state", 1, [0], "raise OSError(28, 'No space left on device')")
     try:
         run_dir = disk / "run"
         config = write_config(checkpoint__every_steps=2, run__output_dir=str(run_dir))
         framework.train(load_config(config, ["training.max_steps=2"]))
         if mounted:
             (disk / "filler").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize - 32 * 1024))
-        result = run(config, patch=None if mounted else full)
-        assert result.returncode == 1
+        result = start(config, patch="" if mounted else full).wait()
+        assert result.code == 1
         assert "disk is full" in result.stderr and str(run_dir) in result.stderr
         assert markers(run_dir) == ["FAILED"]
         (disk / "filler").unlink(missing_ok=True)
@@ -275,26 +266,28 @@ def test_a_full_disk_exits_1_and_loses_nothing(write_config: Callable[..., Path]
             subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_dry_run_prints_the_plan_and_touches_nothing(write_config: Callable[..., Path], run_dir: Path):
+def test_a_dry_run_prints_the_plan_and_touches_nothing(write_config: Callable[..., Path], run_dir: Path, start: Start):
     before = sorted(run_dir.parent.iterdir())
-    result = run(write_config(), "--dry-run", "--set", "data.train=not/here.jsonl")
-    assert result.returncode == 0, result.stderr
+    result = start(write_config(), "--dry-run", "--set", "data.train=not/here.jsonl").wait()
+    assert result.code == 0, result.stderr
     assert "2,040, of which 2,040 are trained" in result.stdout
     assert "8 sequences a step = 4 (micro-batch) x 2 (accumulation) x 1 (rank)" in result.stdout
     assert "not/here.jsonl" in result.stdout
     assert sorted(run_dir.parent.iterdir()) == sorted([*before, run_dir.parent / "config.json"])
 
 
-def test_samples_are_shown(write_config: Callable[..., Path], run_dir: Path):
-    result = run(write_config(), "--inspect-data", "2")
-    assert result.returncode == 0, result.stderr
+def test_samples_are_shown(write_config: Callable[..., Path], run_dir: Path, start: Start):
+    result = start(write_config(), "--inspect-data", "2").wait()
+    assert result.code == 0, result.stderr
     assert "48 samples" in result.stdout
     assert not run_dir.exists()
 
 
 @pytest.mark.parametrize("options", [["--deepspeed_config", "zero.json"], ["--inspect-data", "0"], ["--resume", "no/"]])
-def test_arguments_that_cannot_be_followed_exit_2(write_config: Callable[..., Path], run_dir: Path, options: list[str]):
-    result = run(write_config(), *options)
-    assert result.returncode == 2
+def test_arguments_that_cannot_be_followed_exit_2(
+    write_config: Callable[..., Path], run_dir: Path, start: Start, options: list[str]
+):
+    result = start(write_config(), *options).wait()
+    assert result.code == 2
     assert result.stderr.startswith(f"error: {options[0]}: ")
     assert not run_dir.exists()

@@ -84,6 +84,9 @@ class DataConfig(Section):
     overlong: Literal["drop", "truncate"] = "drop"
     """What becomes of a sample that is longer than `sequence_length`: left out and counted, or cut at its end."""
 
+    supervised_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Labelled tokens / all tokens of the rows that are trained, for the planner. Null: counted in a sample."""
+
     cache_dir: NonEmpty | None = "auto"
     """Directory of the token cache, from which a second start takes its tokens; "auto": `selectrain/tokens` in
     `$XDG_CACHE_HOME` or `~/.cache`. What is in it may be deleted at any time. Null: no cache, tokens are in memory."""

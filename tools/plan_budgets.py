@@ -1,0 +1,225 @@
+"""What the planner chooses as the memory of each GPU falls, for two jobs, as a table in Markdown.
+
+python tools/plan_budgets.py --output docs/budgets.md
+
+Only the budget falls: rates stay those of one device. It also checks what has to hold, and exits 1 where it does not:
+as the budget falls, neither class nor ratio of the gradient rises while some plan within the slowdown bound fits; just
+below the least budget of every plan, found by bisection, that plan does not fit; some plan is exact, and the ratio of
+some plan lies between the labelled share and 1. Laws that this machine has not recorded are recorded first, which takes
+some minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from framework.cli import run_command
+from framework.config import Config
+from framework.planner.choice import FIDELITIES
+from framework.planner.hardware import cluster_of
+from framework.planner.planning import PlannedJob, budget_of
+from framework.planner.profile import assumed_profile
+from framework.planner.report import GIB, retention_words, sharding_words
+from framework.planner.search import Budget, Found, Point, search
+
+LABELLED_SHARE = 0.25
+DEVICE = "H100"
+BUDGETS = (80, 72, 64, 56, 48, 44, 40, 36, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8)
+"""GiB of each GPU."""
+
+
+def llama(
+    hidden: int, mlp: int, blocks: int, heads: int, kv_heads: int, vocabulary: int, length: int
+) -> dict[str, Any]:
+    """A Llama's config."""
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": mlp,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": length,
+        "tie_word_embeddings": False,
+    }
+
+
+LORA = {"kind": "lora", "rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": "all-linear"}
+
+JOBS: dict[str, dict[str, Any]] = {
+    "Llama-3-8B, LoRA of rank 16 on all linear layers, pure_bf16, 32 sequences of 8192 tokens, one GPU": {
+        "model": {"from_config": llama(4096, 14336, 32, 32, 8, 128256, 8192), "tokenizer": "unused", "adapter": LORA},
+        "data": {"train": "unused", "sequence_length": 8192},
+        "optimizer": {"learning_rate": 2e-4, "precision": "pure_bf16"},
+        "training": {"max_steps": 1, "global_batch_size": 32, "micro_batch_size": "auto"},
+        "hardware": {"gpus_per_node": 1},
+    },
+    "Llama-2-13B, all parameters, fp32_master, 64 sequences of 4096 tokens, 8 GPUs": {
+        "model": {"from_config": llama(5120, 13824, 40, 40, 40, 32000, 4096), "tokenizer": "unused"},
+        "data": {"train": "unused", "sequence_length": 4096},
+        "optimizer": {"learning_rate": 1e-5, "precision": "fp32_master"},
+        "training": {"max_steps": 1, "global_batch_size": 64, "micro_batch_size": "auto"},
+        "sharding": {"engine": "auto", "zero_stage": "auto"},
+        "hardware": {"gpus_per_node": 8},
+    },
+}
+
+Search = Callable[[int], Found]
+"""Finds the plans within a budget in bytes."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is chosen within a budget.
+
+    Attributes:
+        budget: bytes.
+        found: by the search.
+        least: the least budget in bytes within which the same plan is chosen; None where none fits.
+    """
+
+    budget: int
+    found: Found
+    least: int | None
+
+    @property
+    def chosen(self) -> Point | None:
+        """The plan; None where none fits."""
+        return self.found.points[0] if self.found.points else None
+
+
+def rows_of(find: Search, budgets: Sequence[int]) -> list[Row]:
+    """The plans within falling budgets, and the least budget of each."""
+    rows = []
+    for budget in budgets:
+        found = find(budget)
+        rows.append(Row(budget, found, _least(find, found.points[0], budget) if found.points else None))
+    return rows
+
+
+def _least(find: Search, point: Point, budget: int) -> int:
+    """The least budget within which a plan is chosen, by bisection."""
+    low, high = 0, budget
+    while high - low > 1:
+        middle = (low + high) // 2
+        points = find(middle).points
+        if points and points[0].choice == point.choice:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def broken(rows: Sequence[Row], holds: Callable[[Point, int], bool], labelled_share: float) -> Iterator[str]:
+    """What does not hold of the rows of a job.
+
+    Args:
+        rows: the largest budget first.
+        holds: whether a plan stays within a budget in bytes.
+        labelled_share: labelled tokens / all tokens.
+    """
+    within = [row for row in rows if row.chosen is not None and row.found.within_bound]
+    for richer, poorer in pairwise(within):
+        before, after = richer.found.points[0].choice, poorer.found.points[0].choice
+        classes = [FIDELITIES.index(choice.fidelity(labelled_share)) for choice in (before, after)]
+        if classes[1] < classes[0] or after.ratio > before.ratio:
+            yield f"{poorer.budget / GIB:.1f} GiB have a more faithful plan than {richer.budget / GIB:.1f} GiB"
+    if within and rows.index(within[-1]) != len(within) - 1:
+        yield "a plan within the bound fits where with more memory none did"
+    for row in rows:
+        if row.chosen is not None and row.least is not None:
+            if not holds(row.chosen, row.least) or holds(row.chosen, row.least - 1):
+                yield f"the plan of {row.budget / GIB:.1f} GiB is given up while it fits"
+
+
+def not_shown(rows: Sequence[Row], labelled_share: float) -> Iterator[str]:
+    """What no row of any job is an example of."""
+    choices = [row.chosen.choice for row in rows if row.chosen is not None]
+    if not any(choice.fidelity(labelled_share) == "exact" for choice in choices):
+        yield "no plan is exact"
+    if not any(labelled_share < choice.ratio < 1 for choice in choices):
+        yield "no ratio lies between the labelled share and 1"
+
+
+def table(rows: Sequence[Row], labelled_share: float) -> Iterator[str]:
+    """The rows in Markdown."""
+    yield "| GiB | class | ratio | sharding | retention | micro-batch | peak, GiB | slowdown | chosen down to, GiB |"
+    yield "| ---: | --- | ---: | --- | --- | --- | ---: | ---: | ---: |"
+    for row in rows:
+        if row.chosen is None or row.least is None:
+            yield f"| {row.budget / GIB:g} | nothing fits | | | | | | | |"
+            continue
+        choice = row.chosen.choice
+        slowdown = f"{row.found.slowdown(row.chosen):.2f}" + ("" if row.found.within_bound else " (over the bound)")
+        yield (
+            f"| {row.budget / GIB:g} | {choice.fidelity(labelled_share)} | {choice.ratio:.4f} "
+            f"| {sharding_words(choice)} | {retention_words(choice)} "
+            f"| {choice.micro_batch_size} x {choice.accumulation} | {row.chosen.ledger.peak / GIB:.2f} "
+            f"| {slowdown} | {row.least / GIB:.2f} |"
+        )
+
+
+def planned_rows(settings: dict[str, Any]) -> tuple[list[Row], Callable[[Point, int], bool]]:
+    """The rows of a job of `JOBS`, and whether a plan stays within a budget."""
+    shared = {
+        "run": {"output_dir": "unused"},
+        "selection": {"strategy": "supervised", "ratio": "auto"},
+        "retention": {"policy": "auto"},
+        "planner": {"top": 1},
+    }
+    config = Config.model_validate(shared | settings)
+    job = PlannedJob(config, LABELLED_SHARE, lambda line: print(line, file=sys.stderr))
+    cluster = cluster_of(config.hardware, assumed_profile, device=DEVICE)
+    profile = assumed_profile(cluster.device)
+    space, laws = job.known(job.space(cluster.ranks, cluster.nodes)), job.laws(cluster, profile)
+
+    def within(budget: int) -> Budget:
+        return budget_of(replace(cluster, budget_bytes=budget), profile)
+
+    def find(budget: int) -> Found:
+        return search(space, laws, within(budget), config.planner, labelled_share=LABELLED_SHARE)
+
+    rows = rows_of(find, [size * GIB for size in BUDGETS])
+    return rows, lambda point, budget: within(budget).holds(point.ledger)
+
+
+def main() -> int:
+    """Plan, check and write."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--output", type=Path, metavar="FILE", help="write the table there instead of printing it")
+    output = options.parse_args().output
+    lines = [
+        "# Plans by budget",
+        "",
+        "Written by `python tools/plan_budgets.py`. The budget is what the allocator may reserve on each GPU, with the "
+        f"rates of {DEVICE}; {LABELLED_SHARE:.0%} of the tokens are labelled. The objective is `balanced`, with "
+        "`planner.max_slowdown` 1.5. The slowdown is to the fastest permitted plan with unlimited memory. What a plan "
+        "needs of the budget is its peak and the fragmentation that is assumed beside it.",
+    ]
+    every: list[Row] = []
+    problems: list[str] = []
+    for name, settings in JOBS.items():
+        rows, holds = planned_rows(settings)
+        every += rows
+        problems += [f"{name}: {problem}" for problem in broken(rows, holds, LABELLED_SHARE)]
+        lines += ["", f"## {name}", "", *table(rows, LABELLED_SHARE)]
+    problems += not_shown(every, LABELLED_SHARE)
+    text = "\n".join(lines) + "\n"
+    if output is None:
+        print(text, end="")
+    else:
+        output.write_text(text, encoding="utf-8")
+    for problem in problems:
+        print(f"does not hold: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
