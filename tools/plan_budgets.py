@@ -55,14 +55,14 @@ LORA = {"kind": "lora", "rank": 16, "alpha": 32, "dropout": 0.05, "target_module
 
 JOBS: dict[str, dict[str, Any]] = {
     "Llama-3-8B, LoRA of rank 16 on all linear layers, pure_bf16, 32 sequences of 8192 tokens, one GPU": {
-        "model": {"from_config": llama(4096, 14336, 32, 32, 8, 128256, 8192), "tokenizer": "unused", "adapter": LORA},
+        "model": {"from_config": LLAMA_3_8B, "tokenizer": "unused", "adapter": LORA},
         "data": {"train": "unused", "sequence_length": 8192},
         "optimizer": {"learning_rate": 2e-4, "precision": "pure_bf16"},
         "training": {"max_steps": 1, "global_batch_size": 32, "micro_batch_size": "auto"},
         "hardware": {"gpus_per_node": 1},
     },
     "Llama-2-13B, all parameters, fp32_master, 64 sequences of 4096 tokens, 8 GPUs": {
-        "model": {"from_config": llama(5120, 13824, 40, 40, 40, 32000, 4096), "tokenizer": "unused"},
+        "model": {"from_config": LLAMA_2_13B, "tokenizer": "unused"},
         "data": {"train": "unused", "sequence_length": 4096},
         "optimizer": {"learning_rate": 1e-5, "precision": "fp32_master"},
         "training": {"max_steps": 1, "global_batch_size": 64, "micro_batch_size": "auto"},
