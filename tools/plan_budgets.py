@@ -33,23 +33,38 @@ DEVICE = "H100"
 BUDGETS = (80, 72, 64, 56, 48, 44, 40, 36, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8)
 """GiB of each GPU."""
 
+LLAMA_3_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}
 
-def llama(
-    hidden: int, mlp: int, blocks: int, heads: int, kv_heads: int, vocabulary: int, length: int
-) -> dict[str, Any]:
-    """A Llama's config."""
-    return {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": mlp,
-        "num_hidden_layers": blocks,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocabulary,
-        "max_position_embeddings": length,
-        "tie_word_embeddings": False,
-    }
-
+LLAMA_2_13B = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 40,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-05,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""All that `configs/llama13b.json` says, so that both have the same laws."""
 
 LORA = {"kind": "lora", "rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": "all-linear"}
 
