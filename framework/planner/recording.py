@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from framework.config import Config
@@ -88,6 +90,7 @@ def record_step(config: Config, batch: Batch, ranks: Ranks) -> Recording:
     recorder = _Recorder()
     for tensors in engine.held():
         recorder.track(tensors)
+    recorder.track(_gathered_before(engine.model))
     start = recorder.current
     recorder.reset_peak()
     with _Borders(engine.model, recorder), recorder:
@@ -96,6 +99,15 @@ def record_step(config: Config, batch: Batch, ranks: Ranks) -> Recording:
     found = Recording(tuple(recorder.parts), start, recorder.peak, symbols)
     engine.close()
     return found
+
+
+def _gathered_before(model: nn.Module) -> Iterator[Tensor]:
+    """What FSDP2 gathers weights into: made at the first step, it is empty between steps and grows again at the next."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            for parameter in group.fsdp_params if group is not None else ():
+                yield from parameter.all_gather_outputs
 
 
 class _Announcing:
