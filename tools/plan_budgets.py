@@ -28,7 +28,7 @@ from framework.planner.profile import assumed_profile
 from framework.planner.report import GIB, retention_words, sharding_words
 from framework.planner.search import Budget, Found, Point, search
 
-LABELLED_SHARE = 0.25
+LABELLED_SHARE = 0.5
 DEVICE = "H100"
 BUDGETS = (80, 72, 64, 56, 48, 44, 40, 36, 32, 30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8)
 """GiB of each GPU."""

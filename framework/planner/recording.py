@@ -102,7 +102,7 @@ def record_step(config: Config, batch: Batch, ranks: Ranks) -> Recording:
 
 
 def _gathered_before(model: nn.Module) -> Iterator[Tensor]:
-    """What FSDP2 gathers weights into: made at the first step, it is empty between steps and grows again at the next."""
+    """What FSDP2 gathers weights into: made at the first step, empty between steps, grown again at the next."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             group = module._get_fsdp_state()._fsdp_param_group
