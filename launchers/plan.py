@@ -170,7 +170,7 @@ def calibrate() -> int:
 
     place = Place.of_environment()
     with joined_ranks(place, timeout_seconds=round(2 * calibration.SECONDS), needed=False) as ranks:
-        profile = calibration.calibrate(place.device(), ranks)
+        profile = calibration.calibrate(place.device(), ranks, calibration.SECONDS)
         if place.local_rank == 0:
             path = profile_path(profile.device)
             profile.save(path)

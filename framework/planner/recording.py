@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from framework.config import Config
@@ -157,6 +158,7 @@ def record_step(config: Config, batch: Batch, ranks: Ranks) -> Recording:
         train_window(engine, ranks, objective, [batch, batch], rate, norm)
     for tensors in engine.held():
         recorder.track(tensors)
+    recorder.track(_gathered_before(engine.model))
     start = recorder.current
     recorder.reset_peak()
     with _Borders(engine.model, recorder), marks_of(engine, recorder, naming), _collected(), recorder:
@@ -176,6 +178,15 @@ def _collected() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+def _gathered_before(model: nn.Module) -> Iterator[Tensor]:
+    """What FSDP2 gathers weights into: made at the first step, empty between steps, grown again at the next."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            group = module._get_fsdp_state()._fsdp_param_group
+            for parameter in group.fsdp_params if group is not None else ():
+                yield from parameter.all_gather_outputs
 
 
 class _Announcing:

@@ -98,6 +98,16 @@ def test_laws_are_shared_by_models_that_differ_in_widths_and_depth_only():
     assert len({key(LLAMA), *others}) == 7
 
 
+def test_weights_that_stay_gathered_are_counted():
+    peaks = {}
+    for reshard in (True, False):
+        config = config_of(LLAMA, sharding={"engine": "fsdp", "reshard_after_forward": reshard})
+        recording, sizes = measured(config)
+        peaks[reshard] = recording.peak
+    # Float32 weights of nearly all of the seven blocks at once.
+    assert 6 < (peaks[False] - peaks[True]) / (4 * sizes["block"]) < 7
+
+
 def test_small_models_keep_what_the_family_is():
     family = Family(read_model_config(None, LLAMA | {"attention_bias": True, "num_key_value_heads": 1}))
     small = family.small(replace(WIDTHS, heads=6, kv_heads=3, head_dim=28, hidden_of_head=20))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import forked
 import pytest
 from rich.console import Console
 
+from framework.cli import run_command
 from framework.config import Config
 from framework.errors import UserError
 from framework.planner import advice
@@ -150,17 +150,32 @@ def test_rows_of_a_selection_follow_the_ratio_and_the_labels():
 
 
 @pytest.mark.slow
-def test_the_command_prints_a_plan_and_exits_3_where_nothing_fits(tmp_path: Path):
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(config_of().to_json()))
-    for memory, code, words in (("24GiB", 0, "launch"), ("10MiB", 3, "nothing fits")):
-        output = tmp_path / "plan.json"
-        options = ["--config", str(config), "--json", str(output), "--gpu-memory", memory]
-        done = forked.fork_script(tmp_path, PLAN, options).wait()
-        assert done.code == code, done.stderr
-        assert words in done.stdout
-        plan = json.loads(output.read_text())
-        assert plan["fits"] == (code == 0)
-    command = [sys.executable, str(PLAN), "--config", str(config), "--device", "H1000"]
-    wrong = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert wrong.returncode == 2 and "no device is known as 'H1000'" in wrong.stderr
+def test_the_command_prints_a_plan_and_exits_3_where_nothing_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(advice, "MOST_RECORDINGS", 0)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    path, output = tmp_path / "config.json", tmp_path / "plan.json"
+    path.write_text(json.dumps(config_of().to_json()))
+    main = runpy.run_path(str(ROOT / "launchers" / "plan.py"))["main"]
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+        code = run_command(main)
+        printed = capsys.readouterr()
+        return code, " ".join((printed.out + printed.err).split())
+
+    planned = ("--config", str(path), "--json", str(output))
+    code, words = run(*planned, "--gpu-memory", "24GiB", "--plot", f"{tmp_path}/plots/")
+    assert code == 0 and "launch" in words and "labelled share: 100 % assumed" in words
+    assert json.loads(output.read_text())["fits"] and (tmp_path / "plots" / "timeline.png").exists()
+    code, words = run(*planned, "--gpu-memory", "10MiB")
+    assert code == 3 and "nothing fits" in words and "settings are left out for lack of time" in words
+    assert not json.loads(output.read_text())["fits"]
+    code, words = run(*planned, "--device", "H1000")
+    assert code == 2 and "no device is known as 'H1000'" in words
+    assert run() == (2, "error: --config: missing; only --calibrate does without")
+    monkeypatch.setattr("framework.planner.calibration.SECONDS", 0.0)
+    code, words = run("--calibrate")
+    assert code == 0 and "no time is left for: products; it stays assumed" in words
+    assert list(tmp_path.glob("selectrain/machines/*-cpu.json"))
