@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import forked
 import pytest
 
 from framework.config import Config
@@ -18,7 +17,7 @@ from framework.planner.hardware import cluster_of
 from framework.planner.planning import PlannedJob
 from framework.planner.profile import Profile, assumed_profile
 
-PLAN = Path(__file__).parents[2] / "launchers" / "plan.py"
+ROOT = Path(__file__).parents[2]
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 256,
@@ -108,12 +107,11 @@ def test_the_command_prints_a_plan_and_exits_3_where_nothing_fits(tmp_path: Path
     config.write_text(json.dumps(config_of().to_json()))
     for memory, code, words in (("24GiB", 0, "launch"), ("10MiB", 3, "nothing fits")):
         output = tmp_path / "plan.json"
-        options = ["--config", str(config), "--json", str(output), "--gpu-memory", memory]
-        done = forked.fork_script(tmp_path, PLAN, options).wait()
-        assert done.code == code, done.stderr
+        command = [sys.executable, str(ROOT / "launchers" / "plan.py"), "--config", str(config), "--json", str(output)]
+        done = subprocess.run([*command, "--gpu-memory", memory], capture_output=True, text=True, timeout=240)
+        assert done.returncode == code, done.stderr
         assert words in done.stdout
         plan = json.loads(output.read_text())
         assert plan["fits"] == (code == 0)
-    command = [sys.executable, str(PLAN), "--config", str(config), "--device", "H1000"]
-    wrong = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    wrong = subprocess.run([*command, "--device", "H1000"], capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2 and "no device is known as 'H1000'" in wrong.stderr
