@@ -20,13 +20,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "launchers" / "train.py"
 TIMEOUT_SECONDS = 180
 # What runs import on their way.
 PRELOADED = ["framework.training.start", "framework.token_selection", "framework.sharding.fsdp", "datasets"]
-PRELOADED += ["torch._dynamo", "transformers.models.llama.modeling_llama", "deepspeed"]
+PRELOADED += ["torch._dynamo", "transformers.models.llama.modeling_llama"]
+# It looks at its device when it is imported, and a process with CUDA at work cannot be forked.
+DEEPSPEED = {"DS_ACCELERATOR": "cpu"} if not torch.cuda.is_available() else {}
+if DEEPSPEED:
+    PRELOADED.append("deepspeed")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
@@ -82,17 +87,16 @@ def fork(
 ) -> Forked:
     """Start `function(*arguments)`, with changes to the environment; what it prints goes to files in `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
-    name = time.monotonic_ns()
-    streams = [directory / f"{name}-{stream}.txt" for stream in ("stdout", "stderr")]
+    started = time.monotonic_ns()
+    streams = [directory / f"{started}-{stream}.txt" for stream in ("stdout", "stderr")]
     for stream in streams:
         stream.touch()
     process = _context.Process(target=_run, args=(dict(environment or {}), streams, function, arguments))
     with pytest.MonkeyPatch.context() as patch:
         # The server is started with the first process, and looks for modules here only.
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        patch.setenv("DS_ACCELERATOR", "cpu")
+        for name, value in ({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | DEEPSPEED).items():
+            patch.setenv(name, value)
         process.start()
     return Forked(process, *streams)
 
@@ -142,8 +146,6 @@ def _run(environment: dict[str, str], streams: list[Path], function: Callable[..
     os.environ.update(environment)
     for number, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_APPEND), number)
-    import torch
-
     torch.set_num_threads(1)
     # DeepSpeed and torch collect garbage again and again, of which none is in what was imported.
     gc.freeze()

@@ -24,7 +24,7 @@ from framework.planner.planning import PlannedJob
 from framework.planner.profile import Profile, assumed_profile
 from framework.planner.sizing import fewest, sizes, sizes_table
 
-PLAN = Path(__file__).parents[2] / "launchers" / "plan.py"
+ROOT = Path(__file__).parents[2]
 LLAMA = {
     "model_type": "llama",
     "hidden_size": 256,
