@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_map_only
 
 from framework.models.steps import gives_tensors, makes_like, on_meta, tensors_in, written_by
@@ -52,7 +52,7 @@ class Uncomputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, or give its results without values."""
         kwargs = kwargs or {}
-        if any(kind is not Tensor for kind in types):
+        if any(map(is_traceable_wrapper_subclass_type, types)):
             # Tensors made of others, such as DTensor: their operators on what they are made of come here, too.
             return NotImplemented
         given = tensors_in((args, kwargs))
@@ -142,6 +142,8 @@ class Uncomputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """What an operator says of unknown values."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return torch.ones((), dtype=args[0].dtype).item()
+        if func is torch.ops.aten.equal.default:
+            return False
         raise _refused(func)
 
     def _exchange(self, func: Any, args: Any, kwargs: Any) -> Any:
