@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_map_only
 
-from framework.models.steps import gives_tensors, makes_like, on_meta, tensors_in, written_by
+from framework.models.steps import gives_tensors, makes_like, tensors_in
 
 SMALL = 2**16
 """Elements of the largest float tensor that is computed."""
@@ -48,6 +50,7 @@ class Uncomputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()
         self._small = small
         self._unknown: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._shapes: dict[Any, _Shapes] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator, or give its results without values."""
@@ -55,52 +58,48 @@ class Uncomputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(map(is_traceable_wrapper_subclass_type, types)):
             # Tensors made of others, such as DTensor: their operators on what they are made of come here, too.
             return NotImplemented
-        given = tensors_in((args, kwargs))
-        if kwargs.get("device", None) not in (None, _CPU) or any(on_meta(tensor) for tensor in given):
+        given, kind = _tensors((args, *kwargs.values())), _kind(func)
+        elsewhere = kwargs.get("device") not in (None, _CPU) or any(tensor.device != _CPU for tensor in given)
+        if kind.views or elsewhere:
             return func(*args, **kwargs)
-        unknown = [] if makes_like(func) else [tensor for tensor in given if self._is_unknown(tensor)]
-        if func.namespace == "c10d":
+        unknown = not kind.makes_like and any(map(self._is_unknown, given))
+        if kind.exchanges:
             return self._exchange(func, args, kwargs) if unknown else func(*args, **kwargs)
-        if func.is_view or torch.Tag.inplace_view in func.tags:
-            return func(*args, **kwargs)
-        written = written_by(func, args, kwargs)
-        if written:
-            if unknown or any(self._is_large(tensor) for tensor in written):
+        if kind.writes:
+            written = _tensors([args[at] if at < len(args) else kwargs.get(name) for at, name in kind.writes])
+            if unknown or any(map(self._is_large, written)):
                 self._lose(written)
                 return _as_returned(func, args, kwargs)
             return func(*args, **kwargs)
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], self._integers(args[1]))
-        elif not gives_tensors(func) or any(tag in func.tags for tag in _OF_VALUES):
+        elif kind.of_values:
             return self._value(func, args) if unknown else func(*args, **kwargs)
-        return self._results(func, args, kwargs, bool(unknown))
+        return self._results(func, args, kwargs, unknown)
 
     def _results(self, func: Any, args: Any, kwargs: Any, unknown: bool) -> Any:
-        given = tensors_in((args, kwargs))
-        empty = {id(tensor): _like(tensor, _META) for tensor in given}
-        shape_args, shape_kwargs = tree_map_only(Tensor, lambda tensor: empty[id(tensor)], (args, kwargs))
-        if "generator" in shape_kwargs:
-            shape_kwargs["generator"] = None
-        if "device" in shape_kwargs or not given:
-            shape_kwargs["device"] = _META
-        shapes = func(*shape_args, **shape_kwargs)
-        if not unknown and not any(self._is_large(shape) for shape in tensors_in(shapes)):
+        key = (func, _key(args), *((name, _key(value)) for name, value in kwargs.items()))
+        shapes = self._shapes.get(key)
+        if shapes is None:
+            shapes = self._shapes[key] = _shapes(func, args, kwargs, self._is_large)
+        if not unknown and not shapes.large:
             return func(*args, **kwargs)
-        sources = {empty[id(tensor)].untyped_storage()._cdata: tensor for tensor in given}
+        given = _tensors((args, *kwargs.values()))
 
         def result(shape: Tensor) -> Tensor:
-            source = sources.get(shape.untyped_storage()._cdata)
+            source = shapes.sources.get(id(shape))
             if source is None:
                 return self._made(shape)
             # A view that the operator's schema does not call one.
-            return source.as_strided(shape.size(), shape.stride(), source.storage_offset() + shape.storage_offset())
+            start = given[source].storage_offset() + shape.storage_offset()
+            return given[source].as_strided(shape.size(), shape.stride(), start)
 
-        return tree_map_only(Tensor, result, shapes)
+        return result(shapes.tree) if isinstance(shapes.tree, Tensor) else tree_map_only(Tensor, result, shapes.tree)
 
     def _made(self, shape: Tensor) -> Tensor:
-        if not self._is_large(shape):
-            return _like(shape, _CPU).fill_(1)
         made = _like(shape, _CPU)
+        if not self._is_large(shape):
+            return made.fill_(1)
         self._forget(made)
         return made
 
@@ -116,7 +115,7 @@ class Uncomputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key, unknown = storage._cdata, self._unknown
         self._unknown[key] = weakref.ref(storage, lambda _: unknown.pop(key, None))
 
-    def _lose(self, written: Sequence[Tensor]) -> None:
+    def _lose(self, written: Iterable[Tensor]) -> None:
         """Make of tensors what a writing operator leaves that is not run."""
         for tensor in written:
             if self._is_unknown(tensor):
@@ -139,7 +138,7 @@ class Uncomputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return found
 
     def _value(self, func: Any, args: Any) -> Any:
-        """What an operator says of unknown values."""
+        """What an operator says of unknown values: that they are ones, and like no others."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return torch.ones((), dtype=args[0].dtype).item()
         if func is torch.ops.aten.equal.default:
@@ -150,8 +149,57 @@ class Uncomputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """An exchange of nothing, in place of one that would write into large tensors."""
         empty = tree_map_only(Tensor, lambda tensor: tensor.new_empty(0), args)
         result = func(*empty, **kwargs)
-        self._lose(tensors_in(args[0]))
+        self._lose(_tensors(args[0]))
         return (args[0], *result[1:]) if isinstance(result, tuple) else result
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What is to be known of an operator."""
+
+    exchanges: bool
+    views: bool
+    makes_like: bool
+    of_values: bool
+    # Of arguments: position and name.
+    writes: tuple[tuple[int, str], ...]
+
+
+@functools.cache
+def _kind(func: Any) -> _Kind:
+    aliases = [(argument.alias_info, at, argument.name) for at, argument in enumerate(func._schema.arguments)]
+    return _Kind(
+        exchanges=func.namespace == "c10d",
+        views=func.is_view or torch.Tag.inplace_view in func.tags,
+        makes_like=makes_like(func),
+        of_values=not gives_tensors(func) or any(tag in func.tags for tag in _OF_VALUES),
+        writes=tuple((at, name) for alias, at, name in aliases if alias is not None and alias.is_write),
+    )
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """What an operator gives: tensors of the meta device, and which of them are views of what given tensor."""
+
+    tree: Any
+    sources: dict[int, int]
+    large: bool
+
+
+def _shapes(func: Any, args: Any, kwargs: Any, is_large: Callable[[Tensor], bool]) -> _Shapes:
+    given = _tensors((args, *kwargs.values()))
+    empty = {id(tensor): _like(tensor, _META) for tensor in given}
+    args, kwargs = tree_map_only(Tensor, lambda tensor: empty[id(tensor)], (args, kwargs))
+    if "generator" in kwargs:
+        kwargs["generator"] = None
+    if "device" in kwargs or not given:
+        kwargs["device"] = _META
+    tree = func(*args, **kwargs)
+    made = tensors_in(tree)
+    storages = {empty[id(tensor)].untyped_storage()._cdata: number for number, tensor in enumerate(given)}
+    places = {id(shape): shape.untyped_storage()._cdata for shape in made}
+    sources = {number: storages[storage] for number, storage in places.items() if storage in storages}
+    return _Shapes(tree, sources, any(map(is_large, made)))
 
 
 def _refused(func: Any) -> NotImplementedError:
@@ -169,6 +217,22 @@ def _as_returned(func: Any, args: Any, kwargs: Any) -> Any:
     }
     results = [by_alias[alias] for result in func._schema.returns for alias in result.alias_info.before_set]
     return None if not results else results[0] if len(results) == 1 else tuple(results)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in an operator's arguments, which nest in lists and tuples only."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def _key(value: Any) -> Any:
+    """What shapes depend on of an argument."""
+    if isinstance(value, Tensor):
+        return value.size(), value.stride(), value.dtype
+    if isinstance(value, list | tuple):
+        return tuple(map(_key, value))
+    return type(value), value
 
 
 def _like(tensor: Tensor, device: torch.device) -> Tensor:
