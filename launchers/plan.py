@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--objective", choices=("balanced", "fidelity", "speed"), help="instead of planner.objective")
     options.add_argument("--top", type=int, metavar="K", help="plans that are listed, instead of planner.top")
     options.add_argument("--labelled-share", type=float, metavar="F", help="labelled tokens / all tokens of the data")
+    options.add_argument("--simulate", action="store_true", help="check the listed plans with simulated steps (minutes)")
     options.add_argument("--json", metavar="FILE", type=Path, help="write the plans as JSON")
     return options
 
@@ -77,6 +78,11 @@ def main() -> int:
     job = PlannedJob(config, share, lambda line: console.print(line, highlight=False))
     planned = job.plan(cluster, profile_for(cluster.device))
     planned.report(arguments.config, arguments.overrides).print(console)
+    if arguments.simulate and planned.plans:
+        from framework.planner.checks import checks_of, print_checks
+
+        console.print("\nsimulating a step of each plan")
+        print_checks(checks_of(planned.plans, planned.labelled_share), console)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(planned.to_json(), indent=2) + "\n", encoding="utf-8")
     return 0 if planned.plans else NOTHING_FITS

@@ -37,10 +37,10 @@ class RecordedPart:
 
 @dataclass(frozen=True)
 class Recording:
-    """A step of two micro-batches.
+    """A step, of two micro-batches unless it was asked for others.
 
     Attributes:
-        parts: those of the first micro-batch, of the second, and the optimiser's step.
+        parts: those of each micro-batch in turn, and the optimiser's step.
         start: bytes of weights, buffers and the optimiser's state, which are there before and after.
         peak: the most that was live, `start` included.
         symbols: sizes of the model.
@@ -70,15 +70,16 @@ class _Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
             self.parts[-1].changes.append(size)
 
 
-def record_step(config: Config, batch: Batch, ranks: Ranks) -> Recording:
+def record_step(config: Config, batch: Batch, ranks: Ranks, micro_batches: int = 2) -> Recording:
     """Make two steps of a run in this process, of which the second is recorded: the optimiser has its state then.
 
     Args:
         config: of the run, of a model with `BLOCKS` blocks or more.
-        batch: both micro-batches of each step.
+        batch: every micro-batch of each step.
         ranks: of the run; see `first_of`.
+        micro_batches: of each step.
     """
-    first = second = [batch, batch]
+    first = second = [batch] * micro_batches
     prepared = PreparedModel.build(config, None, ranks, None)
     symbols = model_symbols(prepared.model)
     engine, objective = prepared.engine, prepared.objective
