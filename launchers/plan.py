@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--objective", choices=("balanced", "fidelity", "speed"), help="instead of planner.objective")
     options.add_argument("--top", type=int, metavar="K", help="plans that are listed, instead of planner.top")
     options.add_argument("--labelled-share", type=float, metavar="F", help="labelled tokens / all tokens of the data")
-    options.add_argument("--simulate", action="store_true", help="check the listed plans with simulated steps (minutes)")
+    options.add_argument(
+        "--simulate", action="store_true", help="check the listed plans with simulated steps (minutes)"
+    )
     options.add_argument("--json", metavar="FILE", type=Path, help="write the plans as JSON")
     return options
 

@@ -99,5 +99,6 @@ def print_checks(checks: Sequence[Check], console: Console) -> None:
     console.print(table)
     for number, check in enumerate(checks, start=1):
         if not check.agrees:
-            words = f"plan {number}: the ledger is {abs(check.difference):.1%} {'above' if check.difference > 0 else 'below'}"
-            console.print(f"{words} what its step allocates; trust the simulation", style="bold red", highlight=False)
+            side = "above" if check.difference > 0 else "below"
+            words = f"plan {number}: the ledger is {abs(check.difference):.1%} {side} what its step allocates"
+            console.print(f"{words}; trust the simulation", style="bold red", highlight=False)

@@ -40,16 +40,16 @@ class Uncomputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Whatever is computed from large floats is not known, and comes out large as it is, or small as ones, so that losses
     and norms are finite. Exchanges between ranks leave large tensors as they are; use it with `first_of`.
 
-    A value that decides about a shape must be known: others are refused. Shapes, strides and dtypes are those of torch's
-    meta kernels. They differ from the CPU's in one thing that Hugging Face's models do: the statistics of a layer norm
-    in 16 bits are in float32, as on CUDA.
+    A value that decides about a shape must be known: others are refused. Shapes, strides and dtypes are those of
+    torch's meta kernels, which for a layer norm in 16 bits have statistics in float32, as on CUDA; the CPU has them in
+    16 bits.
 
     Args:
         small: elements of the largest float tensor that is computed.
     """
 
     def __init__(self, small: int = SMALL) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self._small = small
         self._unknown: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._shapes: dict[Any, _Shapes] = {}

@@ -54,5 +54,5 @@ def test_configs_are_passed_on_with_what_they_leave_out(monkeypatch):
 
 
 def test_what_fails_apart_is_said_in_its_last_words():
-    with pytest.raises(RunError, match="^it cannot be:\n.*No module named framework.planner.missing"):
+    with pytest.raises(RunError, match=r"(?s)^it cannot be:.*No module named framework\.planner\.missing"):
         run_apart("framework.planner.missing", [], failure="it cannot be")
