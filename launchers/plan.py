@@ -9,10 +9,14 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from framework.cli import add_config_options, run_command
 from framework.config import Config, load_config
 from framework.errors import UserError
+
+if TYPE_CHECKING:
+    from framework.planner.checks import Check
 
 NOTHING_FITS = 3
 
@@ -80,13 +84,18 @@ def main() -> int:
     job = PlannedJob(config, share, lambda line: console.print(line, highlight=False))
     planned = job.plan(cluster, profile_for(cluster.device))
     planned.report(arguments.config, arguments.overrides).print(console)
+    checks: list[Check] = []
     if arguments.simulate and planned.plans:
         from framework.planner.checks import checks_of, print_checks
 
         console.print("\nsimulating a step of each plan")
-        print_checks(checks_of(planned.plans, planned.labelled_share), console)
+        checks = checks_of(planned.plans, planned.labelled_share)
+        print_checks(checks, console)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(planned.to_json(), indent=2) + "\n", encoding="utf-8")
+        written = planned.to_json()
+        for plan, check in zip(written["plans"], checks, strict=False):
+            plan["simulated_peak_bytes"] = check.simulated
+        arguments.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return 0 if planned.plans else NOTHING_FITS
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from framework.config import Config
+from framework.errors import UserError
 from framework.planner.apart import run_apart
 from framework.planner.plan import Plan
 
@@ -54,7 +55,8 @@ def checks_of(plans: Sequence[Plan], labelled_share: float) -> list[Check]:
         labelled_share: labelled tokens / all tokens of the data.
 
     Raises:
-        RunError: a step cannot be simulated.
+        UserError: a step cannot be simulated.
+        RunError: a simulation failed.
     """
     runs = [(plan.config, plan.point.choice.ranks) for plan in plans]
     found = simulated_peaks(runs, labelled_share)
@@ -72,7 +74,8 @@ def simulated_peaks(runs: Sequence[tuple[Config, int]], labelled_share: float) -
         labelled_share: as for `checks_of`.
 
     Raises:
-        RunError: a step cannot be simulated.
+        UserError: a step cannot be simulated.
+        RunError: a simulation failed.
     """
     # What is not given may depend on what is: it stays not given.
     configs = [json.loads(config.model_dump_json(exclude_unset=True)) for config, _ in runs]
@@ -80,7 +83,10 @@ def simulated_peaks(runs: Sequence[tuple[Config, int]], labelled_share: float) -
         {"config": config, "ranks": ranks, "labelled_share": labelled_share}
         for config, (_, ranks) in zip(configs, runs, strict=True)
     ]
-    answers = run_apart("framework.planner.simulate", asked, failure="a step of a plan cannot be simulated")
+    answers = run_apart("framework.planner.simulate", asked, failure="the simulation of a step failed")
+    reasons = dict.fromkeys(answer["reason"] for answer in answers if "reason" in answer)
+    if reasons:
+        raise UserError("\n".join(reasons))
     return [(answer["peaks"], answer["seconds"]) for answer in answers]
 
 

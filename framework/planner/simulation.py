@@ -11,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from transformers import PreTrainedConfig
 
 from framework.config import Config
 from framework.data import Batch
@@ -19,7 +20,7 @@ from framework.data.dataset import IGNORED
 from framework.errors import UserError
 from framework.models.configured import base_config, tokenizer_source
 from framework.planner.fake_ranks import first_of
-from framework.planner.law import PHASE_OF_PART
+from framework.planner.law import BLOCKS, PHASE_OF_PART
 from framework.planner.recording import Recording, record_step
 from framework.planner.small_models import PROBES, Family, probe_batch, probe_config, values_of
 from framework.planner.uncomputed import Uncomputed
@@ -68,17 +69,21 @@ def simulate(config: Config, ranks: int, labelled_share: float) -> Simulated:
         labelled_share: labelled tokens / all tokens of the data.
 
     Raises:
-        UserError: the task has no batches that could be made up, or its blocks differ in whether they can be selective.
+        UserError: the task has no batches that could be made up; the model has too few blocks, or some that can be
+            selective and some that cannot.
     """
     if config.model.task != "causal_lm" or config.data.sequence_length is None:
         raise UserError(f"model.task: only causal_lm can be simulated, not {config.model.task}")
     begun = time.perf_counter()
-    hf_config = base_config(config)
+    hf_config = _described(config)
+    family = Family(hf_config)
+    if family.depth < BLOCKS:
+        raise UserError(f"model: only models of at least {BLOCKS} blocks can be simulated, not of {family.depth}")
     full = _without_files(config, values_of(hf_config), ranks)
     vocabulary = hf_config.get_text_config().vocab_size
     batch = _batch(full, vocabulary, labelled_share)
     count = min(full.gradient_accumulation(ranks), SIMULATED_MICRO_BATCHES)
-    known = _known_trials(config, Family(hf_config))
+    known = _known_trials(config, family)
     with torch.random.fork_rng(devices=()), known, Uncomputed(), first_of(ranks) as connected:
         recording = record_step(full, batch, connected, count)
     return Simulated(recording.start, phase_peaks(recording), time.perf_counter() - begun)
@@ -94,6 +99,13 @@ def phase_peaks(recording: Recording) -> dict[str, int]:
             live += change
             peaks[phase] = max(peaks[phase], live)
     return peaks
+
+
+def _described(config: Config) -> PreTrainedConfig:
+    """The Hugging Face config of a run's model; as in planning, from `model.from_config` where that has it."""
+    if config.model.from_config is not None:
+        config = config.model_copy(update={"model": config.model.model_copy(update={"path": None})})
+    return base_config(config)
 
 
 def _without_files(config: Config, values: dict[str, Any], ranks: int) -> Config:

@@ -61,7 +61,8 @@ class Uncomputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
             # Tensors made of others, such as DTensor: their operators on what they are made of come here, too.
             return NotImplemented
         given, kind = _tensors((args, *kwargs.values())), _kind(func)
-        elsewhere = kwargs.get("device") not in (None, _CPU) or any(tensor.device != _CPU for tensor in given)
+        asked = kwargs.get("device") or _CPU
+        elsewhere = asked.type != "cpu" or any(tensor.device.type != "cpu" for tensor in given)
         if kind.views or elsewhere:
             return func(*args, **kwargs)
         unknown = not kind.makes_like and any(map(self._is_unknown, given))

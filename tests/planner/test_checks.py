@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from framework.config import Config
-from framework.errors import RunError
+from framework.errors import RunError, UserError
 from framework.planner import checks
 from framework.planner.apart import run_apart
 from framework.planner.checks import GIB, Check, print_checks, simulated_peaks
@@ -51,6 +51,12 @@ def test_configs_are_passed_on_with_what_they_leave_out(monkeypatch):
     }
     assert simulated_peaks([(Config.model_validate(values), 4)], 0.25) == [({"loss": 5}, 0.5)]
     assert asked == [{"config": json.loads(json.dumps(values)), "ranks": 4, "labelled_share": 0.25}]
+
+
+def test_what_cannot_be_simulated_is_said_once(monkeypatch):
+    monkeypatch.setattr(checks, "run_apart", lambda *_, **__: [{"reason": "too few blocks"}] * 2)
+    with pytest.raises(UserError, match=r"^too few blocks$"):
+        simulated_peaks([], 0.25)
 
 
 def test_what_fails_apart_is_said_in_its_last_words():

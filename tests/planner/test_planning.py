@@ -108,10 +108,15 @@ def test_the_command_prints_a_plan_and_exits_3_where_nothing_fits(tmp_path: Path
     for memory, code, words in (("24GiB", 0, "launch"), ("10MiB", 3, "nothing fits")):
         output = tmp_path / "plan.json"
         command = [sys.executable, str(ROOT / "launchers" / "plan.py"), "--config", str(config), "--json", str(output)]
-        done = subprocess.run([*command, "--gpu-memory", memory], capture_output=True, text=True, timeout=240)
+        checked = ["--simulate", "--top", "1", "--gpu-memory", memory]
+        done = subprocess.run([*command, *checked], capture_output=True, text=True, timeout=240)
         assert done.returncode == code, done.stderr
         assert words in done.stdout
         plan = json.loads(output.read_text())
         assert plan["fits"] == (code == 0)
+        if plan["fits"]:
+            assert "simulating" in done.stdout and "trust the simulation" not in done.stdout
+            chosen = plan["chosen"]
+            assert chosen["peak_allocated_bytes"] == pytest.approx(chosen["simulated_peak_bytes"], rel=0.005)
     wrong = subprocess.run([*command, "--device", "H1000"], capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2 and "no device is known as 'H1000'" in wrong.stderr

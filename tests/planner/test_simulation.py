@@ -92,8 +92,11 @@ def test_the_command_answers_what_it_is_asked(tmp_path):
     small = LLAMA_13B | {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4, "vocab_size": 50}
     config = config_of(small, tokens=16)
     request, answer = tmp_path / "request.json", tmp_path / "answer.json"
-    request.write_text(json.dumps([{"config": config.to_json(), "ranks": 1, "labelled_share": 0.5}]))
+    flat = config_of(small | {"num_hidden_layers": 4}, tokens=16)
+    asked = [{"config": each.to_json(), "ranks": 1, "labelled_share": 0.5} for each in (config, flat)]
+    request.write_text(json.dumps(asked))
     main(request, answer)
-    (found,) = json.loads(answer.read_text())
+    found, refused = json.loads(answer.read_text())
     expected = simulate(config, 1, 0.5)
     assert (found["start"], found["peaks"]) == (expected.start, expected.peaks)
+    assert refused == {"reason": "model: only models of at least 5 blocks can be simulated, not of 4"}
