@@ -66,7 +66,6 @@ MODELS = {
 TUNING: dict[str, dict[str, Any]] = {
     "full": {},
     "LoRA": {"adapter": {"kind": "lora", "rank": 16, "alpha": 32}},
-    "NF4 LoRA": {"adapter": {"kind": "lora", "rank": 16, "alpha": 32}, "quantization": "nf4"},
 }
 RETENTION: dict[str, dict[str, Any]] = {
     "all": {"retention": {"policy": "all"}},
@@ -111,13 +110,11 @@ class Case:
 CASES = [
     *(Case("Llama-2-7B", "full", retention) for retention in ("all", "checkpoint", "selective")),
     *(Case("Llama-2-7B", "LoRA", retention) for retention in ("checkpoint", "selective, linears")),
-    Case("Llama-3-8B", "NF4 LoRA", "selective"),
     *(Case("Llama-3-8B", "full", retention, "FSDP2", 8) for retention in ("all", "checkpoint", "selective, linears")),
     *(Case("Llama-2-13B", "full", retention, "FSDP2", 8) for retention in ("checkpoint", "selective, linears")),
     Case("Llama-2-13B", "LoRA", "checkpoint"),
     Case("Qwen2.5-32B", "LoRA", "checkpoint"),
     Case("Qwen2.5-32B", "full", "selective", "FSDP2", 16),
-    Case("Llama-3-70B", "NF4 LoRA", "selective"),
     Case("Llama-3-70B", "LoRA", "selective, linears", "FSDP2", 8),
     Case("Llama-3-70B", "full", "checkpoint", "FSDP2", 64),
 ]
