@@ -20,6 +20,7 @@ from framework.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from framework.planner.checks import Check
     from framework.planner.hardware import Cluster
     from framework.planner.planning import Planned, PlannedJob
     from framework.planner.profile import Profile
@@ -46,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--objective", choices=("balanced", "fidelity", "speed"), help="instead of planner.objective")
     options.add_argument("--top", type=int, metavar="K", help="plans that are listed, instead of planner.top")
     options.add_argument("--labelled-share", type=float, metavar="F", help="labelled tokens / all tokens of the data")
+    options.add_argument(
+        "--simulate", action="store_true", help="check the listed plans with simulated steps (minutes)"
+    )
     options.add_argument("--json", metavar="FILE", type=Path, help="write the plans as JSON")
     options.add_argument(
         "--plot", metavar="FILE|DIR", help="draw memory, a step and the choices into one file, or a file each into DIR"
@@ -109,8 +113,17 @@ def main() -> int:
 
         console.print()
         console.print(sizes_table(found))
+    checks: list[Check] = []
+    if arguments.simulate and planned.plans:
+        from framework.planner.checks import checks_of, print_checks
+
+        say("\nsimulating a step of each plan")
+        checks = checks_of(planned.plans, planned.labelled_share)
+        print_checks(checks, console)
     if arguments.json is not None:
         written: dict[str, Any] = planned.to_json()
+        for plan, check in zip(written["plans"], checks, strict=False):
+            plan["simulated_peak_bytes"] = check.simulated
         if found:
             written["sizes"] = [size.to_json() for size in found]
         arguments.json.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")

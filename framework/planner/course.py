@@ -77,6 +77,21 @@ class Moment:
         return self.kept + self.engine + self.working
 
 
+@dataclass(frozen=True)
+class Span:
+    """A part of a step, in bytes above what is held between steps.
+
+    Attributes:
+        part: its name.
+        start: at its start.
+        peak: at its highest.
+    """
+
+    part: str
+    start: float
+    peak: float
+
+
 class Course:
     """A step of a model of some depth under an engine.
 
@@ -104,12 +119,13 @@ class Course:
         engine: list[float] = []
         marked: list[float] = []
         firsts: list[int] = []
-        self._phases: dict[str, list[int]] = {}
+        self._parts: list[tuple[str, slice]] = []
+        phases: dict[str, list[int]] = {}
 
         def lay(part: tuple[str, str], levels: list[int], peaks: list[int]) -> None:
             own = law.rows(part)
-            phase = self._phases.setdefault(PHASE_OF_PART[part[1]], [])
-            phase += range(len(rows), len(rows) + len(own))
+            self._parts.append((part[1], slice(len(rows), len(rows) + len(own))))
+            phases.setdefault(PHASE_OF_PART[part[1]], []).extend(range(len(rows), len(rows) + len(own)))
             firsts.extend([len(rows)] * len(own))
             rows.extend(own)
             engine.extend(levels)
@@ -137,16 +153,11 @@ class Course:
         marked[-1] = step
         self._rows, self._firsts = np.array(rows), np.array(firsts)
         self._engine, self._marked = np.array(engine, float), np.array(marked, float)
-        self._places = {phase: np.array(places) for phase, places in self._phases.items()}
+        self._places = {phase: np.array(places) for phase, places in phases.items()}
 
     def highest(self, sizes: Sizes) -> dict[str, Moment]:
         """The highest moment of each phase, where the symbols have these sizes."""
-        nets, peaks = self._law.values(sizes)
-        net = nets[self._rows]
-        ends = net.cumsum()
-        starts = ends - net
-        within = starts + peaks[self._rows] + self._engine
-        between = ends + self._marked
+        starts, within, between = self._levels(sizes)
         found = {}
         for phase, places in self._places.items():
             inner = places[within[places].argmax()]
@@ -156,6 +167,23 @@ class Course:
             kept, held = float(starts[self._firsts[place]]), float(engine[place])
             found[phase] = Moment(kept, held, float(levels[place]) - kept - held)
         return found
+
+    def spans(self, sizes: Sizes) -> list[Span]:
+        """The parts of the step in order, blocks one by one."""
+        starts, within, between = self._levels(sizes)
+        top = np.maximum(within, between)
+        return [
+            Span(part, float(starts[places.start] + self._engine[places.start]), float(top[places].max()))
+            for part, places in self._parts
+        ]
+
+    def _levels(self, sizes: Sizes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every stretch: what is kept at its start, and all at its peak and at the mark behind it."""
+        nets, peaks = self._law.values(sizes)
+        net = nets[self._rows]
+        ends = net.cumsum()
+        starts = ends - net
+        return starts, starts + peaks[self._rows] + self._engine, ends + self._marked
 
 
 def told(holder: Holder, weights: Weights, mark: Mark, block: int) -> Iterator[int]:

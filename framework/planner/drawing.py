@@ -38,8 +38,7 @@ def draw_plan(path: str, job: PlannedJob, planned: Planned, profile: Profile) ->
     length = job.config.data.sequence_length
     picture = Picture(
         chosen=point,
-        moments=job.memory.moments(point.choice),
-        blocks=job.depth,
+        spans=job.memory.spans(point.choice),
         fronts=frontiers(space, laws, job.labelled_share),
         budget=planned.budget,
         tokens_per_step=None if length is None else job.config.training.global_batch_size * length,

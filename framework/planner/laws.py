@@ -6,9 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.config import Config
-from framework.errors import RunError
+from framework.planner.apart import run_apart
 from framework.planner.extraction import law_key, law_settings
 from framework.planner.law import StepLaw
 from framework.planner.small_models import Family
@@ -26,10 +23,19 @@ logger = logging.getLogger(__name__)
 SHIPPED = Path(__file__).parent / "recorded"
 """Laws that come with the package, one file each."""
 
-_CODE = ("extraction", "fitting", "fake_ranks", "law", "recording", "small_models", "symbols")
+_CODE = (
+    "engine_marks",
+    "extraction",
+    "fake_ranks",
+    "fitting",
+    "law",
+    "marks",
+    "naming",
+    "recording",
+    "small_models",
+    "symbols",
+)
 """Modules that decide whether there is a law."""
-
-_LAST_LINES = 5
 
 
 @dataclass(frozen=True)
@@ -118,19 +124,12 @@ def _keep(key: str, content: dict[str, Any]) -> None:
 
 
 def _recorded(missing: dict[str, Config]) -> dict[str, StepLaw | NoLaw]:
-    """Record laws in a process that is a rank of nothing and sees no accelerator."""
-    with tempfile.TemporaryDirectory() as directory:
-        request, answer = Path(directory, "request.json"), Path(directory, "answer.json")
-        request.write_text(json.dumps({key: config.to_json() for key, config in missing.items()}), encoding="utf-8")
-        unwanted = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        environment = {name: value for name, value in os.environ.items() if name not in unwanted}
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "framework.planner.extract", str(request), str(answer)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            last = "\n".join(done.stderr.strip().splitlines()[-_LAST_LINES:])
-            raise RunError(f"the planner cannot record what a step of this model allocates:\n{last}")
-        answers = json.loads(answer.read_text(encoding="utf-8"))
+    """Record laws in a process of their own."""
+    answers = run_apart(
+        "framework.planner.extract",
+        {key: config.to_json() for key, config in missing.items()},
+        failure="the planner cannot record what a step of this model allocates",
+    )
     found: dict[str, StepLaw | NoLaw] = {}
     for key, content in answers.items():
         if "law" in content:

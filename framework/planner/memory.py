@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from math import ceil
 
 from framework.planner.choice import Choice
-from framework.planner.course import Course
+from framework.planner.course import Course, Span
 from framework.planner.held import Weights
 from framework.planner.holders import Holders
 from framework.planner.law import StepLaw, trace_of
@@ -77,12 +77,12 @@ class MemoryModel:
         }
         return self._symbols | batch
 
-    def moments(self, choice: Choice) -> list[Moment]:
+    def spans(self, choice: Choice) -> list[Span]:
         """The step's parts in order, with all that the worst rank holds."""
-        law, sizes = self._law_of(choice), self.sizes(choice)
-        held = law.start.value(sizes)
-        parts = law.moments(sizes, blocks=self._blocks, accumulation=choice.accumulation)
-        return [Moment(part.part, held + part.start, held + part.peak) for part in parts]
+        course, held = self._course(choice, law := self._law_of(choice))
+        sizes = self.sizes(choice)
+        between = law.start.value(sizes) if law.start.terms else sum(held.values())
+        return [Span(span.part, between + span.start, between + span.peak) for span in course.spans(sizes)]
 
     def __call__(self, choice: Choice) -> Ledger:
         """What the worst rank holds."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framework.errors import UserError
-from framework.planner.law import ENDS, PHASE_OF_PART, Moment
+from framework.planner.course import Span
+from framework.planner.law import PHASE_OF_PART
 from framework.planner.ledger import PHASES, Ledger
 from framework.planner.search import Budget, Laws, Point
 from framework.planner.space import Candidate
@@ -29,8 +30,7 @@ class Picture:
 
     Attributes:
         chosen: the plan's point.
-        moments: its step's parts in order, from `MemoryModel.moments`.
-        blocks: depth of the model.
+        spans: its step's parts in order, from `MemoryModel.spans`.
         fronts: from `frontiers`.
         budget: of a rank.
         tokens_per_step: of all ranks; None where the data has no sequence length: speed is steps a second.
@@ -38,8 +38,7 @@ class Picture:
     """
 
     chosen: Point
-    moments: Sequence[Moment]
-    blocks: int
+    spans: Sequence[Span]
     fronts: Sequence[tuple[float, Sequence[Point]]]
     budget: Budget
     tokens_per_step: int | None
@@ -73,7 +72,7 @@ def draw(path: Path, picture: Picture) -> list[Path]:
 
     panels: dict[str, Callable[[Axes], None]] = {
         "memory": lambda axes: memory_by_phase(axes, picture.chosen.ledger, picture.budget),
-        "timeline": lambda axes: timeline(axes, picture.moments, picture.blocks, picture.budget),
+        "timeline": lambda axes: timeline(axes, picture.spans, picture.budget),
         "frontier": lambda axes: frontier(
             axes, picture.chosen, picture.fronts, picture.budget, picture.tokens_per_step
         ),
@@ -169,32 +168,27 @@ def memory_by_phase(axes: Axes, ledger: Ledger, budget: Budget) -> None:
     axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
 
 
-def timeline(axes: Axes, moments: Sequence[Moment], blocks: int, budget: Budget) -> None:
+def timeline(axes: Axes, spans: Sequence[Span], budget: Budget) -> None:
     """What a rank holds in the course of a step, whose blocks follow each other at equal distances.
 
     Of several micro-batches the first two are shown; those after them are like the second.
 
     Args:
         axes: to draw on.
-        moments: the step's parts in order.
-        blocks: depth of the model.
+        spans: the step's parts in order.
         budget: of a rank.
     """
     places: list[float] = []
     borders: list[tuple[float, str]] = []
     end = 0.0
-    for index, moment in enumerate(moments):
-        repeats = moment.part.endswith("middle")
-        again = repeats and index > 0 and moments[index - 1].part == moment.part
-        if again:
-            end += blocks - 2 * ENDS - 2
-        phase = PHASE_OF_PART[moment.part]
+    for span in spans:
+        phase = PHASE_OF_PART[span.part]
         if not borders or borders[-1][1] != phase:
             borders.append((end, phase))
         places.append(end + 0.5)
         end += 1
-    held = [moment.start / GIB for moment in moments]
-    peaks = [moment.peak / GIB for moment in moments]
+    held = [span.start / GIB for span in spans]
+    peaks = [span.peak / GIB for span in spans]
     axes.fill_between(places, held, color="#4393c3", label="held", linewidth=0)
     axes.fill_between(places, held, peaks, color="#f4a582", label="for a moment, at its most", linewidth=0)
     axes.plot(places, peaks, color="black", linewidth=0.8)

@@ -17,7 +17,7 @@ from framework.config import Config
 from framework.data import Batch
 from framework.models.wrapping import unwrapped
 from framework.planner.engine_marks import marks_of
-from framework.planner.law import BLOCKS, PARTS, PASSES, STEP, places_of
+from framework.planner.law import BLOCKS, PARTS, STEP, places_of
 from framework.planner.marks import END_OF_PASS, Mark
 from framework.planner.naming import Naming
 from framework.planner.symbols import model_symbols
@@ -28,8 +28,9 @@ from framework.training.optimizer import optimizer_factory
 from framework.training.prepared import PreparedModel
 from framework.training.step import train_window
 
-WARM_UP = 2
-"""Steps before the recorded one: the optimiser has its state then, and DeepSpeed knows the order of modules."""
+WARM_UP = {3: 2}
+"""Steps before the recorded one by ZeRO stage, one with others: the optimiser has its state then, and in stage 3
+DeepSpeed knows the order of modules."""
 
 
 @dataclass
@@ -38,12 +39,14 @@ class RecordedPart:
 
     Attributes:
         name: of `PARTS`, or the optimiser's step.
-        stretches: bytes of each allocation between marks, in order; negative for what is freed.
+        changes: bytes of each allocation, in order; negative for what is freed.
+        stretches: those that are not the engine's, between marks.
         marks: between the stretches.
         engine: of each mark, what the engine allocated and freed from it up to the next one.
     """
 
     name: str
+    changes: list[int] = field(default_factory=list)
     stretches: list[list[int]] = field(default_factory=lambda: [[]])
     marks: list[Mark] = field(default_factory=list)
     engine: list[list[int]] = field(default_factory=lambda: [[]])
@@ -51,10 +54,10 @@ class RecordedPart:
 
 @dataclass(frozen=True)
 class Recording:
-    """A step of two micro-batches.
+    """A step, of two micro-batches unless it was asked for others.
 
     Attributes:
-        parts: those of the first micro-batch, of the second, and the optimiser's step.
+        parts: those of each micro-batch in turn, and the optimiser's step.
         start: bytes of weights, buffers and the optimiser's state, which are there before and after.
         peak: the most that was live, `start` included.
         symbols: sizes of the model.
@@ -122,16 +125,18 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
             self._engines.discard(key)
         if self.parts and size:
             part = self.parts[-1]
+            part.changes.append(size)
             (part.engine if engines else part.stretches)[-1].append(size)
 
 
-def record_step(config: Config, batch: Batch, ranks: Ranks) -> Recording:
+def record_step(config: Config, batch: Batch, ranks: Ranks, micro_batches: int = 2) -> Recording:
     """Make steps of a run in this process, of which the last is recorded.
 
     Args:
         config: of the run, of a model with `BLOCKS` blocks or more.
-        batch: both micro-batches of each step.
+        batch: every micro-batch of each step.
         ranks: of the run; see `first_of`.
+        micro_batches: of each step.
     """
     prepared = PreparedModel.build(config, None, ranks, None)
     symbols = model_symbols(prepared.model)
@@ -153,9 +158,10 @@ def record_step(config: Config, batch: Batch, ranks: Ranks) -> Recording:
         return optimizer
 
     engine.prepare(prepared.model, build_apart, prepared.initial)
+    window = [batch] * micro_batches
     norm, rate = config.training.max_grad_norm, config.optimizer.learning_rate
-    for _ in range(WARM_UP):
-        train_window(engine, ranks, objective, [batch, batch], rate, norm)
+    for _ in range(WARM_UP.get(config.zero_stage, 1)):
+        train_window(engine, ranks, objective, window, rate, norm)
     for tensors in engine.held():
         recorder.track(tensors)
     recorder.track(_gathered_before(engine.model))
@@ -163,10 +169,11 @@ def record_step(config: Config, batch: Batch, ranks: Ranks) -> Recording:
     recorder.reset_peak()
     with _Borders(engine.model, recorder), marks_of(engine, recorder, naming), _collected(), recorder:
         recorder.begin(PARTS[0])
-        train_window(_Announcing(engine, recorder), ranks, objective, [batch, batch], rate, norm)
-    found = Recording(tuple(recorder.parts), start, recorder.peak, symbols)
+        train_window(_Announcing(engine, recorder, micro_batches), ranks, objective, window, rate, norm)
+    # What is freed from here on is no part of the step.
+    parts, recorder.parts = tuple(recorder.parts), []
     engine.close()
-    return found
+    return Recording(parts, start, recorder.peak, symbols)
 
 
 @contextmanager
@@ -192,8 +199,8 @@ def _gathered_before(model: nn.Module) -> Iterator[Tensor]:
 class _Announcing:
     """An engine that says when a backward pass ends, and when its optimiser's step begins."""
 
-    def __init__(self, engine: Any, recorder: Recorder) -> None:
-        self._engine, self._recorder, self._passes = engine, recorder, 0
+    def __init__(self, engine: Any, recorder: Recorder, passes: int) -> None:
+        self._engine, self._recorder, self._left = engine, recorder, passes
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -202,8 +209,8 @@ class _Announcing:
         """The engine's."""
         self._engine.backward(loss)
         self._recorder.mark(Mark(END_OF_PASS, "", None))
-        self._passes += 1
-        if self._passes < len(PASSES):
+        self._left -= 1
+        if self._left:
             self._recorder.begin(PARTS[0])
 
     def step(self, **arguments: Any) -> Any:

@@ -8,12 +8,22 @@ import pytest
 
 from framework.config import Config
 from framework.errors import UserError
+from framework.models.architecture import describe
 from framework.models.configuration import read_model_config
+from framework.models.configured import configured_empty_model
+from framework.models.wrapping import unwrapped
+from framework.planner.choice import Choice
 from framework.planner.extraction import extract_law, job_symbols, law_key, law_settings, selection_sizes
 from framework.planner.fake_ranks import first_of
+from framework.planner.holders import Holders
+from framework.planner.memory import MemoryModel
+from framework.planner.naming import weights_of
 from framework.planner.recording import Recording, record_step
 from framework.planner.small_models import Family, Widths, probe_batch, probe_config
 from framework.planner.symbols import batch_symbols
+from framework.sharding.deepspeed_config import bucket_sizes
+from framework.sharding.engines import model_sizes
+from framework.training.parameter_groups import parameter_groups
 
 WIDTHS = Widths(8, 2, 16, 24, 152, 300, 4, 3, 96, 30, 4)
 LLAMA = {
@@ -49,14 +59,14 @@ def config_of(model: dict, **sections: dict) -> Config:
     )
 
 
-def measured(config: Config) -> tuple[Recording, dict[str, float]]:
-    """A step of the model itself, and the sizes of its symbols."""
+def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
+    """A run of the model itself, a step of it, and the sizes of its symbols."""
     run = probe_config(config, config.model.from_config, WIDTHS)
     batch, ranks = probe_batch(WIDTHS, packed=config.data.packing), run.described_ranks
     with first_of(ranks) as connected:
         recording = record_step(run, batch, connected)
     sizes = recording.symbols | batch_symbols(batch) | selection_sizes(run, batch)
-    return recording, sizes | job_symbols(run, ranks)
+    return run, recording, sizes | job_symbols(run, ranks)
 
 
 @pytest.mark.slow
@@ -72,18 +82,40 @@ def measured(config: Config) -> tuple[Recording, dict[str, float]]:
             {"optimizer": {"precision": "pure_bf16"}, "data": {"train": "x", "sequence_length": 96, "packing": True}},
         ),
         (LLAMA, {"sharding": {"engine": "fsdp"}}),
+        (
+            QWEN,
+            {
+                "sharding": {"engine": "deepspeed", "zero_stage": 3},
+                "optimizer": {"precision": "fp32_master"},
+                "retention": SELECTIVE,
+            },
+        ),
     ],
-    ids=["all", "gpt2 checkpoint", "labelled", "ratio LoRA", "bf16 packed", "fsdp"],
+    ids=["all", "gpt2 checkpoint", "labelled", "ratio LoRA", "bf16 packed", "fsdp", "ZeRO 3"],
 )
 def test_a_deeper_and_wider_step_takes_what_the_law_says(model, sections):
     config = config_of(model, **sections)
     family = Family(read_model_config(None, model))
     law = extract_law(config, family)
-    recording, sizes = measured(config)
-    start = law.start.value(sizes)
-    peak = start + max(moment.peak for moment in law.moments(sizes, blocks=family.depth, accumulation=2))
-    assert start == recording.start
-    assert peak == pytest.approx(recording.peak, rel=2e-5)
+    run, recording, sizes = measured(config)
+    model = configured_empty_model(run, None)
+    weights = weights_of(model, parameter_groups(model, run.optimizer))
+    buckets = bucket_sizes(model_sizes(describe(unwrapped(model), task="causal_lm")))
+    memory = MemoryModel(
+        lambda choice: law,
+        recording.symbols,
+        weights,
+        Holders(run, weights, buckets, one_by_one=True),
+        blocks=family.depth,
+        sequence_length=96,
+        labelled_share=1.0,
+    )
+    ledger = memory.at(Choice.of(run, run.described_ranks, 1.0), {"share": 1 / run.described_ranks} | sizes)
+    held = sum(term.bytes for term in ledger.terms if "save" in term.phases)
+    # With DeepSpeed scalars are left out, and another rank may hold more than the recorded one.
+    exact = run.sharding.engine != "deepspeed"
+    assert held == recording.start if exact else held == pytest.approx(recording.start, abs=1024)
+    assert ledger.peak == pytest.approx(recording.peak, rel=2e-5 if exact else 0.008)
 
 
 def test_laws_are_shared_by_models_that_differ_in_widths_and_depth_only():
@@ -102,7 +134,7 @@ def test_weights_that_stay_gathered_are_counted():
     peaks = {}
     for reshard in (True, False):
         config = config_of(LLAMA, sharding={"engine": "fsdp", "reshard_after_forward": reshard})
-        recording, sizes = measured(config)
+        _, recording, sizes = measured(config)
         peaks[reshard] = recording.peak
     # Float32 weights of nearly all of the seven blocks at once.
     assert 6 < (peaks[False] - peaks[True]) / (4 * sizes["block"]) < 7
@@ -122,17 +154,8 @@ def test_a_config_in_parts_is_refused():
         Family(read_model_config(None, {"model_type": "gemma3"}))
 
 
-@pytest.mark.parametrize(
-    ("sharding", "message"),
-    [
-        ({"engine": "deepspeed", "zero_stage": 1}, "does not know what stage 1 allocates"),
-        (
-            {"engine": "fsdp", "offload_parameters": True, "offload_optimizer": True},
-            "does not know what offloading leaves on the device",
-        ),
-    ],
-)
-def test_what_no_law_is_recorded_for(sharding, message):
-    config = config_of(LLAMA, sharding=sharding)
-    with pytest.raises(UserError, match=message):
+def test_what_no_law_is_recorded_for():
+    offloading = {"engine": "fsdp", "offload_parameters": True, "offload_optimizer": True}
+    config = config_of(LLAMA, sharding=offloading)
+    with pytest.raises(UserError, match="does not know what offloading leaves on the device"):
         extract_law(config, Family(read_model_config(None, LLAMA)))

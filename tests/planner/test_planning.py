@@ -166,8 +166,12 @@ def test_the_command_prints_a_plan_and_exits_3_where_nothing_fits(
         return code, " ".join((printed.out + printed.err).split())
 
     planned = ("--config", str(path), "--json", str(output))
-    code, words = run(*planned, "--gpu-memory", "24GiB", "--plot", f"{tmp_path}/plots/")
+    shown = ("--plot", f"{tmp_path}/plots/", "--simulate", "--top", "1")
+    code, words = run(*planned, "--gpu-memory", "24GiB", *shown)
     assert code == 0 and "launch" in words and "labelled share: 100 % assumed" in words
+    assert "simulating" in words and "trust the simulation" not in words
+    chosen = json.loads(output.read_text())["chosen"]
+    assert chosen["peak_allocated_bytes"] == pytest.approx(chosen["simulated_peak_bytes"], rel=0.005)
     assert json.loads(output.read_text())["fits"] and (tmp_path / "plots" / "timeline.png").exists()
     code, words = run(*planned, "--gpu-memory", "10MiB")
     assert code == 3 and "nothing fits" in words and "settings are left out for lack of time" in words

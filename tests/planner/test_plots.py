@@ -12,7 +12,7 @@ from toy_laws import TOY, MiB
 
 from framework.config.sections import PlannerConfig
 from framework.errors import UserError
-from framework.planner.law import Moment
+from framework.planner.course import Span
 from framework.planner.ledger import PHASES, Ledger, during, everywhere
 from framework.planner.plots import Picture, draw, frontier, frontiers, memory_by_phase, timeline
 from framework.planner.search import Budget, Point, search
@@ -75,8 +75,8 @@ def test_the_chosen_point_is_where_it_belongs(space: list[Candidate], chosen: Po
     assert (star.get_xdata()[0], star.get_ydata()[0]) == (65536 / chosen.seconds, chosen.ledger.peak / GIB)
 
 
-MOMENTS = [
-    Moment(part, start * GIB, (start + 0.5) * GIB)
+SPANS = [
+    Span(part, start * GIB, (start + 0.5) * GIB)
     for part, start in [
         ("inputs", 1),
         ("forward first", 1),
@@ -94,11 +94,10 @@ MOMENTS = [
 
 def test_a_step_is_drawn_in_order_with_a_place_for_every_block() -> None:
     axes = Figure().subplots()
-    timeline(axes, MOMENTS, 9, BUDGET)
+    timeline(axes, SPANS, BUDGET)
     line = axes.lines[0]
-    # Inputs, nine blocks forward of which five are in the middle, the loss, a block backward, the step.
-    assert line.get_xdata().tolist() == [0.5, 1.5, 2.5, 3.5, 7.5, 8.5, 9.5, 10.5, 11.5, 12.5]
-    assert line.get_ydata().tolist() == [moment.peak / GIB for moment in MOMENTS]
+    assert line.get_xdata().tolist() == [number + 0.5 for number in range(10)]
+    assert line.get_ydata().tolist() == [span.peak / GIB for span in SPANS]
     assert [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()] == [
         "forward",
         "loss",
@@ -109,7 +108,7 @@ def test_a_step_is_drawn_in_order_with_a_place_for_every_block() -> None:
 
 @pytest.fixture(scope="module")
 def picture(space: list[Candidate], chosen: Point) -> Picture:
-    return Picture(chosen, MOMENTS, 9, frontiers(space, TOY, SHARE, levels=2), BUDGET, 65536, "a job")
+    return Picture(chosen, SPANS, frontiers(space, TOY, SHARE, levels=2), BUDGET, 65536, "a job")
 
 
 def test_the_files_are_pictures(tmp_path: Path, picture: Picture) -> None:
