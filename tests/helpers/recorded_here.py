@@ -1,4 +1,4 @@
-"""Laws of steps recorded in the process that asks for them, which saves the start of another one."""
+"""What the planner does in a process of its own, done in the one that asks, which saves the start of another."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import gc
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from framework.planner import extract, laws
+from framework.planner import apart
 
 
 @contextmanager
@@ -20,11 +21,12 @@ def recorded_here() -> Iterator[None]:
     """Within this context they are."""
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess:
-        extract.main(*map(Path, command[-2:]))
+        _, _, module, request, answer = command
+        import_module(module).main(Path(request), Path(answer))
         # Models and their hooks are cycles; what is left of them would be counted by whoever looks for tensors.
         gc.collect()
         return subprocess.CompletedProcess(command, 0, "", "")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(laws, "subprocess", SimpleNamespace(run=run))
+        patch.setattr(apart, "subprocess", SimpleNamespace(run=run))
         yield

@@ -145,7 +145,9 @@ def calibrate_ranks():
 
 @pytest.mark.multiprocess
 def test_ranks_agree_on_the_slowest(tmp_path):
-    first, second = several_ranks.run(2, tmp_path, calibrate_ranks)
+    ended = several_ranks.start(2, tmp_path, calibrate_ranks).wait(several_ranks.TIMEOUT_SECONDS)
+    assert [end.code for end in ended] == [0, 0], ended[0].output
+    first, second = (end.stdout for end in ended)
     figures = json.loads(first.splitlines()[-1])
     assert figures == json.loads(second.splitlines()[-1])
     assert figures["measured"] and figures["network"] is None
