@@ -56,7 +56,7 @@ class DeepSpeedEngine:
         """
         self.device = device or ranks.place.device()
         self._ranks = ranks
-        self._options = _for_device(options, self.device)
+        self._options = _for_backend(options)
         self._stage = options["zero_optimization"]["stage"]
         self.sharded = self._stage == 3
         self._precision = PRECISIONS[precision]
@@ -270,14 +270,14 @@ def _loss_scale(fp16: Mapping[str, Any]) -> LossScale:
     )
 
 
-def _for_device(options: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The options, on the CPU with gathers one by one.
+def _for_backend(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, over gloo with gathers one by one.
 
     DeepSpeed 0.19 gathers the parameters that stay whole after an update in one go and waits for the last exchange
     only. NCCL's run in order, so that the last one comes last; gloo's do not, and a norm or a bias may be used before
     it is there.
     """
     own = copy.deepcopy(dict(options))
-    if device.type == "cpu":
+    if dist.get_backend() == "gloo":
         own["zero_optimization"]["stage3_allgather_sequential"] = True
     return own

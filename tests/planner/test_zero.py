@@ -116,9 +116,9 @@ def joined(levels: Levels) -> Levels:
     ],
 )
 def test_what_deepspeed_allocates_at_every_mark(monkeypatch, stage, precision, ranks, policy, one_by_one):
-    if not one_by_one:
-        # As on a GPU: neighbours are gathered together, and ahead.
-        monkeypatch.setattr(engine_module, "_for_device", lambda options, device: options)
+    if one_by_one:
+        # As over gloo; else neighbours are gathered together, and ahead.
+        monkeypatch.setattr(engine_module.dist, "get_backend", lambda group=None: "gloo")
     config = config_of(stage, precision, ranks, policy)
     with first_of(ranks) as connected:
         recording = record_step(config, probe_batch(BATCH, packed=False), connected)

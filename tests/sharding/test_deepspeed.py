@@ -212,10 +212,11 @@ def test_ranks_hold_their_parts(launched: tuple[Found, str]) -> None:
         assert held[0][:2] == [size + buffers, size] and 2 * size <= held[0][2] <= 2 * size + 21
         for stage in (1, 2):
             assert held[stage][0] == pytest.approx(1.5 * size, rel=0.01)
-            assert held[stage][1:] == [pytest.approx(size / 2, rel=0.01), pytest.approx(size, rel=0.01)]
+            assert held[stage][1:] == [pytest.approx(size / 2, rel=0.01), pytest.approx(size, rel=0.01), 0]
         # The 16-bit and the master partition, and the vectors, which stay whole.
         assert held[3][0] == pytest.approx(size, rel=0.02)
-        assert held[3][1:] == [pytest.approx(size / 2, rel=0.01), pytest.approx(size, rel=0.01)]
+        # The bucket of the gradients is as large as the model, which is smaller than the least of them.
+        assert held[3][1:] == [pytest.approx(size / 2, rel=0.01), pytest.approx(size, rel=0.01), size + size % 2]
 
 
 def test_ranks_with_parts_of_their_own_draw_noise_of_their_own(launched: tuple[Found, str]) -> None:

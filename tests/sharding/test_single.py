@@ -261,9 +261,9 @@ def test_what_is_held_are_weights_gradients_and_optimizer():
     def held():
         return [sum(tensor.numel() for tensor in tensors) for tensors in engine.held()]
 
-    assert held() == [count, 0, 0]
+    assert held() == [count, 0, 0, 0]
     engine.backward(engine.model(torch.ones(1, 6)).sum())
-    assert held() == [count, count, 0]
+    assert held() == [count, count, 0, 0]
     engine.step(loss=torch.zeros(()), max_grad_norm=None, learning_rate=0.1)
     # Two moments, and a step counter for each of four parameters.
-    assert held() == [count, 0, 2 * count + 4]
+    assert held() == [count, 0, 2 * count + 4, 0]
