@@ -73,8 +73,9 @@ def extract_law(config: Config, family: Family) -> StepLaw:
         raise UserError("sharding.offload_optimizer: the planner does not know what offloading leaves on the device")
     recorded = [_recorded(config, family, widths) for widths in PROBES]
     recordings = [recording for _, recording in recorded]
-    # What DeepSpeed holds between steps is padded and cut, which `zero` and `zero3` say.
-    return fitted_law([sizes for sizes, _ in recorded], recordings, held=config.sharding.engine != "deepspeed")
+    # What DeepSpeed holds between steps is padded and cut, and moments of small tensors have more bits than others.
+    regular = config.sharding.engine != "deepspeed" and config.optimizer.name != "adamw_8bit"
+    return fitted_law([sizes for sizes, _ in recorded], recordings, held=regular)
 
 
 def _recorded(config: Config, family: Family, widths: Widths) -> tuple[dict[str, float], Recording]:

@@ -10,8 +10,14 @@ from framework.config import Config
 from framework.planner.choice import Choice
 from framework.planner.course import Holder, Place
 from framework.planner.held import Weights
-from framework.planner.zero import Buckets, Bytes, FlatPartitions, WholeGradients
+from framework.planner.zero import STATE, WEIGHTS, Buckets, Bytes, FlatPartitions, WholeGradients
 from framework.planner.zero3 import PartitionedWeights
+
+BLOCK = 256
+"""Elements of a moment in 8 bits that have a scale."""
+
+MINIMUM_SIZE = 4096
+"""Elements of a tensor from which on its moments have 8 bits."""
 
 CHUNK = 1 << 24
 """Elements that `StochasticAdamW` updates at once."""
@@ -19,8 +25,8 @@ CHUNK = 1 << 24
 STOCHASTIC_BYTES = 30
 """Of its temporaries, for each of them: seven float32 tensors and a bfloat16 one."""
 
-STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2 + 2 * 4 / 256}
-"""Bytes of an element's moments: two in float32, or two codes and for 256 of each a float32 scale."""
+COUNTER = 4
+"""Bytes of the number of steps that each tensor has."""
 
 
 class Holders:
@@ -51,18 +57,34 @@ class Holders:
         stage = choice.zero_stage if choice.engine == "deepspeed" else None
         if not stage:
             bucket = None if stage is None else self._sizes["reduce_bucket_size"]
-            return WholeGradients(self._weights, self.state_bytes, self.update, bucket)
+            return WholeGradients(self._weights, self.state, self.update, bucket)
         size, buckets, ranks = self._bytes(), self._buckets(stage), choice.shard_ranks
         if stage < 3:
-            return FlatPartitions(self._weights, size, self.update, buckets, stage=stage, ranks=ranks, rank=rank)
-        return PartitionedWeights(self._weights, size, self.update, buckets, ranks=ranks, trace=trace)
+            return FlatPartitions(
+                self._weights, size, self.state, self.update, buckets, stage=stage, ranks=ranks, rank=rank
+            )
+        return PartitionedWeights(self._weights, size, self.state, self.update, buckets, ranks=ranks, trace=trace)
 
-    @property
-    def state_bytes(self) -> float:
-        """Of an element's moments, where the optimiser updates the weights themselves."""
-        if self._optimizer == "adamw" and self._precision == "pure_bf16":
-            return 4.0
-        return STATE_BYTES[self._optimizer]
+    def state(self, elements: int, itemsize: int) -> int:
+        """Bytes of what the optimiser keeps for a tensor of so many elements of so many bytes."""
+        return self._moments(elements, elements, itemsize) + COUNTER
+
+    def sharded(self, shards: int) -> dict[str, int]:
+        """What each of so many ranks holds, where every weight and its state is shared out."""
+        weights = sum(ceil(weight.elements / shards) * weight.itemsize for weight in self._weights.all)
+        state = sum(
+            self._moments(ceil(weight.elements / shards), weight.elements, weight.itemsize) + COUNTER
+            for weight in self._weights.all
+            if weight.trained
+        )
+        return {WEIGHTS: weights + self._weights.buffers, STATE: state}
+
+    def _moments(self, elements: int, whole: int, itemsize: int) -> int:
+        """Two moments of a part of a tensor: in 8 bits with a float32 scale for each block, or as wide as weights."""
+        if self._optimizer == "adamw_8bit" and whole >= MINIMUM_SIZE:
+            return 2 * (elements + 4 * ceil(elements / BLOCK))
+        wide = 4 if self._optimizer == "adamw_8bit" or self._precision != "pure_bf16" else itemsize
+        return 2 * wide * elements
 
     def update(self, elements: int) -> int:
         """Bytes that the optimiser needs beside a tensor of so many elements while it updates it."""
@@ -75,15 +97,11 @@ class Holders:
         largest = max((weight.elements for weight in self._weights.all if weight.trained), default=0)
         return self.update(ceil(largest / shards))
 
-    def sharded_state(self, shards: int) -> int:
-        """Bytes of the moments on one of so many ranks."""
-        return round(self._weights.trained * self.state_bytes / shards)
-
     def _bytes(self) -> Bytes:
         pure = self._precision == "pure_bf16"
         held = 4 if self._precision == "fp32" else 2
         master = 2 if pure else 4
-        return Bytes(weight=held, summed=master, master=master, state=self.state_bytes)
+        return Bytes(weight=held, summed=master, master=master)
 
     def _buckets(self, stage: int) -> Buckets:
         sizes: dict[str, Any] = self._sizes

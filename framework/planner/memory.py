@@ -98,7 +98,7 @@ class MemoryModel:
         law = self._law_of(choice)
         course, held = self._course(choice, law)
         if law.start.terms:
-            # More exact than what is known of the weights: adapters and quantised weights have layouts of their own.
+            # It also has what is not a parameter, such as the statistics of quantised weights.
             held = {WEIGHTS: round(law.start.value(sizes)) - held[STATE], STATE: held[STATE]}
         terms = [everywhere(name, size) for name, size in held.items()]
         engine = _engine_words(choice)
@@ -113,7 +113,7 @@ class MemoryModel:
         key = (id(law), _engine_key(choice))
         if key not in self._courses:
             holder = self._holders.of(choice, trace_of(law, self._blocks))
-            held = self._held(choice) if holder is None else holder.held()
+            held = self._holders.sharded(choice.shard_ranks) if holder is None else holder.held()
             course = Course(
                 law,
                 blocks=self._blocks,
@@ -124,9 +124,6 @@ class MemoryModel:
             )
             self._courses[key] = course, held
         return self._courses[key]
-
-    def _held(self, choice: Choice) -> dict[str, int]:
-        return {WEIGHTS: 0, STATE: self._holders.sharded_state(choice.shard_ranks)}
 
 
 def _engine_key(choice: Choice) -> tuple[object, ...]:

@@ -112,12 +112,15 @@ class PlannedJob:
         config: of the run, with its open keys.
         labelled_share: labelled tokens / all tokens of its data.
         say: is told what takes time.
+        one_by_one: DeepSpeed gathers weights one by one and none ahead, as over gloo.
 
     Raises:
         UserError: the model is not what can be planned for.
     """
 
-    def __init__(self, config: Config, labelled_share: float, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, config: Config, labelled_share: float, say: Callable[[str], None], *, one_by_one: bool = False
+    ) -> None:
         if config.model.task != "causal_lm" or config.data.sequence_length is None:
             raise UserError(f"model.task: the planner knows causal_lm only, not {config.model.task}")
         self.config, self.labelled_share, self._say = config, labelled_share, say
@@ -135,7 +138,7 @@ class PlannedJob:
             self._law,
             self._symbols,
             weights,
-            Holders(described, weights, bucket_sizes(self._model_sizes), one_by_one=False),
+            Holders(described, weights, bucket_sizes(self._model_sizes), one_by_one=one_by_one),
             blocks=self._family.depth,
             sequence_length=config.data.sequence_length,
             labelled_share=labelled_share,
@@ -214,7 +217,7 @@ class PlannedJob:
             RunError: laws cannot be recorded.
         """
         learn([(self, space)], self._say)
-        kept, missing = self.recorded(space), self._missing(space)
+        kept, missing = self.recorded(space), self.missing(space)
         if not kept:
             raise UserError("\n".join(missing))
         for reason, choices in missing.items():
@@ -225,7 +228,7 @@ class PlannedJob:
                 self._say(line)
         return kept
 
-    def _missing(self, space: Sequence[Candidate]) -> dict[str, list[Choice]]:
+    def missing(self, space: Sequence[Candidate]) -> dict[str, list[Choice]]:
         """Why there are no laws, and of which kinds of choices."""
         missing: dict[str, list[Choice]] = {}
         for kind in dict.fromkeys(_kind(each.choice) for each in space):

@@ -164,7 +164,7 @@ def record_step(config: Config, batch: Batch, ranks: Ranks, micro_batches: int =
         train_window(engine, ranks, objective, window, rate, norm)
     for tensors in engine.held():
         recorder.track(tensors)
-    recorder.track(_gathered_before(engine.model))
+    recorder.track(gathered_before(engine.model))
     start = recorder.current
     recorder.reset_peak()
     with _Borders(engine.model, recorder), marks_of(engine, recorder, naming), _collected(), recorder:
@@ -187,7 +187,7 @@ def _collected() -> Iterator[None]:
         gc.enable()
 
 
-def _gathered_before(model: nn.Module) -> Iterator[Tensor]:
+def gathered_before(model: nn.Module) -> Iterator[Tensor]:
     """What FSDP2 gathers weights into: made at the first step, empty between steps, grown again at the next."""
     for module in model.modules():
         if isinstance(module, FSDPModule):

@@ -15,6 +15,9 @@ from framework.planner.held import Weight, Weights
 
 WEIGHTS, MASTERS, STATE, GRADIENTS = "weights", "master weights", "optimizer state", "gradients"
 
+State = Callable[[int, int], int]
+"""Elements of a tensor and bytes of each of them -> bytes of what the optimiser keeps for it."""
+
 Update = Callable[[int], int]
 """Elements of a tensor -> bytes that the optimiser needs beside it while it updates it."""
 
@@ -27,13 +30,11 @@ class Bytes:
         weight: as it is used in passes; a gradient has as many.
         summed: of a gradient summed up over micro-batches.
         master: of what the optimiser updates.
-        state: of all moments together.
     """
 
     weight: int
     summed: int
     master: int
-    state: float
 
 
 @dataclass(frozen=True)
@@ -55,21 +56,22 @@ class WholeGradients:
 
     Args:
         weights: of the model.
-        state: bytes of an element's moments.
+        state: of the optimiser.
         update: of the optimiser.
         bucket: elements that are reduced at a time, or more with the last of them; None for one process.
     """
 
     alike = False
 
-    def __init__(self, weights: Weights, state: float, update: Update, bucket: int | None = None) -> None:
+    def __init__(self, weights: Weights, state: State, update: Update, bucket: int | None = None) -> None:
         self._weights, self._state, self._update, self._bucket = weights, state, update, bucket
         self._whole: dict[Weight, int] = {}
 
     def held(self) -> dict[str, int]:
         """See `Holder.held`."""
         weights = sum(weight.bytes for weight in self._weights.all) + self._weights.buffers
-        return {WEIGHTS: weights, STATE: round(self._weights.trained * self._state)}
+        state = sum(self._state(weight.elements, weight.itemsize) for weight in self._weights.all if weight.trained)
+        return {WEIGHTS: weights, STATE: state}
 
     def begin(self) -> Iterator[int]:
         """See `Holder.begin`."""
@@ -123,6 +125,7 @@ class FlatPartitions:
     Args:
         weights: of the model.
         size: bytes of an element.
+        state: of the optimiser.
         update: of the optimiser.
         buckets: of the run.
         stage: 1 or 2.
@@ -134,6 +137,7 @@ class FlatPartitions:
         self,
         weights: Weights,
         size: Bytes,
+        state: State,
         update: Update,
         buckets: Buckets,
         *,
@@ -141,7 +145,8 @@ class FlatPartitions:
         ranks: int,
         rank: int | None = None,
     ) -> None:
-        self._weights, self._size, self._update, self._buckets = weights, size, update, buckets
+        self._weights, self._size, self._buckets = weights, size, buckets
+        self._state, self._update = state, update
         self._stage = stage
         self._each_pass = stage == 2 or buckets.overlap or size.weight != size.summed
         self.alike = self._each_pass
@@ -182,7 +187,7 @@ class FlatPartitions:
         return {
             WEIGHTS: self._weights.elements * size.weight + self._weights.buffers,
             MASTERS: padded * size.master,
-            STATE: round(padded * size.state),
+            STATE: sum(self._state(partition, size.master) for partition in self._partitions),
         }
 
     def begin(self) -> Iterator[int]:

@@ -12,7 +12,7 @@ from math import ceil
 
 from framework.planner.course import Place
 from framework.planner.held import Weight, Weights
-from framework.planner.zero import GRADIENTS, MASTERS, STATE, WEIGHTS, Buckets, Bytes, Update
+from framework.planner.zero import GRADIENTS, MASTERS, STATE, WEIGHTS, Buckets, Bytes, State, Update
 
 
 class PartitionedWeights:
@@ -21,6 +21,7 @@ class PartitionedWeights:
     Args:
         weights: of the model.
         size: bytes of an element.
+        state: of the optimiser.
         update: of the optimiser.
         buckets: of the run.
         ranks: that the model is partitioned over.
@@ -30,9 +31,18 @@ class PartitionedWeights:
     alike = True
 
     def __init__(
-        self, weights: Weights, size: Bytes, update: Update, buckets: Buckets, *, ranks: int, trace: Sequence[Place]
+        self,
+        weights: Weights,
+        size: Bytes,
+        state: State,
+        update: Update,
+        buckets: Buckets,
+        *,
+        ranks: int,
+        trace: Sequence[Place],
     ) -> None:
-        self._weights, self._size, self._update, self._buckets, self._ranks = weights, size, update, buckets, ranks
+        self._weights, self._size, self._buckets, self._ranks = weights, size, buckets, ranks
+        self._state, self._update = state, update
         self._modules = [weights.by_module.get(module, ()) for module in trace]
         self._order = [(weight, step) for step, own in enumerate(self._modules) for weight in own]
         self._small = {weight for weight in weights.all if weight.elements <= buckets.persistence}
@@ -52,7 +62,7 @@ class PartitionedWeights:
         return {
             WEIGHTS: (parts + whole) * size.weight + self._weights.buffers,
             MASTERS: trained * size.master,
-            STATE: round(trained * size.state),
+            STATE: sum(self._state(part, size.master) for part in self._sub_groups()),
             GRADIENTS: trained * size.summed + self._buckets.reduce * size.weight,
         }
 

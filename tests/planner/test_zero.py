@@ -143,7 +143,15 @@ def test_what_deepspeed_allocates_at_every_mark(monkeypatch, stage, precision, r
 def test_stages_1_and_2_by_hand():
     first, second = Weight("a", None, 60, 4, 0), Weight("b", None, 40, 4, 0)
     weights = Weights((first, second), buffers=12)
-    holder = FlatPartitions(weights, Bytes(2, 4, 4, 8), lambda elements: elements, Buckets(reduce=80), stage=2, ranks=2)
+    holder = FlatPartitions(
+        weights,
+        Bytes(2, 4, 4),
+        lambda elements, size: 8 * elements,
+        lambda elements: elements,
+        Buckets(reduce=80),
+        stage=2,
+        ranks=2,
+    )
     # 50 elements each: the first rank has 50 of `a`, the second 10 of it and all of `b`, which is more.
     assert holder.held() == {"weights": 212, "master weights": 200, "optimizer state": 400}
     assert [*holder.gradient(second)] == [80, 160, 0, -80]
@@ -156,7 +164,12 @@ def test_stages_1_and_2_by_hand():
 
 def test_whole_gradients_by_hand():
     first, second = Weight("a", None, 60, 2, 0), Weight("b", None, 40, 4, 0)
-    holder = WholeGradients(Weights((first, second), buffers=0), 8, lambda elements: 3 * elements, bucket=50)
+    holder = WholeGradients(
+        Weights((first, second), buffers=0),
+        lambda elements, size: 8 * elements,
+        lambda elements: 3 * elements,
+        bucket=50,
+    )
     assert holder.held() == {"weights": 280, "optimizer state": 800}
     assert [*holder.gradient(first), *holder.gradient(second), *holder.gradient(first)] == [120, 160]
     assert [*holder.step()] == [120, -120, 160, -160, 180, -180, 120, -120, -280]
