@@ -64,7 +64,7 @@ $(LOWEST_VENV)/.created:
 
 # torch comes first and in this very form, so that a machine may serve its own build of this version.
 $(VENV)/.torch: $(VENV)/.created
-	PIP_CONSTRAINT=constraints.txt $(BIN)/$(INSTALL) torch==2.13.0
+	PIP_CONSTRAINT=constraints.txt $(BIN)/pip install torch==2.13.0
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch constraints.txt pyproject.toml

@@ -76,10 +76,6 @@ class Stretch:
     net: Polynomial
     peaks: tuple[Polynomial, ...]
 
-    def peak(self, sizes: Sizes) -> float:
-        """Bytes above its start at its highest."""
-        return max((peak.value(sizes) for peak in self.peaks), default=0.0)
-
     def to_json(self) -> list[str]:
         """As JSON values."""
         return [str(self.net), *map(str, self.peaks)]

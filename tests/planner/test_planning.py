@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from recorded_here import recorded_here
 from rich.console import Console
 
 from framework.cli import run_command
@@ -52,6 +53,12 @@ def config_of(**sections: dict) -> Config:
         }
         | sections
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process():
+    with recorded_here():
+        yield
 
 
 def cluster_with(config: Config, size: int) -> tuple:
