@@ -25,7 +25,7 @@ from framework.training.optimizer import optimizer_factory
 from framework.training.prepared import PreparedModel
 from framework.training.step import train_window
 
-STEPS = 3
+STEPS = 5
 """The last of which is measured: the optimiser has its state then, and DeepSpeed knows the order of modules."""
 
 
@@ -50,15 +50,16 @@ def measure(config: Config, length: int, prompt: int, ranks: Ranks) -> dict[str,
 
 
 def made_up(config: Config, length: int, prompt: int, seed: int) -> Batch:
-    """Rows of random tokens that are padded to a multiple of 8, as collated ones are."""
+    """Rows of random tokens, each shorter than the one before, padded to a multiple of 8 as collated ones are."""
     drawn = torch.Generator().manual_seed(seed)
     shape = (config.micro_batch_size, -(-length // 8) * 8)
     ids = torch.randint(1, config.model.from_config["vocab_size"], shape, generator=drawn)
     labels, mask = ids.clone(), torch.ones(shape, dtype=torch.int64)
     documents = torch.arange(shape[0])[:, None].expand(shape).clone()
     labels[:, :prompt] = IGNORED
-    for tensor, value in ((labels, IGNORED), (mask, 0), (documents, NO_DOCUMENT)):
-        tensor[:, length:] = value
+    for row in range(shape[0]):
+        for tensor, value in ((labels, IGNORED), (mask, 0), (documents, NO_DOCUMENT)):
+            tensor[row, length - row :] = value
     supervised = supervised_positions(labels, causal=True)
     inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     return Batch(inputs, documents, supervised, int(supervised.sum()))

@@ -20,6 +20,9 @@ from framework.selection import supervised_positions
 MLP_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
 """By what names families know the width of their MLP."""
 
+SHORTER = 3
+"""Tokens by which each sequence of a batch is shorter than the one before: enough for other numbers of selected ones."""
+
 PROBED_RATIOS = {"supervised": 0.9, "uniform": 0.6, "bernoulli": 0.6}
 """Ratios below 1 of small models: with `supervised` above their labelled share, so that some context is selected."""
 
@@ -106,11 +109,13 @@ class Family:
     def sizes_of_model(self) -> dict[str, float]:
         """The symbols that are the model's, at its own sizes."""
         heads, hidden = self._value("num_attention_heads"), self._value("hidden_size")
+        kv_heads, head_dim = self._kv_heads or heads, self._value("head_dim") or hidden // heads
         sizes = {
             "hidden": hidden,
             "heads": heads,
-            "kv_heads": self._kv_heads or heads,
-            "head_dim": self._value("head_dim") or hidden // heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "qkv": (heads + 2 * kv_heads) * head_dim,
             "vocab": self._value("vocab_size"),
             "positions": self._value("max_position_embeddings"),
         }
@@ -183,9 +188,8 @@ def probe_batch(widths: Widths, *, packed: bool) -> Batch:
     for row in range(widths.batch):
         labels[row, : widths.prompt + row] = IGNORED
         if row and not packed:
-            labels[row, widths.tokens - row :] = IGNORED
-            mask[row, widths.tokens - row :] = 0
-            documents[row, widths.tokens - row :] = NO_DOCUMENT
+            end = widths.tokens - SHORTER * row
+            labels[row, end:], mask[row, end:], documents[row, end:] = IGNORED, 0, NO_DOCUMENT
     supervised = supervised_positions(labels, causal=True)
     inputs = {"input_ids": ids, "labels": labels}
     if packed:
