@@ -21,7 +21,7 @@ MLP_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size"
 """By what names families know the width of their MLP."""
 
 SHORTER = 3
-"""Tokens by which each sequence of a batch is shorter than the one before: enough for other numbers of selected ones."""
+"""Tokens by which each sequence of a batch is shorter than the one before, so that other numbers are selected."""
 
 PROBED_RATIOS = {"supervised": 0.9, "uniform": 0.6, "bernoulli": 0.6}
 """Ratios below 1 of small models: with `supervised` above their labelled share, so that some context is selected."""
