@@ -51,7 +51,23 @@ class Buckets:
     one_by_one: bool = False
 
 
-class WholeGradients:
+class _WholeWeights:
+    """Weights are whole all the time, so that modules come and go unnoticed."""
+
+    def begin(self) -> Iterator[int]:
+        """See `Holder.begin`."""
+        yield from ()
+
+    def fetch(self, module: Place) -> Iterator[int]:
+        """See `Holder.fetch`."""
+        yield from ()
+
+    def release(self, module: Place) -> Iterator[int]:
+        """See `Holder.release`."""
+        yield from ()
+
+
+class WholeGradients(_WholeWeights):
     """Gradients stay with their parameters until the step: one process, or stage 0 in several.
 
     Args:
@@ -72,18 +88,6 @@ class WholeGradients:
         weights = sum(weight.bytes for weight in self._weights.all) + self._weights.buffers
         state = sum(self._state(weight.elements, weight.itemsize) for weight in self._weights.all if weight.trained)
         return {WEIGHTS: weights, STATE: state}
-
-    def begin(self) -> Iterator[int]:
-        """See `Holder.begin`."""
-        yield from ()
-
-    def fetch(self, module: Place) -> Iterator[int]:
-        """See `Holder.fetch`."""
-        yield from ()
-
-    def release(self, module: Place) -> Iterator[int]:
-        """See `Holder.release`."""
-        yield from ()
 
     def gradient(self, weight: Weight) -> Iterator[int]:
         """See `Holder.gradient`."""
@@ -119,7 +123,7 @@ class WholeGradients:
         yield -copied
 
 
-class FlatPartitions:
+class FlatPartitions(_WholeWeights):
     """Stages 1 and 2: a rank sums up its partition of the gradients, and updates its partition of the weights.
 
     Args:
@@ -189,18 +193,6 @@ class FlatPartitions:
             MASTERS: padded * size.master,
             STATE: sum(self._state(partition, size.master) for partition in self._partitions),
         }
-
-    def begin(self) -> Iterator[int]:
-        """See `Holder.begin`."""
-        yield from ()
-
-    def fetch(self, module: Place) -> Iterator[int]:
-        """See `Holder.fetch`."""
-        yield from ()
-
-    def release(self, module: Place) -> Iterator[int]:
-        """See `Holder.release`."""
-        yield from ()
 
     def gradient(self, weight: Weight) -> Iterator[int]:
         """See `Holder.gradient`."""
