@@ -180,7 +180,7 @@ class Deferred(TorchDispatchMode):
     ) -> None:
         """Write a step down, and forget earlier ones on a storage that it fills whole."""
         if not makes_like(func) and any(on_meta(t) and not self.holds(t) for t in tensors_in((args, kwargs))):
-            # As above.
+            # Torch's own error again, as in `_at_once`.
             raise NotImplementedError(f"{func} on a tensor of the meta device, whose values nobody has recorded")
         # An operator on recorded tensors may name the meta device too (`type_as`).
         on_cpu = {name: _CPU if name == "device" and value is not None else value for name, value in kwargs.items()}

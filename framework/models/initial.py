@@ -134,6 +134,7 @@ def _recorded(value: Any, deferred: Deferred) -> bool:
 def _for_want_of_values(error: BaseException | None) -> bool:
     """Whether an error comes from a tensor on the meta device."""
     while error is not None:
+        # What torch raises for an operator that needs values, and what others say of it in their own words.
         if isinstance(error, NotImplementedError) or _ABOUT_META.search(str(error)):
             return True
         error = error.__cause__ or error.__context__

@@ -69,7 +69,7 @@ class Recording:
     symbols: dict[str, float]
 
 
-# torch's dispatch modes and hooks are not annotated.
+# torch's dispatch modes are not annotated.
 class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
     """A tracker that writes down what it sees, what an engine does by itself apart."""
 
@@ -154,7 +154,7 @@ def record_step(config: Config, batch: Batch, ranks: Ranks, micro_batches: int =
             with recorder.at_work():
                 return update(*arguments, **options)
 
-        optimizer.step = step  # type: ignore[method-assign]
+        optimizer.step = step  # type: ignore[method-assign]  # of this one alone, which mypy cannot tell
         return optimizer
 
     engine.prepare(prepared.model, build_apart, prepared.initial)
@@ -252,7 +252,7 @@ class _Borders:
             if place == "last":
                 self._recorder.begin("loss")
             hidden: Tensor = output[0] if isinstance(output, tuple) else output
-            hidden.register_hook(  # type: ignore[no-untyped-call]  # as above
+            hidden.register_hook(  # type: ignore[no-untyped-call]  # torch's hooks are not annotated
                 lambda gradient: self._recorder.begin(f"backward {place}")
             )
 

@@ -49,7 +49,7 @@ class Uncomputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, small: int = SMALL) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # as above
+        super().__init__()  # type: ignore[no-untyped-call]  # nor is it
         self._small = small
         self._unknown: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._shapes: dict[Any, _Shapes] = {}
@@ -206,6 +206,7 @@ def _shapes(func: Any, args: Any, kwargs: Any, is_large: Callable[[Tensor], bool
 
 
 def _refused(func: Any) -> NotImplementedError:
+    # Torch's own type for what a tensor without values cannot do.
     return NotImplementedError(f"{func} depends on values that are not computed")
 
 
