@@ -14,7 +14,7 @@ from framework.planner.marks import END_OF_PASS, FETCH, GRADIENT, Mark
 from framework.planner.polynomials import Sizes
 
 Place = tuple[str, int | None]
-"""Name of a module, and index of its block; None outside of blocks."""
+"""Name of a module or parameter, within its block if it is in one, and the index of that; None outside of blocks."""
 
 
 class Holder(Protocol):

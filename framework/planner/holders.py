@@ -1,4 +1,4 @@
-"""The model of what an engine holds for each choice. Must not import torch."""
+"""The model of what an engine holds for each choice."""
 
 from __future__ import annotations
 
@@ -12,18 +12,11 @@ from framework.planner.course import Holder, Place
 from framework.planner.held import Weights
 from framework.planner.zero import STATE, WEIGHTS, Buckets, Bytes, FlatPartitions, WholeGradients
 from framework.planner.zero3 import PartitionedWeights
-
-BLOCK = 256
-"""Elements of a moment in 8 bits that have a scale."""
-
-MINIMUM_SIZE = 4096
-"""Elements of a tensor from which on its moments have 8 bits."""
-
-CHUNK = 1 << 24
-"""Elements that `StochasticAdamW` updates at once."""
+from framework.training.eight_bit import BLOCK, MINIMUM_SIZE
+from framework.training.optimizer import CHUNK
 
 STOCHASTIC_BYTES = 30
-"""Of its temporaries, for each of them: seven float32 tensors and a bfloat16 one."""
+"""Of the temporaries of `StochasticAdamW`, for each element of a chunk: seven float32 tensors and a bfloat16 one."""
 
 COUNTER = 4
 """Bytes of the number of steps that each tensor has."""

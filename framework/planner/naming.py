@@ -9,11 +9,9 @@ from typing import Any
 from torch import nn
 
 from framework.models.wrapping import unwrapped
+from framework.planner.course import Place
 from framework.planner.held import Weight, Weights
 from framework.retention import blocks_of
-
-Place = tuple[str, int | None]
-"""A name, within its block if it is in one, and the index of that."""
 
 
 @dataclass(frozen=True)

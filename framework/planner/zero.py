@@ -6,7 +6,7 @@ on how parameters fill buckets, which is no polynomial in the sizes of a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from math import ceil
 
@@ -49,6 +49,16 @@ class Buckets:
     max_reuse: int = 0
     sub_group: int = 0
     one_by_one: bool = False
+
+
+def flattened(elements: int, size: Bytes) -> Generator[int, None, int]:
+    """The sums of a partition in one tensor, in the dtype of what is updated; returns its bytes."""
+    yield (flat := elements * size.summed)
+    if size.master != size.summed:
+        yield (master := elements * size.master)
+        yield -flat
+        flat = master
+    return flat
 
 
 class _WholeWeights:
@@ -174,7 +184,7 @@ class FlatPartitions(_WholeWeights):
         self._bucket = self._filled = self._partition = self._sums = 0
         self._waiting: list[Weight] = []
         self._too_large: Weight | None = None
-        self._whole: list[Weight] = []
+        self._whole: set[Weight] = set()
         self._summed = False
 
     def _fullest(self, ranks: int) -> int:
@@ -196,13 +206,13 @@ class FlatPartitions(_WholeWeights):
 
     def gradient(self, weight: Weight) -> Iterator[int]:
         """See `Holder.gradient`."""
-        if not (self._whole and weight in self._whole):
+        if weight not in self._whole:
             yield weight.elements * self._size.weight
         yield from self._open_bucket()
         if self._stage == 2:
             yield from self._into_bucket(weight)
-        elif weight not in self._whole:
-            self._whole.append(weight)
+        else:
+            self._whole.add(weight)
 
     def end_of_pass(self) -> Iterator[int]:
         """See `Holder.end_of_pass`."""
@@ -215,11 +225,7 @@ class FlatPartitions(_WholeWeights):
             yield from self._reduced()
         size = self._size
         for index, partition in enumerate(self._partitions):
-            yield (flat := partition * size.summed)
-            if size.master != size.summed:
-                yield (master := partition * size.master)
-                yield -flat
-                flat = master
+            flat = yield from flattened(partition, size)
             if size.weight != size.summed or index == len(self._partitions) - 1:
                 # Sums that are views of one tensor end with the last of them.
                 freed = self._sums_of(index) if size.weight != size.summed else self._sums

@@ -12,7 +12,7 @@ from math import ceil
 
 from framework.planner.course import Place
 from framework.planner.held import Weight, Weights
-from framework.planner.zero import GRADIENTS, MASTERS, STATE, WEIGHTS, Buckets, Bytes, State, Update
+from framework.planner.zero import GRADIENTS, MASTERS, STATE, WEIGHTS, Buckets, Bytes, State, Update, flattened
 
 
 class PartitionedWeights:
@@ -92,7 +92,8 @@ class PartitionedWeights:
     def release(self, module: Place) -> Iterator[int]:
         """See `Holder.release`."""
         own = self._weights.by_module.get(module, ())
-        kept = self._used_soon()
+        # Many modules have no weights of their own.
+        kept = self._used_soon() if own else set()
         for weight in own:
             self._users[weight].discard(module)
             late = self._last_use.get(weight, -1) > self._step
@@ -124,15 +125,10 @@ class PartitionedWeights:
 
     def step(self) -> Iterator[int]:
         """See `Holder.step`."""
-        size = self._size
         for weight in [*self._gathered]:
             yield from self._free(weight)
         for part in self._sub_groups():
-            yield (flat := part * size.summed)
-            if size.master != size.summed:
-                yield (master := part * size.master)
-                yield -flat
-                flat = master
+            flat = yield from flattened(part, self._size)
             yield (needed := self._update(part))
             yield -needed
             yield -flat
