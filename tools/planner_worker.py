@@ -7,17 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+from made_up import made_up
 
 from framework.cli import run_command
 from framework.config import Config
-from framework.data import Batch
-from framework.data.batch import NO_DOCUMENT
-from framework.data.dataset import IGNORED
 from framework.planner.extraction import selection_sizes
 from framework.planner.recording import gathered_before
 from framework.planner.symbols import batch_symbols
-from framework.selection import supervised_positions
 from framework.sharding.place import Place
 from framework.sharding.ranks import Ranks, joined_ranks
 from framework.training.memory import CpuMemoryTracker
@@ -47,22 +43,6 @@ def measure(config: Config, length: int, prompt: int, ranks: Ranks) -> dict[str,
         train_window(engine, ranks, prepared.objective, window, 1e-4, norm)
     engine.close()
     return {"peak": tracker.peak, "sizes": batch_symbols(batch) | selection_sizes(config, batch)}
-
-
-def made_up(config: Config, length: int, prompt: int, seed: int) -> Batch:
-    """Rows of random tokens, each shorter than the one before, padded to a multiple of 8 as collated ones are."""
-    drawn = torch.Generator().manual_seed(seed)
-    shape = (config.micro_batch_size, -(-length // 8) * 8)
-    ids = torch.randint(1, config.model.from_config["vocab_size"], shape, generator=drawn)
-    labels, mask = ids.clone(), torch.ones(shape, dtype=torch.int64)
-    documents = torch.arange(shape[0])[:, None].expand(shape).clone()
-    labels[:, :prompt] = IGNORED
-    for row in range(shape[0]):
-        for tensor, value in ((labels, IGNORED), (mask, 0), (documents, NO_DOCUMENT)):
-            tensor[row, length - row :] = value
-    supervised = supervised_positions(labels, causal=True)
-    inputs = {"input_ids": ids, "labels": labels, "attention_mask": mask}
-    return Batch(inputs, documents, supervised, int(supervised.sum()))
 
 
 def main(path: Path, output: Path) -> None:

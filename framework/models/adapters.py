@@ -117,11 +117,15 @@ def add_adapter(
 
 
 def _match_dtype(model: PeftModel, dtype: torch.dtype) -> None:
-    """Give what is trained beside quantised layers the dtype that PEFT finds at the weights of others."""
+    """Give what is trained beside quantised layers the dtype that PEFT finds at the weights of others.
+
+    On the meta device PEFT looks at no weights.
+    """
+    on_meta = model.device.type == "meta"
     if dtype != torch.bfloat16:
         return
     for layer in model.modules():
-        if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), PackedLinear):
+        if isinstance(layer, BaseTunerLayer) and (on_meta or isinstance(layer.get_base_layer(), PackedLinear)):
             for parameter in layer.parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(dtype)

@@ -25,7 +25,7 @@ class Check:
     """A prediction and a simulation of the first rank's peak.
 
     Attributes:
-        predicted: bytes of the peak, from the ledger.
+        predicted: bytes of tensors at the peak, from the ledger.
         simulated: bytes of the peak.
         phase: in which the simulated step has it.
         seconds: that the simulation took.
@@ -61,7 +61,7 @@ def checks_of(plans: Sequence[Plan], labelled_share: float) -> list[Check]:
     runs = [(plan.config, plan.point.choice.ranks) for plan in plans]
     found = simulated_peaks(runs, labelled_share)
     return [
-        Check(plan.point.ledger.peak, max(peaks.values()), max(peaks, key=peaks.__getitem__), seconds)
+        Check(plan.point.ledger.tensors, max(peaks.values()), max(peaks, key=peaks.__getitem__), seconds)
         for plan, (peaks, seconds) in zip(plans, found, strict=True)
     ]
 

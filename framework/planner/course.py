@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from framework.planner.held import Weight, Weights
-from framework.planner.law import PASSES, PHASE_OF_PART, STEP, StepLaw, instances
+from framework.planner.law import ENDS, MIDDLES, PASSES, PHASE_OF_PART, STEP, StepLaw, instances
 from framework.planner.marks import END_OF_PASS, FETCH, GRADIENT, Mark
 from framework.planner.polynomials import Sizes
 
@@ -114,7 +114,7 @@ class Course:
         holder: Holder | None = None,
         update: int = 0,
     ) -> None:
-        self._law = law
+        self._law, self._middles = law, blocks - 2 * ENDS
         rows: list[int] = []
         engine: list[float] = []
         marked: list[float] = []
@@ -179,7 +179,7 @@ class Course:
 
     def _levels(self, sizes: Sizes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of every stretch: what is kept at its start, and all at its peak and at the mark behind it."""
-        nets, peaks = self._law.values(sizes)
+        nets, peaks = self._law.values({**sizes, MIDDLES: self._middles})
         net = nets[self._rows]
         ends = net.cumsum()
         starts = ends - net

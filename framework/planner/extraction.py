@@ -14,13 +14,16 @@ from framework.config import Config
 from framework.data import Batch
 from framework.errors import UserError
 from framework.planner.fake_ranks import first_of
-from framework.planner.fitting import Fitter, UnknownSizeError, fit_held, stretch_of
-from framework.planner.law import BLOCKS, PARTS, PASSES, STEP, Part, StepLaw, instances
+from framework.planner.fitting import Fitter, UnknownSizeError, stretch_of
+from framework.planner.law import BLOCKS, MIDDLES, PARTS, PASSES, STEP, Part, StepLaw, instances
 from framework.planner.polynomials import Polynomial
-from framework.planner.recording import RecordedPart, Recording, record_step
+from framework.planner.recording import Change, RecordedPart, Recording, record_step
 from framework.planner.small_models import PROBES, Family, Widths, probe_batch, probe_config
 from framework.planner.symbols import batch_symbols
 from framework.training.objective import draw_selection
+
+RECORDING = 2
+"""Counts changes of what a recording says of a step: laws of other numbers are not looked at."""
 
 LIBRARIES = ("torch", "transformers", "peft")
 """Whose versions a law depends on."""
@@ -35,6 +38,7 @@ def law_settings(config: Config, family: Family) -> dict[str, Any]:
     """
     model, adapter = config.model, config.model.adapter
     return {
+        "recording": RECORDING,
         "family": family.kept(),
         "task": model.task,
         "attention": model.attention,
@@ -73,9 +77,7 @@ def extract_law(config: Config, family: Family) -> StepLaw:
         raise UserError("sharding.offload_optimizer: the planner does not know what offloading leaves on the device")
     recorded = [_recorded(config, family, widths) for widths in PROBES]
     recordings = [recording for _, recording in recorded]
-    # What DeepSpeed holds between steps is padded and cut, and moments of small tensors have more bits than others.
-    regular = config.sharding.engine != "deepspeed" and config.optimizer.name != "adamw_8bit"
-    return fitted_law([sizes for sizes, _ in recorded], recordings, held=regular)
+    return fitted_law([sizes for sizes, _ in recorded], recordings)
 
 
 def _recorded(config: Config, family: Family, widths: Widths) -> tuple[dict[str, float], Recording]:
@@ -110,15 +112,13 @@ def selection_sizes(config: Config, batch: Batch) -> dict[str, float]:
     return {"rows": selection.selected_tokens, "slots": rows * slots, "labels": labels}
 
 
-def fitted_law(samples: list[dict[str, float]], recordings: list[Recording], *, held: bool = True) -> StepLaw:
+def fitted_law(samples: list[dict[str, float]], recordings: list[Recording]) -> StepLaw:
     """The polynomials of recordings whose allocations come in the same order.
 
     Args:
         samples: sizes of the symbols in each recording.
         recordings: of small models.
-        held: fit what is there before the step, too; else it is zero.
     """
-    start = fit_held([recording.start for recording in recordings], samples) if held else Polynomial()
     fit = Fitter(samples)
     names = [part.name for part in recordings[0].parts]
     if names != [*PARTS, *PARTS, STEP]:
@@ -133,7 +133,7 @@ def fitted_law(samples: list[dict[str, float]], recordings: list[Recording], *, 
         name: dict(zip(PARTS, fitted[number * count : (number + 1) * count], strict=True))
         for number, name in enumerate(PASSES)
     }
-    return StepLaw(start, passes, fitted[-1])
+    return StepLaw(passes, fitted[-1])
 
 
 def _fitted_part(fit: Fitter, parts: tuple[RecordedPart, ...], block: int) -> Part:
@@ -142,11 +142,16 @@ def _fitted_part(fit: Fitter, parts: tuple[RecordedPart, ...], block: int) -> Pa
         raise UnknownSizeError(f"{name}: models of different sizes use their modules in different orders")
     stretches = []
     for recorded in zip(*(part.stretches for part in parts), strict=True):
-        if len({tuple(change > 0 for change in changes) for changes in recorded}) > 1:
+        if len({tuple((change.bytes > 0, change.repeated) for change in changes) for changes in recorded}) > 1:
             raise UnknownSizeError(f"{name}: models of different sizes allocate in different orders")
         try:
-            stretches.append(stretch_of([fit(counts) for counts in zip(*recorded, strict=True)]))
+            stretches.append(stretch_of([_fitted(fit, changes) for changes in zip(*recorded, strict=True)]))
         except UnknownSizeError as error:
             raise UnknownSizeError(f"{name}: {error}") from error
     counted = [replace(mark, offset=None if mark.offset is None else mark.offset - block) for mark in marks]
     return Part(tuple(stretches), tuple(counted))
+
+
+def _fitted(fit: Fitter, changes: tuple[Change, ...]) -> Polynomial:
+    found = fit([change.bytes for change in changes])
+    return found.times(MIDDLES) if changes[0].repeated else found

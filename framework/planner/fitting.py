@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import combinations, product
+from itertools import product
 
 import numpy as np
 
@@ -66,23 +66,9 @@ WIDTHS = (
 SHARES = ((), ("share",))
 """Whether a rank has a part of it: `share` is one over the number of ranks that have one each."""
 
-HELD = (
-    ("parameters",),
-    ("parameters", "share"),
-    ("trained",),
-    ("share", "trained"),
-    ("trained_tensors",),
-    ("buffers",),
-    ("packed",),
-    ("packed", "share"),
-    ("small",),
-    ("share", "small"),
-    (),
-)
-"""What a rank holds between steps is a sum of these, of equally short sums the first: recorded models have equally many
-tensors, so that a constant would do as well as their number."""
-
-_MOST_TERMS = 4
+TINY = 64
+"""Bytes below which a size need not be a polynomial: the scales of a matrix in NF4 come in groups. Such a tensor is
+taken to have so many."""
 
 _DENOMINATOR = 32
 """Of a coefficient: bytes of a fraction of an element, such as the halves that rotary embeddings turn."""
@@ -128,6 +114,8 @@ class Fitter:
         found = self._one_term(counts)
         if found is None:
             found = self._two_terms(counts)
+        if found is None and np.abs(counts).max() <= TINY:
+            found = Polynomial({(): Fraction(int(np.sign(counts[0]) * TINY))})
         if found is None:
             raise UnknownSizeError(f"no polynomial gives {[*map(int, counts)]}")
         return found
@@ -192,30 +180,6 @@ def stretch_of(changes: Sequence[Polynomial]) -> Stretch:
         return Polynomial({m: Fraction(int(c), _DENOMINATOR) for m, c in zip(monomials, level, strict=True)})
 
     return Stretch(polynomial(levels[-1]), tuple(map(polynomial, peaks)))
-
-
-def fit_held(counts: Sequence[int], samples: Sequence[Sizes]) -> Polynomial:
-    """The polynomial in `HELD` that has these values, with as few terms as do.
-
-    Args:
-        counts: bytes, one for each sample.
-        samples: sizes of the symbols.
-
-    Raises:
-        UnknownSizeError: there is none.
-    """
-    monomials = [monomial for monomial in HELD if set(samples[0]).issuperset(monomial)]
-    values = np.array([[Polynomial({m: 1}).value(sample) for m in monomials] for sample in samples])
-    for terms in range(1, _MOST_TERMS + 1):
-        for chosen in combinations(range(len(monomials)), terms):
-            part = values[:, chosen]
-            found, _, rank, _ = np.linalg.lstsq(part, np.array(counts, float), rcond=None)
-            if rank < terms or np.abs(part @ found - counts).max() > 0.5:
-                continue
-            coefficients = [_rational(value) for value in found]
-            if None not in coefficients:
-                return Polynomial({monomials[i]: c for i, c in zip(chosen, coefficients, strict=True) if c is not None})
-    raise UnknownSizeError(f"no polynomial gives what is held, {[*map(int, counts)]}")
 
 
 def _rational(value: float) -> Fraction | None:

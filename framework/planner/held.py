@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
+from math import ceil
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Weight:
         elements: of the whole.
         itemsize: bytes of an element, as the model is built.
         group: index of the optimiser's group that it is in; None if it is frozen.
+        rows: its first dimension, 1 for a scalar.
     """
 
     name: str
@@ -24,6 +26,7 @@ class Weight:
     elements: int
     itemsize: int
     group: int | None
+    rows: int
 
     @property
     def bytes(self) -> int:
@@ -34,6 +37,19 @@ class Weight:
     def trained(self) -> bool:
         """Whether it has a gradient."""
         return self.group is not None
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is bytes of a quantised matrix, which no change of precision alters."""
+        return self.itemsize == 1
+
+    def as_wide(self, width: int) -> int:
+        """Bytes of the whole, where elements of weights have this width."""
+        return self.elements * (1 if self.packed else width)
+
+    def shard(self, count: int) -> int:
+        """Elements of the largest of so many parts that its rows are shared out to."""
+        return ceil(self.rows / count) * (self.elements // self.rows)
 
 
 @dataclass(frozen=True)
@@ -69,8 +85,12 @@ class Weights:
 
     @cached_property
     def elements(self) -> int:
-        """Of all."""
-        return sum(weight.elements for weight in self.all)
+        """Of all but packed ones."""
+        return sum(weight.elements for weight in self.all if not weight.packed)
+
+    def as_wide(self, width: int) -> int:
+        """Bytes of all, where elements of weights have this width."""
+        return sum(weight.as_wide(width) for weight in self.all)
 
     @cached_property
     def trained(self) -> int:

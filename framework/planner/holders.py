@@ -64,9 +64,9 @@ class Holders:
 
     def sharded(self, shards: int) -> dict[str, int]:
         """What each of so many ranks holds, where every weight and its state is shared out."""
-        weights = sum(ceil(weight.elements / shards) * weight.itemsize for weight in self._weights.all)
+        weights = sum(weight.shard(shards) * weight.itemsize for weight in self._weights.all)
         state = sum(
-            self._moments(ceil(weight.elements / shards), weight.elements, weight.itemsize) + COUNTER
+            self._moments(weight.shard(shards), weight.elements, weight.itemsize) + COUNTER
             for weight in self._weights.all
             if weight.trained
         )

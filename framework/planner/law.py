@@ -28,6 +28,9 @@ BLOCKS = 2 * ENDS + 1
 PLACES = ("first", "second", "middle", "last but one", "last")
 """Of the blocks of such a model."""
 
+MIDDLES = "middles"
+"""The symbol for the number of blocks that are like the middle one."""
+
 PASSES = ("first", "later")
 """Micro-batches of a step: those after the first find gradients that they add to."""
 
@@ -112,15 +115,13 @@ class Part:
 
 @dataclass(frozen=True)
 class StepLaw:
-    """What a rank holds, and what a step allocates beside it.
+    """What a step allocates beside what a rank holds all the time.
 
     Attributes:
-        start: weights, buffers and the optimiser's state, which are there before and after.
         passes: for each of `PASSES` its parts, by the names of `PARTS`.
         step: the optimiser's.
     """
 
-    start: Polynomial
     passes: dict[str, dict[str, Part]]
     step: Part
 
@@ -143,7 +144,7 @@ class StepLaw:
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         passes = {name: {part: law.to_json() for part, law in parts.items()} for name, parts in self.passes.items()}
-        return {"start": str(self.start), "passes": passes, "step": self.step.to_json()}
+        return {"passes": passes, "step": self.step.to_json()}
 
     @classmethod
     def of_json(cls, value: dict[str, Any]) -> StepLaw:
@@ -151,7 +152,7 @@ class StepLaw:
         passes = {
             name: {part: Part.of_json(law) for part, law in parts.items()} for name, parts in value["passes"].items()
         }
-        return cls(Polynomial.parse(value["start"]), passes, Part.of_json(value["step"]))
+        return cls(passes, Part.of_json(value["step"]))
 
 
 class _Tables:

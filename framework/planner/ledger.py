@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 PHASES = ("forward", "loss", "block backward", "optimizer step", "load", "save")
 """Moments at which memory can peak, in the order in which a run meets them, but for loading, which comes first."""
+
+
+WORKSPACES = "cuBLAS workspaces"
+"""Name of the term for what is allocated, but no tensor."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,15 @@ class Ledger:
     def peak(self) -> int:
         """Bytes of the highest peak: what the allocator counts as allocated."""
         return self.total(self.binding_phase)
+
+    @property
+    def tensors(self) -> int:
+        """Bytes of tensors at the highest peak: what a simulation sees."""
+        return self.peak - sum(term.bytes for term in self.terms if term.name == WORKSPACES)
+
+    def with_workspaces(self, size: int) -> Ledger:
+        """The ledger of a process in which cuBLAS has so many bytes."""
+        return replace(self, terms=(*self.terms, everywhere(WORKSPACES, size))) if size else self
 
     def largest(self, phase: str, count: int) -> list[Term]:
         """The largest terms of a phase, the largest first."""

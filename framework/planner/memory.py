@@ -11,7 +11,6 @@ from framework.planner.held import Weights
 from framework.planner.holders import Holders
 from framework.planner.law import StepLaw, trace_of
 from framework.planner.ledger import Ledger, Term, everywhere
-from framework.planner.zero import STATE, WEIGHTS
 
 LawOf = Callable[[Choice], StepLaw]
 
@@ -79,9 +78,9 @@ class MemoryModel:
 
     def spans(self, choice: Choice) -> list[Span]:
         """The step's parts in order, with all that the worst rank holds."""
-        course, held = self._course(choice, law := self._law_of(choice))
+        course, held = self._course(choice)
         sizes = self.sizes(choice)
-        between = law.start.value(sizes) if law.start.terms else sum(held.values())
+        between = sum(held.values())
         return [Span(span.part, between + span.start, between + span.peak) for span in course.spans(sizes)]
 
     def __call__(self, choice: Choice) -> Ledger:
@@ -95,11 +94,7 @@ class MemoryModel:
             choice: of which the batch does not count.
             sizes: of all symbols.
         """
-        law = self._law_of(choice)
-        course, held = self._course(choice, law)
-        if law.start.terms:
-            # It also has what is not a parameter, such as the statistics of quantised weights.
-            held = {WEIGHTS: round(law.start.value(sizes)) - held[STATE], STATE: held[STATE]}
+        course, held = self._course(choice)
         terms = [everywhere(name, size) for name, size in held.items()]
         engine = _engine_words(choice)
         for phase, moment in course.highest(sizes).items():
@@ -109,7 +104,8 @@ class MemoryModel:
                     terms.append(Term(name, round(size), frozenset({phase})))
         return Ledger(tuple(terms))
 
-    def _course(self, choice: Choice, law: StepLaw) -> tuple[Course, dict[str, int]]:
+    def _course(self, choice: Choice) -> tuple[Course, dict[str, int]]:
+        law = self._law_of(choice)
         key = (id(law), _engine_key(choice))
         if key not in self._courses:
             holder = self._holders.of(choice, trace_of(law, self._blocks))

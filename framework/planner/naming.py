@@ -53,8 +53,7 @@ def weights_of(model: nn.Module, groups: Sequence[dict[str, Any]]) -> Weights:
     group_of = {parameter: index for index, group in enumerate(groups) for parameter in group["params"]}
     places = Naming.of(model).parameters
     found = [
-        Weight(*places[p], p.numel(), p.element_size(), group_of.get(p))
+        Weight(*places[p], p.numel(), p.element_size(), group_of.get(p), p.shape[0] if p.dim() else 1)
         for p in model.parameters()
-        if p.is_floating_point()
     ]
     return Weights(tuple(found), sum(buffer.nbytes for buffer in model.buffers()))

@@ -240,7 +240,11 @@ class PlannedJob:
     def laws(self, cluster: Cluster, profile: Profile) -> Laws:
         """What a choice takes on a cluster."""
         rates = rates_of(self.config, cluster, profile)
-        return Laws(self.memory, lambda choice: self.time.step(choice, rates).total, self.recorded)
+        return Laws(
+            lambda choice: self.memory(choice).with_workspaces(profile.workspace_bytes),
+            lambda choice: self.time.step(choice, rates).total,
+            self.recorded,
+        )
 
     def plan(
         self, cluster: Cluster, profile: Profile, *, engines: Sequence[str] = ENGINES, top: int | None = None

@@ -43,6 +43,10 @@ class Polynomial:
                 terms[monomial] = terms.get(monomial, Fraction(0)) + Fraction(coefficient)
         return cls(terms)
 
+    def times(self, symbol: str) -> Polynomial:
+        """The product with a symbol."""
+        return Polynomial({(*monomial, symbol): coefficient for monomial, coefficient in self.terms.items()})
+
     def __str__(self) -> str:
         if not self.terms:
             return "0"

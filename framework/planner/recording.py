@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+from bisect import bisect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import count
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,7 @@ from framework.config import Config
 from framework.data import Batch
 from framework.models.wrapping import unwrapped
 from framework.planner.engine_marks import marks_of
-from framework.planner.law import BLOCKS, PARTS, STEP, places_of
+from framework.planner.law import BLOCKS, ENDS, PARTS, PLACES, STEP, places_of
 from framework.planner.marks import END_OF_PASS, Mark
 from framework.planner.naming import Naming
 from framework.planner.symbols import model_symbols
@@ -28,9 +31,24 @@ from framework.training.optimizer import optimizer_factory
 from framework.training.prepared import PreparedModel
 from framework.training.step import train_window
 
+_MIDDLE = {f"{way} {PLACES[ENDS]}" for way in ("forward", "backward")}
+_NO_BLOCK = {"inputs", "loss", STEP}
+
 WARM_UP = {3: 2}
 """Steps before the recorded one by ZeRO stage, one with others: the optimiser has its state then, and in stage 3
 DeepSpeed knows the order of modules."""
+
+
+class Change(NamedTuple):
+    """An allocation, or what is freed.
+
+    Attributes:
+        bytes: negative for what is freed.
+        repeated: a part that is no block's frees what the middle block has made: so it does with every block like it.
+    """
+
+    bytes: int
+    repeated: bool
 
 
 @dataclass
@@ -47,7 +65,7 @@ class RecordedPart:
 
     name: str
     changes: list[int] = field(default_factory=list)
-    stretches: list[list[int]] = field(default_factory=lambda: [[]])
+    stretches: list[list[Change]] = field(default_factory=lambda: [[]])
     marks: list[Mark] = field(default_factory=list)
     engine: list[list[int]] = field(default_factory=lambda: [[]])
 
@@ -79,10 +97,17 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
         self.parts: list[RecordedPart] = []
         self._at_work = 0
         self._engines: set[int] = set()
+        self._births: dict[int, int] = {}
+        # Keys of what the middle block has made.
+        self._of_middle: set[int] = set()
+        self._counter = count()
+        # Births of what was freed since the last allocation: libraries free what is in tables in no order of theirs.
+        self._freed: list[int] = []
 
     def begin(self, name: str) -> None:
         """From here on it is another part."""
         self.parts.append(RecordedPart(name))
+        self._freed.clear()
 
     def mark(self, mark: Mark, given: Tensor | None = None) -> None:
         """From here on it is another stretch.
@@ -93,6 +118,7 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
         """
         if not self.parts:
             return
+        self._freed.clear()
         part = self.parts[-1]
         part.marks.append(mark)
         part.engine.append([])
@@ -100,7 +126,7 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
         if key is not None and key in self._live and key not in self._engines:
             self._engines.add(key)
             size = self._live[key][1]
-            part.stretches[-1].append(-size)
+            part.stretches[-1].append(Change(-size, False))
             part.engine[-1].append(size)
         part.stretches.append([])
 
@@ -118,15 +144,47 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
             self._engines.add(storage._cdata)
         super()._count(storage)
 
+    def _take_over(self, old: int) -> bool:
+        storage = self._sum[0]() if self._sum is not None else None
+        if storage is None or not super()._take_over(old):
+            return False
+        self._births[storage._cdata] = self._births.pop(old)
+        for keys in (self._engines, self._of_middle):
+            if old in keys:
+                keys.discard(old)
+                keys.add(storage._cdata)
+        return True
+
     def _change(self, size: int, key: int) -> None:
         super()._change(size, key)
-        engines = key in self._engines
+        engines, part = key in self._engines, self.parts[-1] if self.parts else None
+        if key not in self._births:
+            self._births[key] = next(self._counter)
+            if part is not None and part.name in _MIDDLE:
+                self._of_middle.add(key)
+        birth = self._births[key]
+        repeated = size < 0 and key in self._of_middle and part is not None and part.name in _NO_BLOCK
         if key not in self._live:
             self._engines.discard(key)
-        if self.parts and size:
-            part = self.parts[-1]
+            self._of_middle.discard(key)
+            del self._births[key]
+        if part is not None and size:
             part.changes.append(size)
-            (part.engine if engines else part.stretches)[-1].append(size)
+            if engines:
+                part.engine[-1].append(size)
+            else:
+                self._write(part.stretches[-1], Change(size, repeated), birth)
+
+    def _write(self, stretch: list[Change], change: Change, birth: int) -> None:
+        """Append a change to a stretch; what is freed at once is in the order in which it was made."""
+        place = len(stretch)
+        if change.bytes > 0:
+            self._freed.clear()
+        else:
+            earlier = bisect(self._freed, birth)
+            place -= len(self._freed) - earlier
+            self._freed.insert(earlier, birth)
+        stretch.insert(place, change)
 
 
 def record_step(config: Config, batch: Batch, ranks: Ranks, micro_batches: int = 2) -> Recording:
@@ -160,20 +218,32 @@ def record_step(config: Config, batch: Batch, ranks: Ranks, micro_batches: int =
     engine.prepare(prepared.model, build_apart, prepared.initial)
     window = [batch] * micro_batches
     norm, rate = config.training.max_grad_norm, config.optimizer.learning_rate
-    for _ in range(WARM_UP.get(config.zero_stage, 1)):
-        train_window(engine, ranks, objective, window, rate, norm)
-    for tensors in engine.held():
-        recorder.track(tensors)
-    recorder.track(gathered_before(engine.model))
-    start = recorder.current
-    recorder.reset_peak()
-    with _Borders(engine.model, recorder), marks_of(engine, recorder, naming), _collected(), recorder:
-        recorder.begin(PARTS[0])
-        train_window(_Announcing(engine, recorder, micro_batches), ranks, objective, window, rate, norm)
+    with _dropout_of_cuda():
+        for _ in range(WARM_UP.get(config.zero_stage, 1)):
+            train_window(engine, ranks, objective, window, rate, norm)
+        for tensors in engine.held():
+            recorder.track(tensors)
+        recorder.track(gathered_before(engine.model))
+        start = recorder.current
+        recorder.reset_peak()
+        with _Borders(engine.model, recorder), marks_of(engine, recorder, naming), _collected(), recorder:
+            recorder.begin(PARTS[0])
+            train_window(_Announcing(engine, recorder, micro_batches), ranks, objective, window, rate, norm)
     # What is freed from here on is no part of the step.
     parts, recorder.parts = tuple(recorder.parts), []
     engine.close()
     return Recording(parts, start, recorder.peak, symbols)
+
+
+@contextmanager
+def _dropout_of_cuda() -> Iterator[None]:
+    """Within this context dropout keeps a mask of bools, as on CUDA; the CPU keeps factors in the input's dtype."""
+
+    def dropout(input: Tensor, p: float, train: bool) -> Tensor:
+        return torch.native_dropout(input, p, train)[0] if train and p else input
+
+    with mock.patch.object(torch._VF, "dropout", dropout, create=True):
+        yield
 
 
 @contextmanager

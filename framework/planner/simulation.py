@@ -22,7 +22,7 @@ from framework.models.configured import base_config, tokenizer_source
 from framework.planner.fake_ranks import first_of
 from framework.planner.law import BLOCKS, PHASE_OF_PART
 from framework.planner.recording import Recording, record_step
-from framework.planner.small_models import PROBES, Family, probe_batch, probe_config, values_of
+from framework.planner.small_models import PROBES, Family, positions_of, probe_batch, probe_config, values_of
 from framework.planner.uncomputed import Uncomputed
 from framework.retention import locality, selective
 from framework.selection import supervised_positions
@@ -118,7 +118,7 @@ def _without_files(config: Config, values: dict[str, Any], ranks: int) -> Config
 
 
 def _batch(config: Config, vocabulary: int, labelled_share: float) -> Batch:
-    """A micro-batch of full rows, of which the last tokens are labelled."""
+    """A micro-batch of full rows, of which the last tokens are labelled; packed ones are of two documents each."""
     length = config.data.sequence_length
     assert length is not None
     shape = (config.micro_batch_size, length)
@@ -129,7 +129,9 @@ def _batch(config: Config, vocabulary: int, labelled_share: float) -> Batch:
     labels[:, length - labelled :] = ids[:, length - labelled :]
     documents = torch.arange(shape[0])[:, None].expand(shape).clone()
     if config.data.packing:
-        further = {"position_ids": torch.arange(length).expand(shape).contiguous()}
+        documents[:, length // 2 :] += shape[0]
+        labels[:, length // 2] = IGNORED
+        further = {"position_ids": positions_of(documents)}
     else:
         # As in almost every batch: without padding there would be no mask.
         mask = torch.ones(shape, dtype=torch.int64)

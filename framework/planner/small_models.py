@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig
 
 from framework.config import Config
@@ -60,13 +61,14 @@ class Widths:
 
 
 PROBES = (
-    Widths(6, 3, 28, 20, 68, 212, 4, 2, 40, 7, 2),
-    Widths(4, 2, 44, 52, 92, 284, 8, 3, 56, 11, 4),
-    Widths(10, 5, 20, 28, 116, 332, 12, 2, 72, 23, 2),
-    Widths(6, 2, 52, 44, 148, 236, 20, 4, 48, 13, 4),
-    Widths(8, 4, 12, 36, 76, 260, 16, 3, 64, 31, 2),
-    Widths(12, 3, 36, 12, 124, 316, 28, 2, 88, 17, 4),
+    Widths(6, 3, 24, 20, 136, 212, 4, 2, 40, 7, 2),
+    Widths(4, 2, 44, 52, 184, 284, 8, 3, 56, 11, 4),
+    Widths(10, 5, 40, 28, 232, 332, 12, 2, 72, 23, 2),
+    Widths(6, 2, 52, 44, 296, 236, 20, 4, 48, 13, 4),
+    Widths(8, 4, 12, 36, 152, 260, 16, 3, 64, 31, 2),
+    Widths(12, 4, 36, 20, 248, 316, 28, 2, 88, 17, 4),
 )
+"""Widths between blocks, of all heads and of the MLP are multiples of 8, so that every matrix can be held in NF4."""
 
 
 def values_of(hf_config: PreTrainedConfig) -> dict[str, Any]:
@@ -177,8 +179,20 @@ def probe_config(config: Config, values: dict[str, Any], widths: Widths) -> Conf
     return Config.model_validate(json, strict=False)
 
 
+def positions_of(documents: Tensor) -> Tensor:
+    """Positions of packed rows, int64 `[batch, sequence]`: they restart with every document.
+
+    Args:
+        documents: int64 `[batch, sequence]`, of each token.
+    """
+    positions = torch.arange(documents.shape[1]).expand(documents.shape)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents.diff(dim=1) != 0
+    return positions - torch.where(begins, positions, 0).cummax(dim=1).values
+
+
 def probe_batch(widths: Widths, *, packed: bool) -> Batch:
-    """A batch in which sequences have different numbers of labels, and of tokens where they are not packed."""
+    """A batch in which sequences have different numbers of labels, and either of tokens or of their documents'."""
     drawn = torch.Generator().manual_seed(widths.vocab)
     shape = (widths.batch, widths.tokens)
     ids = torch.randint(1, widths.vocab, shape, generator=drawn)
@@ -187,13 +201,16 @@ def probe_batch(widths: Widths, *, packed: bool) -> Batch:
     labels[:, 0] = IGNORED
     for row in range(widths.batch):
         labels[row, : widths.prompt + row] = IGNORED
-        if row and not packed:
+        if packed:
+            start = widths.tokens - SHORTER * (row + 1)
+            labels[row, start], documents[row, start:] = IGNORED, widths.batch + row
+        elif row:
             end = widths.tokens - SHORTER * row
             labels[row, end:], mask[row, end:], documents[row, end:] = IGNORED, 0, NO_DOCUMENT
     supervised = supervised_positions(labels, causal=True)
     inputs = {"input_ids": ids, "labels": labels}
     if packed:
-        inputs["position_ids"] = torch.arange(widths.tokens).expand(shape).contiguous()
+        inputs["position_ids"] = positions_of(documents)
     else:
         inputs["attention_mask"] = mask
     return Batch(inputs, documents, supervised, int(supervised.sum()))

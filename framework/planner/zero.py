@@ -199,7 +199,7 @@ class FlatPartitions(_WholeWeights):
         """See `Holder.held`."""
         size, padded = self._size, sum(self._partitions)
         return {
-            WEIGHTS: self._weights.elements * size.weight + self._weights.buffers,
+            WEIGHTS: self._weights.as_wide(size.weight) + self._weights.buffers,
             MASTERS: padded * size.master,
             STATE: sum(self._state(partition, size.master) for partition in self._partitions),
         }

@@ -56,11 +56,12 @@ class PartitionedWeights:
 
     def held(self) -> dict[str, int]:
         """See `Holder.held`; gradients are there all the time, with the bucket that they are reduced in."""
-        size, parts = self._size, sum(map(self._part, self._weights.all))
+        size, width = self._size, self._width
+        parts = sum(self._part(weight) * width(weight) for weight in self._weights.all)
         trained = sum(self._part(weight) for weight in self._weights.all if weight.trained)
-        whole = sum(weight.elements for weight in self._small)
+        whole = sum(weight.as_wide(size.weight) for weight in self._small)
         return {
-            WEIGHTS: (parts + whole) * size.weight + self._weights.buffers,
+            WEIGHTS: parts + whole + self._weights.buffers,
             MASTERS: trained * size.master,
             STATE: sum(self._state(part, size.master) for part in self._sub_groups()),
             GRADIENTS: trained * size.summed + self._buckets.reduce * size.weight,
@@ -140,8 +141,11 @@ class PartitionedWeights:
     def _part(self, weight: Weight) -> int:
         return ceil(weight.elements / self._ranks)
 
+    def _width(self, weight: Weight) -> int:
+        return 1 if weight.packed else self._size.weight
+
     def _whole(self, weight: Weight) -> int:
-        return self._part(weight) * self._ranks * self._size.weight
+        return self._part(weight) * self._ranks * self._width(weight)
 
     def _gather(self, wanted: list[Weight]) -> Iterator[int]:
         if not wanted:
@@ -152,10 +156,13 @@ class PartitionedWeights:
             for weight in wanted:
                 self._live[weight] = self._whole(weight)
                 yield self._live[weight]
-        else:
-            exchange = _Exchange(wanted, sum(map(self._whole, wanted)))
-            self._shared.update(dict.fromkeys(wanted, exchange))
-            yield exchange.bytes
+            return
+        for width in (1, self._size.weight):
+            # Those of one dtype are gathered together.
+            if alike := [weight for weight in wanted if self._width(weight) == width]:
+                exchange = _Exchange(alike, sum(map(self._whole, alike)))
+                self._shared.update(dict.fromkeys(alike, exchange))
+                yield exchange.bytes
 
     def _prefetch(self) -> Iterator[int]:
         bucket = 1 if self._buckets.one_by_one else self._buckets.prefetch
@@ -225,7 +232,7 @@ class _Exchange:
         if not self._copied:
             self._copied = True
             for each in self._weights:
-                holder._live[each] = each.elements * holder._size.weight
+                holder._live[each] = each.as_wide(holder._size.weight)
                 yield holder._live[each]
         self._left.discard(weight)
         if not self._left:

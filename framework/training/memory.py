@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +39,10 @@ class CpuMemoryTracker(TorchDispatchMode):
     of the operator until the storage dies (also after the block has ended). Storages that existed before count only if
     `track` names them. Autograd restores the mode for backward passes, nested and recomputed ones included.
 
+    Where gradients of several uses meet, autograd adds one to the other in place, but not while a mode is active
+    (`can_accumulate_inplace`, torch/csrc/autograd/input_buffer.cpp): there the sum counts as the summand that it lets
+    die.
+
     Not seen: temporaries inside an operator's kernel, and memory that is not tensor storage.
 
     Attributes:
@@ -50,6 +56,8 @@ class CpuMemoryTracker(TorchDispatchMode):
         self.current = 0
         self.peak = 0
         self._live: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        # A sum of gradients that is not counted yet, and the keys of its summands.
+        self._sum: tuple[weakref.ref[torch.UntypedStorage], set[int]] | None = None
         self._storage_resize: list[Callable[..., Any]] = []
 
     def track(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -82,8 +90,15 @@ class CpuMemoryTracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count what it created."""
+        self._settle()
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func is torch.ops.aten.add.Tensor and _is_sum_of_gradients(sys._getframe(1), args):
+            storage = result.untyped_storage()
+            summands = {given.untyped_storage()._cdata for given in args}
+            if storage._cdata not in self._live and any(self._holds(key, storage.nbytes()) for key in summands):
+                self._sum = weakref.ref(storage), summands
+                return result
         arguments: set[int] | None = None
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
@@ -99,23 +114,47 @@ class CpuMemoryTracker(TorchDispatchMode):
             self._count(storage)
         return result
 
+    def _holds(self, key: int, size: int) -> bool:
+        return key in self._live and self._live[key][1] == size
+
+    def _settle(self) -> None:
+        """Count the last sum of gradients by itself, if none of its summands has died."""
+        if self._sum is not None:
+            storage = self._sum[0]()
+            self._sum = None
+            if storage is not None:
+                self._count(storage)
+
+    def _take_over(self, old: int) -> bool:
+        """Let the last sum of gradients be what a dying summand was; whether it is."""
+        if self._sum is None or old not in self._sum[1]:
+            return False
+        storage = self._sum[0]()
+        if storage is None or not self._holds(old, storage.nbytes()):
+            return False
+        self._sum = None
+        self._live.pop(old)
+        self._live[storage._cdata] = self._watched(storage), storage.nbytes()
+        return True
+
+    def _watched(self, storage: torch.UntypedStorage) -> weakref.ref[torch.UntypedStorage]:
+        """A reference that tells the tracker when the storage dies."""
+        key, owner = storage._cdata, weakref.ref(self)
+
+        def died(_: Any) -> None:
+            tracker = owner()
+            if tracker is not None and not tracker._take_over(key):
+                tracker._change(-tracker._live.pop(key)[1], key)
+
+        return weakref.ref(storage, died)
+
     def _count(self, storage: torch.UntypedStorage) -> None:
         """Count a storage for the first time, or again after its size may have changed."""
         key, size = storage._cdata, storage.nbytes()
         known = self._live.get(key)
         if known is not None and known[1] == size:
             return
-        if known is None:
-            owner = weakref.ref(self)
-
-            def died(_: Any) -> None:
-                tracker = owner()
-                if tracker is not None:
-                    tracker._change(-tracker._live.pop(key)[1], key)
-
-            reference = weakref.ref(storage, died)
-        else:
-            reference = known[0]
+        reference = self._watched(storage) if known is None else known[0]
         self._live[key] = (reference, size)
         self._change(size if known is None else size - known[1], key)
 
@@ -123,6 +162,22 @@ class CpuMemoryTracker(TorchDispatchMode):
         """More bytes of a storage are live, or fewer."""
         self.current += size
         self.peak = max(self.peak, self.current)
+
+
+_WRAPPERS = ("/torch/_dynamo/eval_frame.py", "/torch/_compile.py")
+
+
+def _is_sum_of_gradients(caller: FrameType | None, args: tuple[Any, ...]) -> bool:
+    """Whether autograd itself, and no Python code of a backward pass, adds two tensors that are alike."""
+    if torch._C._current_graph_task_id() == -1 or len(args) != 2:
+        return False
+    first, second = args
+    if not isinstance(second, torch.Tensor) or first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    # torch wraps what modes define.
+    while caller is not None and caller.f_code.co_filename.endswith(_WRAPPERS):
+        caller = caller.f_back
+    return caller is not None and caller.f_code.co_name == "_engine_run_backward"
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from framework.planner.fitting import Fitter, UnknownSizeError, fit_held
+from framework.planner.fitting import TINY, Fitter, UnknownSizeError
 from framework.planner.polynomials import Polynomial
 
 SAMPLES = [
@@ -45,13 +45,11 @@ def test_no_polynomial_of_two_terms():
     counts = [round(value) for value in values("4 batch hidden tokens + 8 hidden mlp + 3 vocab tokens")]
     with pytest.raises(UnknownSizeError, match=rf"no polynomial gives \[{counts[0]}, "):
         Fitter(SAMPLES)(counts)
-    irregular = [7, 19, 23, 41, 5, 3]
+    irregular = [7, 19, 23, 41, 5, TINY + 1]
     with pytest.raises(UnknownSizeError):
         Fitter(SAMPLES)(irregular)
 
 
-@pytest.mark.parametrize("text", ["16 parameters", "12 parameters share + 4 trained_tensors", "56 + 4 parameters"])
-def test_what_is_held(text):
-    assert fit_held(values(text), SAMPLES) == Polynomial.parse(text)
-    with pytest.raises(UnknownSizeError, match="what is held"):
-        fit_held([7, 19, 23, 41, 5, 3], SAMPLES)
+def test_what_is_tiny_need_not_be_a_polynomial():
+    assert Fitter(SAMPLES)([7, 19, 23, 41, 5, TINY]) == Polynomial.parse(f"{TINY}")
+    assert Fitter(SAMPLES)([-7, -19, -23, -41, -5, -3]) == Polynomial.parse(f"-{TINY}")

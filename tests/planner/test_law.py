@@ -33,7 +33,7 @@ def law() -> StepLaw:
 
     passes = {name: {key: part(CHANGES[key]) for key in PARTS} for name in PASSES[:1]}
     passes[PASSES[1]] = {key: part(LATER[key]) for key in PARTS}
-    return StepLaw(Polynomial.parse("12 parameters"), passes, part(UPDATE))
+    return StepLaw(passes, part(UPDATE))
 
 
 def laid_out(sizes: dict[str, float], blocks: int, accumulation: int) -> list[tuple[str, float]]:
@@ -100,8 +100,8 @@ def test_what_an_engine_holds_is_added_at_its_marks():
     ended = Part(stretches("30", "20;-40", "0"), (Mark(GRADIENT, "weight", 0), Mark(END_OF_PASS, "", None)))
     one = {name: Part(stretches("10")) for name in PARTS}
     one |= {f"backward {place}": marked for place in PLACES} | {"backward first": ended}
-    step = StepLaw(Polynomial(), {name: one for name in PASSES}, Part(stretches("0")))
-    weights = Weights(tuple(Weight("weight", block, 25, 4, 0) for block in range(6)), buffers=0)
+    step = StepLaw({name: one for name in PASSES}, Part(stretches("0")))
+    weights = Weights(tuple(Weight("weight", block, 25, 4, 0, 5) for block in range(6)), buffers=0)
     course = Course(step, blocks=6, passes=2, weights=weights, holder=Keeper())
     spans = course.spans({})
     assert [span.part for span in spans[:9]] == [

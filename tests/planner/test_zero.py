@@ -141,7 +141,7 @@ def test_what_deepspeed_allocates_at_every_mark(monkeypatch, stage, precision, r
 
 
 def test_stages_1_and_2_by_hand():
-    first, second = Weight("a", None, 60, 4, 0), Weight("b", None, 40, 4, 0)
+    first, second = Weight("a", None, 60, 4, 0, 6), Weight("b", None, 40, 4, 0, 4)
     weights = Weights((first, second), buffers=12)
     holder = FlatPartitions(
         weights,
@@ -163,7 +163,7 @@ def test_stages_1_and_2_by_hand():
 
 
 def test_whole_gradients_by_hand():
-    first, second = Weight("a", None, 60, 2, 0), Weight("b", None, 40, 4, 0)
+    first, second = Weight("a", None, 60, 2, 0, 6), Weight("b", None, 40, 4, 0, 4)
     holder = WholeGradients(
         Weights((first, second), buffers=0),
         lambda elements, size: 8 * elements,
