@@ -4,8 +4,8 @@
     python tools/check_gpu.py --score runs/gpu.json --output docs/gpu.md
 
 Measures the machine first, as `launchers/plan.py --calibrate` does. Then each case is a process of its own that builds
-the model and trains it: `torch.cuda.max_memory_allocated` and `max_memory_reserved` of seven steps, and the median time
-of the last five. Predictions come from the planner as a user meets it; scoring alone needs no accelerator.
+the model and trains it: `torch.cuda.max_memory_allocated` and `max_memory_reserved` of five steps, and the median time
+of the last three. Predictions come from the planner as a user meets it; scoring alone needs no accelerator.
 """
 
 from __future__ import annotations
@@ -48,8 +48,14 @@ class Prediction:
     phase: str
 
 
-def measured(cases: Sequence[GpuCase], say: Callable[[str], None] = print) -> list[dict[str, Any]]:
-    """What each case takes, one after the other; the next process imports its libraries while one measures."""
+def measured(cases: Sequence[GpuCase], path: Path, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
+    """What each case takes, one after the other; the next processes import their libraries while one measures.
+
+    Args:
+        cases: any.
+        path: of a JSON file, written anew after each case.
+        say: is told what was found.
+    """
     found = []
     with tempfile.TemporaryDirectory() as directory:
         started: list[tuple[subprocess.Popen[str], Path]] = []
@@ -65,12 +71,13 @@ def measured(cases: Sequence[GpuCase], say: Callable[[str], None] = print) -> li
             )
 
         for number, case in enumerate(cases):
-            for ahead in range(len(started), min(number + 2, len(cases))):
+            for ahead in range(len(started), min(number + 3, len(cases))):
                 start(ahead)
             process, answer = started[number]
             output, _ = process.communicate("begin\n")
             result = json.loads(answer.read_text()) if answer.exists() else {"error": output[-2000:]}
             found.append({"case": asdict(case)} | result)
+            path.write_text(json.dumps(found, indent=1))
             say(f"{number + 1}/{len(cases)} {name(case)}: {result.get('error') or words(result)}")
     return found
 
@@ -190,7 +197,7 @@ def main() -> None:
             # In a process that ends, for its context takes memory.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as apart:
                 apart.submit(calibrated, stored).result()
-        path.write_text(json.dumps(measured(NEIGHBOURS if arguments.neighbours else CASES), indent=1))
+        measured(NEIGHBOURS if arguments.neighbours else CASES, path)
         if arguments.unscored:
             return
     found = [each for each in json.loads(path.read_text()) if "error" not in each]

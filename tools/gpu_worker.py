@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from made_up import made_up
 
+from framework.allocator import grow_segments
 from framework.cli import run_command
 from framework.config import Config
 from framework.data import Batch
@@ -28,7 +29,7 @@ from framework.training.optimizer import optimizer_factory
 from framework.training.prepared import PreparedModel
 from framework.training.step import train_window
 
-WARM_UP, STEPS = 2, 5
+WARM_UP, STEPS = 2, 3
 """Steps before those that are timed, and these."""
 
 
@@ -93,6 +94,7 @@ def main(path: Path, output: Path) -> None:
     case = json.loads(path.read_text())
     config = Config.model_validate_json(json.dumps(case["config"]))
     sys.stdin.readline()
+    grow_segments()
     try:
         found = measure(config, case["length"], case["prompt"], torch.device("cuda:0"))
     except torch.OutOfMemoryError as error:

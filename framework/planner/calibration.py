@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from framework.allocator import grow_segments
 from framework.hardware import GIGA, TERA, Device
 from framework.planner import probes
 from framework.planner.hardware import cpu_device, device_of
 from framework.planner.profile import FEW_ROWS, Profile, assumed_profile
 from framework.planner.stopwatch import Stopwatch
+from framework.planner.work import FULL, HALF
 from framework.sharding.ranks import Ranks
 
 SECONDS = 120.0
@@ -52,6 +54,7 @@ def calibrate(
     Returns:
         The profile, the same on all ranks; `save` stores it.
     """
+    grow_segments()
     kind = described(device)
     run = _Calibration(device, kind, ranks, seconds, say, clock)
     for measure in (run.workspace, run.products, run.attention, run.memory, run.training, run.context, run.links):
@@ -119,16 +122,30 @@ class _Calibration:
         self._add("few_rows_efficiency", few, f"{FEW_ROWS} rows times a square matrix")
 
     def attention(self) -> None:
-        rate = probes.attention_rate(self.watch, self.dtype)
-        efficiency = rate / probes.peak_of(self.kind, self.dtype)
-        self._add("attention_efficiency", efficiency, f"torch's fused causal attention in {self.dtype}")
-        self.tell(f"attention in {self.dtype}: {rate / TERA:.3g} TFLOP/s ({efficiency:.0%} of the peak)")
+        for name, masked in (("attention_efficiency", False), ("masked_attention_efficiency", True)):
+            rate = probes.attention_rate(self.watch, self.dtype, masked=masked)
+            efficiency = rate / probes.peak_of(self.kind, self.dtype)
+            words = f"{'masked' if masked else 'causal'} attention in {self.dtype}"
+            self._add(name, efficiency, f"torch's {words}")
+            self.tell(f"{words}: {rate / TERA:.3g} TFLOP/s ({efficiency:.0%} of the peak)")
+
+    def _operators(self, most: float) -> None:
+        """What is left of blocks' time without products and attention, for what the others read and write."""
+        peak, found = probes.peak_of(self.kind, self.dtype), probes.block_operators(self.watch, self.dtype)
+        products = found.products / (peak * self.figures["matrix_efficiency"][self.dtype])
+        attention = found.attention / (peak * self.figures["masked_attention_efficiency"])
+        traffic = FULL if self.dtype == "float32" else HALF
+        moved = found.elements * (traffic.block + traffic.block_backward)
+        rate = moved / max(found.seconds - products - attention, moved / most)
+        self._add("operator_efficiency", rate / self.kind.memory_bandwidth, "a Llama's blocks, without their products")
+        self.tell(f"operators of a block: {rate / GIGA:.4g} GB/s")
 
     def memory(self) -> None:
         rate, kernel = probes.elementwise_rate(self.watch), probes.kernel_seconds(self.watch)
         to_device, to_host = probes.host_copy_rates(self.watch)
         self._add("memory_efficiency", rate / self.kind.memory_bandwidth, "adding two large tensors into a third")
-        self._add("kernel_seconds", kernel, f"{probes.KERNELS} additions of one number")
+        self._operators(rate)
+        self._add("kernel_seconds", kernel, "the forward pass of a tiny Llama")
         copies = "copies of pinned memory" if self.cuda else "copies within the host's memory"
         self._add("host_to_device", to_device, copies)
         self._add("device_to_host", to_host, copies)

@@ -22,7 +22,16 @@ class Pairs(NamedTuple):
     labelled: float
 
     @classmethod
-    def of(cls, reach: Reach, *, kernel: str, tokens: int, document_tokens: int | None, labelled_share: float) -> Pairs:
+    def of(
+        cls,
+        reach: Reach,
+        *,
+        kernel: str,
+        tokens: int,
+        document_tokens: int | None,
+        labelled_share: float,
+        masked: bool = False,
+    ) -> Pairs:
         """Count them; agrees with `FlopTally` and `seen_pairs` of `framework.training.flops`.
 
         Args:
@@ -31,6 +40,7 @@ class Pairs(NamedTuple):
             tokens: of the sequence.
             document_tokens: of each of its documents; None for one that is not packed.
             labelled_share: labelled tokens / all tokens, in every document.
+            masked: the kernel is given a mask.
         """
         length = document_tokens or tokens
         documents = [(start, min(start + length, tokens)) for start in range(0, tokens, length)]
@@ -39,7 +49,7 @@ class Pairs(NamedTuple):
         executed = round(seen)
         if kernel in ("eager", "sdpa"):
             limit = min(reach.window or tokens, reach.chunk or tokens)
-            triangle = kernel == "sdpa" and document_tokens is None and reach.causal and limit >= tokens
+            triangle = kernel == "sdpa" and not masked and document_tokens is None and reach.causal and limit >= tokens
             executed = tokens * (tokens + 1) // 2 if triangle else tokens**2
         return cls(executed, seen, labelled)
 

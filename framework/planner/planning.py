@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -39,6 +40,7 @@ from framework.planner.symbols import model_symbols
 from framework.planner.timing import TimeModel
 from framework.planner.work import Job
 from framework.retention import blocks_of
+from framework.retention.linears import PackedLinear
 from framework.sharding.deepspeed_config import bucket_sizes
 from framework.sharding.engines import engine_options, model_sizes
 from framework.sharding.precision import PRECISIONS
@@ -49,6 +51,15 @@ COLLECTIVE_SECONDS = 20e-6
 
 KERNELS_OF_A_BLOCK = 60
 """Kernels of a Llama block's forward pass with stock operators."""
+
+KERNELS_OF_AN_ADAPTER = 6
+"""Of LoRA at a layer: dropout, two products, scaling, a sum and what views need."""
+
+KERNELS_OF_NF4 = 8
+"""To make a layer's matrix from its codes."""
+
+MASKED_KERNELS = ("sdpa", "eager")
+"""Attention that is given a mask where rows are padded, as almost all batches have some, or of several documents."""
 
 HOST_MEMORY = 100e9
 """Bytes a second of a host's memory: an assumption, half of eight channels of DDR4-3200."""
@@ -163,10 +174,19 @@ class PlannedJob:
             sequence_length=config.data.sequence_length,
             labelled_share=self.labelled_share,
             kernel=config.model.attention,
+            masked=config.model.attention in MASKED_KERNELS,
+            trained_tensors=round(self._symbols["trained_tensors"]),
+            kernels=self._kernels(model, len(blocks)),
             quantized=quantized,
             quantized_bytes=quantized_bytes,
             adapter_rank=adapter_rank,
         )
+
+    def _kernels(self, model: nn.Module, blocks: int) -> float:
+        """Of a block's forward pass."""
+        adapted = sum(isinstance(module, BaseTunerLayer) for module in model.modules())
+        packed = sum(isinstance(module, PackedLinear) for module in model.modules())
+        return KERNELS_OF_A_BLOCK + (KERNELS_OF_AN_ADAPTER * adapted + KERNELS_OF_NF4 * packed) / blocks
 
     def _law(self, choice: Choice) -> StepLaw:
         law = self._laws[_kind(choice)]
@@ -320,22 +340,23 @@ def learn(
 
 def rates_of(config: Config, cluster: Cluster, profile: Profile) -> Rates:
     """What a cluster achieves on a run."""
-    device = cluster.device
+    device, masked = cluster.device, config.model.attention in MASKED_KERNELS
     name = PRECISIONS[config.optimizer.precision].autocast or config.weights_dtype
     peak = device.peak(name)
     if peak is None:
         raise UserError(f"optimizer.precision: {device.name} does not multiply {name}")
     return Rates(
         matrix_flops=peak * profile.matrix_efficiency[name],
-        attention_flops=peak * profile.attention_efficiency,
+        attention_flops=peak * (profile.masked_attention_efficiency if masked else profile.attention_efficiency),
         memory_bytes=device.memory_bandwidth * profile.memory_efficiency,
+        operator_bytes=device.memory_bandwidth * profile.operator_efficiency,
         link_bytes=min(profile.host_to_device, profile.device_to_host),
         host_memory_bytes=HOST_MEMORY,
         node_bytes=min(profile.all_gather, profile.reduce_scatter),
         network_bytes=cluster.network,
         ranks_per_node=cluster.gpus_per_node,
         latency_seconds=COLLECTIVE_SECONDS,
-        launch_seconds=KERNELS_OF_A_BLOCK * profile.kernel_seconds,
+        kernel_seconds=profile.kernel_seconds,
     )
 
 

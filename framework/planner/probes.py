@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,11 +18,34 @@ from framework.sharding.ranks import Ranks
 
 MIB = 2**20
 
-KERNELS = 100
-"""Tiny operators in a row."""
+BLOCKS = 8
+"""Of the model whose operators are timed; what is outside of them counts as theirs."""
+
+KERNELS_OF_A_BLOCK = 60
+"""Kernels of a Llama block's forward pass with stock operators."""
 
 ATTENTION_PRODUCTS = 7
 """Of a pair of a query and a key: two forward; backward four, and the scores once more (arXiv 2307.08691, 2.3.2)."""
+
+
+TIMED_BLOCKS = 4
+"""Of the model whose operators that are bound by memory are timed."""
+
+
+class BlockTime(NamedTuple):
+    """Of blocks' forward and backward pass.
+
+    Attributes:
+        seconds: that they take.
+        products: floating-point operations of products with weights.
+        attention: floating-point operations of attention, of all pairs.
+        elements: rows between blocks, in elements of all blocks.
+    """
+
+    seconds: float
+    products: int
+    attention: int
+    elements: int
 
 
 def dtypes_of(device: torch.device, kind: Device) -> list[str]:
@@ -55,8 +79,14 @@ def few_rows_rate(watch: Stopwatch, dtype: str) -> float:
     return 2 * FEW_ROWS * edge**2 / _product_seconds(watch, dtype, FEW_ROWS, edge)
 
 
-def attention_rate(watch: Stopwatch, dtype: str) -> float:
-    """Floating-point operations a second of causal attention, forward and backward."""
+def attention_rate(watch: Stopwatch, dtype: str, *, masked: bool) -> float:
+    """Floating-point operations a second of causal attention, forward and backward.
+
+    Args:
+        watch: to time with.
+        dtype: that it computes in.
+        masked: by a mask of bools, as padded and packed rows have; then operations of all pairs count.
+    """
     heads, length, size = (16, 4096, 128) if watch.device.type == "cuda" else (4, 512, 64)
     shape = (1, heads, length, size)
     kind = getattr(torch, dtype)
@@ -64,12 +94,13 @@ def attention_rate(watch: Stopwatch, dtype: str) -> float:
         torch.randn(shape, device=watch.device, dtype=kind, requires_grad=True) for _ in range(3)
     )  # each [batch, heads, length, size]
     gradient = torch.randn(shape, device=watch.device, dtype=kind)
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=watch.device).tril() if masked else None
 
     def step() -> None:
-        output = scaled_dot_product_attention(query, key, value, is_causal=True)
+        output = scaled_dot_product_attention(query, key, value, mask, is_causal=not masked)
         torch.autograd.grad(output, (query, key, value), gradient)
 
-    pairs = heads * length * (length + 1) // 2
+    pairs = heads * length * (2 * length if masked else length + 1) // 2
     return ATTENTION_PRODUCTS * 2 * size * pairs / watch.seconds(step)
 
 
@@ -80,15 +111,51 @@ def elementwise_rate(watch: Stopwatch) -> float:
     return 3 * size / watch.seconds(lambda: torch.add(one, other, out=result))
 
 
+def block_operators(watch: Stopwatch, dtype: str) -> BlockTime:
+    """Times Llama blocks on a padded row, forward and backward."""
+    from transformers import LlamaConfig, LlamaModel
+
+    heads, size, length = (16, 128, 4096) if watch.device.type == "cuda" else (4, 32, 128)
+    width = heads * size
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=7 * width // 2,
+        num_hidden_layers=TIMED_BLOCKS,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 4,
+        vocab_size=64,
+        use_cache=False,
+    )
+    with _seeded(watch.device):
+        model = LlamaModel(config).to(watch.device, getattr(torch, dtype))
+        rows = torch.randn(1, length, width, device=watch.device, dtype=model.dtype)
+    mask = torch.ones(1, length, dtype=torch.int64, device=watch.device)
+    mask[0, -1] = 0
+    weights = [parameter for parameter in model.layers.parameters() if parameter.dim() == 2]
+
+    def step() -> None:
+        output = model(inputs_embeds=rows, attention_mask=mask).last_hidden_state
+        torch.autograd.grad(output, weights, output.detach())
+
+    return BlockTime(
+        seconds=watch.seconds(step),
+        products=6 * length * sum(map(torch.numel, weights)),
+        attention=ATTENTION_PRODUCTS * 2 * TIMED_BLOCKS * width * length**2,
+        elements=TIMED_BLOCKS * length * width,
+    )
+
+
 def kernel_seconds(watch: Stopwatch) -> float:
-    """Seconds of one tiny operator of many."""
-    tensor = torch.ones(1, device=watch.device)
+    """Seconds of one operator of a forward pass whose tensors are so small that only issuing it takes time."""
+    from transformers import LlamaConfig, LlamaModel
 
-    def many() -> None:
-        for _ in range(KERNELS):
-            tensor.add_(1)
-
-    return watch.seconds(many) / KERNELS
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=BLOCKS, vocab_size=64, **heads)
+    with _seeded(watch.device):
+        model = LlamaModel(config).to(watch.device)
+    input_ids = torch.ones(1, 8, dtype=torch.int64, device=watch.device)
+    seconds = watch.seconds(lambda: model(input_ids=input_ids, use_cache=False))
+    return seconds / (BLOCKS * KERNELS_OF_A_BLOCK)
 
 
 def host_copy_rates(watch: Stopwatch) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from framework.planner.assumptions import assumed_figures
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 """Of the stored files. A file of another format is made anew by calibration."""
 
 FEW_ROWS = 128
@@ -55,8 +55,11 @@ class Profile:
         few_rows_efficiency: of products of `FEW_ROWS` rows with a square weight, by dtype.
         attention_efficiency: of fused attention over long sequences, forward and backward together, in the dtype that
             runs train in.
+        masked_attention_efficiency: the same of attention that is given a mask, of which kernels compute all pairs.
         memory_efficiency: bytes a second that elementwise kernels read and write / the memory's bandwidth.
-        kernel_seconds: that a tiny operator takes when many are run in a row.
+        operator_efficiency: the same of a block's operators that are no products, by what `framework.planner.work` says
+            that they read and write.
+        kernel_seconds: that the host takes to issue an operator of a block's forward pass.
         host_to_device: bytes a second of copies from pinned memory.
         device_to_host: bytes a second of copies to pinned memory.
         all_gather: within a machine: bytes a second that a rank receives, that is (N - 1) / N of the gathered bytes by
@@ -77,7 +80,9 @@ class Profile:
     matrix_efficiency: Mapping[str, float]
     few_rows_efficiency: Mapping[str, float]
     attention_efficiency: float
+    masked_attention_efficiency: float
     memory_efficiency: float
+    operator_efficiency: float
     kernel_seconds: float
     host_to_device: float
     device_to_host: float

@@ -12,24 +12,25 @@ class Rates:
     Attributes:
         matrix_flops: floating-point operations a second of products, in the dtype that computes.
         attention_flops: the same of attention.
-        memory_bytes: bytes a second that operators read and write in the device's memory.
+        memory_bytes: bytes a second that is read and written in the device's memory, by updates and copies.
+        operator_bytes: the same of the operators of blocks and loss.
         link_bytes: bytes a second between a device and its host, in one direction.
         host_memory_bytes: bytes a second in the memory of a node's host, which its ranks share.
         node_bytes: bytes a second that a rank sends in a collective inside a node.
         network_bytes: bytes a second that a node sends to others in a collective, which its ranks share.
         ranks_per_node: ranks on a full node.
         latency_seconds: of a collective, before the first byte.
-        launch_seconds: that the host needs to issue one block's forward pass. Its backward pass is taken to need as
-            much: twice as many kernels, but no Python between them.
+        kernel_seconds: that the host needs to issue an operator.
     """
 
     matrix_flops: float
     attention_flops: float
     memory_bytes: float
+    operator_bytes: float
     link_bytes: float
     host_memory_bytes: float
     node_bytes: float
     network_bytes: float
     ranks_per_node: int
     latency_seconds: float = 0.0
-    launch_seconds: float = 0.0
+    kernel_seconds: float = 0.0

@@ -25,6 +25,15 @@ ADAMW_BYTES = 28
 STOCHASTIC_BYTES = 216
 """What the operators of `StochasticAdamW` read and write per bfloat16 weight, among them 3 x 34 for rounding."""
 
+STOCHASTIC_KERNELS = 27
+"""Operators of `StochasticAdamW` for a tensor or a chunk of one, among them 3 x 5 for rounding."""
+
+EIGHT_BIT_KERNELS = 4
+"""Operators of `EightBitAdamW` for a tensor."""
+
+CHUNK = 1 << 24
+"""As in `framework.training.optimizer`, which imports torch."""
+
 EIGHT_BIT_BYTES = 8 + 4 + 4 + 16 / 256
 """The same as for AdamW with moments of 8 bits and the scales of 256 of them (arXiv 2110.02861)."""
 
@@ -143,7 +152,18 @@ class TimeModel:
         if choice.offload_optimizer and choice.zero_stage == 3:
             # From the buffer that they are summed up in, which is on the host too.
             moved += 2 * width
-        return moved * self._held(choice) / self._home(choice, rates)
+        issued = self._kernels(choice) * rates.kernel_seconds
+        return max(issued, moved * self._held(choice) / self._home(choice, rates))
+
+    def _kernels(self, choice: Choice) -> float:
+        """Operators that an update issues: torch's AdamW a few in all, others some for each tensor or piece of one."""
+        if self.job.optimizer == "adamw_8bit":
+            return EIGHT_BIT_KERNELS * self.job.trained_tensors
+        if not self._precision.stochastic_rounding:
+            return 0
+        # Stages of ZeRO update a flat tensor for each group.
+        tensors = 0 if choice.zero_stage else self.job.trained_tensors
+        return STOCHASTIC_KERNELS * (tensors + self._held(choice) / CHUNK)
 
     def _sum(self, choice: Choice, rates: Rates) -> float:
         """Adding a micro-batch's gradients to those before it: two are read, one is written."""
@@ -167,8 +187,8 @@ class TimeModel:
 def _seconds(work: Work, rates: Rates) -> float:
     """Of a pass alone. With few rows products take as long as reading the weights."""
     products = max(work.matrices / rates.matrix_flops, work.weights / rates.memory_bytes)
-    device = products + work.attention / rates.attention_flops + work.moved / rates.memory_bytes
-    return max(device, work.blocks * rates.launch_seconds)
+    device = products + work.attention / rates.attention_flops + work.moved / rates.operator_bytes
+    return max(device, work.kernels * rates.kernel_seconds)
 
 
 def _pipeline(compute: float, beside: float, blocks: int) -> float:

@@ -79,11 +79,14 @@ class Job:
         sequence_length: tokens of a sequence.
         labelled_share: labelled tokens / all tokens; of a classifier's tokens, those that its head reads.
         kernel: the config's `model.attention`; what it computes is as in `FlopTally`.
+        masked: `sdpa` is given a mask, with which it computes all pairs: rows are padded, or of several documents.
         document_tokens: length of the documents that sequences are packed of; None for one document a sequence, which
             is not packed.
         quantized: those of `parameters` that are quantised to NF4.
         quantized_bytes: what holds these.
         adapter_rank: of LoRA; None for no adapter, and for one that is taken to move no bytes beside its products.
+        trained_tensors: their number.
+        kernels: of a block's forward pass, stock operators: with adapters and quantised matrices there are more.
         recomputed_whole: blocks that selective retention recomputes on all rows, by name.
     """
 
@@ -97,10 +100,13 @@ class Job:
     sequence_length: int
     labelled_share: float
     kernel: str
+    masked: bool = False
     document_tokens: int | None = None
     quantized: int = 0
     quantized_bytes: int = 0
     adapter_rank: int | None = None
+    trained_tensors: int = 0
+    kernels: float = 60
     recomputed_whole: frozenset[str] = frozenset()
 
 
@@ -112,14 +118,15 @@ class Work(NamedTuple):
         attention: floating-point operations of attention.
         weights: bytes of weights that products read, and of gradients that they write, however few the rows.
         moved: bytes that other operators read and write.
-        blocks: blocks that it goes through.
+        kernels: that the host issues; a backward pass is taken to need as long as a forward pass: there are twice as
+            many, but no Python between them.
     """
 
     matrices: float
     attention: float
     weights: float
     moved: float
-    blocks: int
+    kernels: float
 
 
 class _Blocks:
@@ -162,6 +169,7 @@ class WorkModel:
                 reach,
                 kernel=job.kernel,
                 tokens=job.sequence_length,
+                masked=job.masked,
                 document_tokens=job.document_tokens,
                 labelled_share=job.labelled_share,
             )
@@ -192,7 +200,7 @@ class WorkModel:
             moved += CAST * (self._in_blocks + products.forward)
         matrices = (self._all.forward + body.forward) * tokens + products.forward * head
         read = self._width * (self._all.forward + body.forward + products.forward)
-        return Work(2 * matrices, 2 * attention, read, moved, self._all.count)
+        return Work(2 * matrices, 2 * attention, read, moved, self._all.count * job.kernels)
 
     def recomputation(self, choice: Choice) -> Work:
         """What a backward pass computes a second time: blocks of `checkpoint`, the replays of `selective`."""
@@ -211,7 +219,7 @@ class WorkModel:
             moved += CAST * self._in_blocks
         if not (choice.policy == "selective" and choice.retain_linears):
             moved += self._unpacking()
-        return Work(2 * matrices, 2 * pairs, self._width * read, moved, self._differentiated)
+        return Work(2 * matrices, 2 * pairs, self._width * read, moved, self._differentiated * self._job.kernels)
 
     def backward(self, choice: Choice) -> Work:
         """The backward pass without recomputation."""
@@ -235,7 +243,7 @@ class WorkModel:
             touched += blocks.forward + blocks.trained
         if self.under_autocast(choice):
             moved += CAST * job.trainable
-        return Work(2 * matrices, 2 * pairs, self._width * touched, moved, self._differentiated)
+        return Work(2 * matrices, 2 * pairs, self._width * touched, moved, self._differentiated * job.kernels)
 
     def flops(self, choice: Choice) -> float:
         """Floating-point operations that run in a micro-batch on one rank: `Flops.hardware`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from framework.allocator import GROWING, VARIABLES
 from framework.config import Config
 from framework.errors import RunError, UserError
 from framework.sharding.protocol import Engine
@@ -222,7 +224,8 @@ def options_to_change(config: Config, phase: str = "step") -> list[str]:
     if phase == "placing":
         return [*options, "a smaller model, or another process on this device that can end"]
     options.append(f"data.sequence_length below {config.data.sequence_length}")
-    options.append("if far more is reserved than allocated: PYTORCH_ALLOC_CONF=expandable_segments:True")
+    if GROWING not in "".join(os.environ.get(name, "") for name in VARIABLES):
+        options.append(f"if far more is reserved than allocated: PYTORCH_ALLOC_CONF={GROWING}")
     return options
 
 

@@ -40,12 +40,14 @@ JOB = Job(
     sequence_length=1000,
     labelled_share=0.25,
     kernel="sdpa",
+    kernels=1,
 )
 
 RATES = Rates(
     matrix_flops=1e12,
     attention_flops=5e11,
     memory_bytes=1e12,
+    operator_bytes=1e12,
     link_bytes=1e9,
     host_memory_bytes=8e9,
     node_bytes=1e10,

@@ -74,9 +74,14 @@ def test_rates_are_work_by_time():
     assert probes.large_product_rate(watch(), "float32") == (256, pytest.approx(2 * 256**3 / TICK))
     assert probes.few_rows_rate(watch(), "float32") == pytest.approx(2 * 128 * 512**2 / TICK)
     pairs = 4 * 512 * 513 / 2
-    assert probes.attention_rate(watch(), "float32") == pytest.approx(7 * 2 * 64 * pairs / TICK)
+    assert probes.attention_rate(watch(), "float32", masked=False) == pytest.approx(7 * 2 * 64 * pairs / TICK)
+    assert probes.attention_rate(watch(), "float32", masked=True) == pytest.approx(7 * 2 * 64 * 4 * 512**2 / TICK)
+    # Queries and outputs, keys and values of a quarter of the heads, and an MLP 3.5 times as wide.
+    assert probes.block_operators(watch(), "float32") == pytest.approx(
+        (TICK, 6 * 128 * 4 * 128**2 * (2 + 2 / 4 + 3 * 3.5), 7 * 2 * 4 * 128 * 128**2, 4 * 128 * 128)
+    )
     assert probes.elementwise_rate(watch()) == pytest.approx(3 * 32 * MIB / TICK)
-    assert probes.kernel_seconds(watch()) == pytest.approx(TICK / 100)
+    assert probes.kernel_seconds(watch()) == pytest.approx(TICK / (8 * 60))
     assert probes.host_copy_rates(watch()) == pytest.approx((32 * MIB / TICK, 32 * MIB / TICK))
 
 
@@ -101,7 +106,9 @@ def test_a_processor_is_measured_in_what_it_has(tmp_path):
         "matrix_efficiency",
         "few_rows_efficiency",
         "attention_efficiency",
+        "masked_attention_efficiency",
         "memory_efficiency",
+        "operator_efficiency",
         "kernel_seconds",
         "host_to_device",
         "device_to_host",
@@ -152,6 +159,6 @@ def test_ranks_agree_on_the_slowest(tmp_path):
     assert figures == json.loads(second.splitlines()[-1])
     assert figures["measured"] and figures["network"] is None
     assert figures["all_gather"] == figures["reduce_scatter"] == pytest.approx(4 * MIB / (2 * TICK))
-    assert figures["kernel_seconds"] == pytest.approx(2 * TICK / 100)
+    assert figures["kernel_seconds"] == pytest.approx(2 * TICK / (8 * 60))
     assert any(line.startswith("# all-gather:") for line in first.splitlines())
     assert not any(line.startswith("#") for line in second.splitlines())

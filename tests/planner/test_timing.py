@@ -53,7 +53,7 @@ def test_few_rows_cost_as_much_as_reading_the_weights():
 
 
 def test_the_host_may_be_slower_than_the_device():
-    time = TimeModel(job()).step(choose(policy="checkpoint"), rates(launch_seconds=1.0))
+    time = TimeModel(job()).step(choose(policy="checkpoint"), rates(kernel_seconds=1.0))
     assert (time.forward, time.recomputation, time.backward) == (4.0, 4.0, 4.0)
 
 
@@ -126,7 +126,7 @@ def test_what_the_engine_does_not_overlap_is_added():
 
 def test_waiting_is_shared_out_between_exchanges_and_copies():
     choice = choose(engine="fsdp", ranks=4, offload_optimizer=True, offload_parameters=True)
-    time = TimeModel(job()).step(choice, rates(matrix_flops=1e30, memory_bytes=1e30))
+    time = TimeModel(job()).step(choice, rates(matrix_flops=1e30, memory_bytes=1e30, operator_bytes=1e30))
     # Nothing to hide behind: gathers of 5 and 4 and a reduction of 5 million float32, and a quarter of it copied.
     assert time.exchange == pytest.approx(4 * 14e6 * 0.75 / 1e10)
     assert time.host_copies == pytest.approx(4 * 14e6 / 4 / 1e9)
@@ -154,7 +154,7 @@ def every_choice():
 @pytest.mark.parametrize("precision", ["fp32", "fp32_master", "pure_bf16"])
 def test_faster_hardware_is_never_slower(precision):
     model = TimeModel(job(products=attentive(), precision=precision, sequence_length=64, hidden_size=64))
-    base = rates(latency_seconds=1e-6, launch_seconds=1e-6)
+    base = rates(latency_seconds=1e-6, kernel_seconds=1e-6)
     names = [field.name for field in fields(Rates) if field.name != "ranks_per_node"]
     helped = set()
     for choice, name in itertools.product(every_choice(), names):
