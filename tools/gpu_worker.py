@@ -14,7 +14,6 @@ from unittest import mock
 import torch
 from made_up import made_up
 
-from framework.allocator import grow_segments
 from framework.cli import run_command
 from framework.config import Config
 from framework.data import Batch
@@ -94,7 +93,6 @@ def main(path: Path, output: Path) -> None:
     case = json.loads(path.read_text())
     config = Config.model_validate_json(json.dumps(case["config"]))
     sys.stdin.readline()
-    grow_segments()
     try:
         found = measure(config, case["length"], case["prompt"], torch.device("cuda:0"))
     except torch.OutOfMemoryError as error:

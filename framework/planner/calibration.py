@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from framework.allocator import grow_segments
 from framework.hardware import GIGA, TERA, Device
 from framework.planner import probes
 from framework.planner.hardware import cpu_device, device_of
@@ -54,7 +53,6 @@ def calibrate(
     Returns:
         The profile, the same on all ranks; `save` stores it.
     """
-    grow_segments()
     kind = described(device)
     run = _Calibration(device, kind, ranks, seconds, say, clock)
     for measure in (run.workspace, run.products, run.attention, run.memory, run.training, run.context, run.links):

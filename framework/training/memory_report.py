@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from framework.allocator import GROWING, VARIABLES
 from framework.config import Config
 from framework.errors import RunError, UserError
 from framework.sharding.protocol import Engine
@@ -224,8 +222,7 @@ def options_to_change(config: Config, phase: str = "step") -> list[str]:
     if phase == "placing":
         return [*options, "a smaller model, or another process on this device that can end"]
     options.append(f"data.sequence_length below {config.data.sequence_length}")
-    if GROWING not in "".join(os.environ.get(name, "") for name in VARIABLES):
-        options.append(f"if far more is reserved than allocated: PYTORCH_ALLOC_CONF={GROWING}")
+    options.append("if far more is reserved than allocated: PYTORCH_ALLOC_CONF=expandable_segments:True")
     return options
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Never
 
-from framework.allocator import grow_segments
 from framework.errors import RunError, UserError
 from framework.extras import check_bitsandbytes
 from framework.sharding.deepspeed_config import OwnOptions, read_own_options
@@ -84,7 +83,6 @@ def train(
         NoPlanError: a `UserError`: the config leaves something open, and nothing fits.
         RunError: a failure while running; saved checkpoints stay as they are and the marker `FAILED` is written.
     """
-    grow_segments()
     launch = check_launch(config, deepspeed_config)
     run = _Run(config, resume, launch)
     if signals is None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
 import framework
-from framework.allocator import GROWING, VARIABLES, grow_segments
 from framework.errors import RunError, UserError
 from framework.sharding.single import SingleEngine
 from framework.training import evaluation, memory_report
@@ -193,24 +191,10 @@ def no_space_for(name, plain):
         ),
     ],
 )
-def test_advice_names_what_this_config_can_still_change(make_config, monkeypatch, changes, expected, unexpected):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+def test_advice_names_what_this_config_can_still_change(make_config, changes, expected, unexpected):
     advice = "\n".join(options_to_change(make_config(**changes)))
     assert all(key in advice for key in expected)
     assert not any(key in advice for key in unexpected)
-
-
-def test_segments_grow_unless_the_environment_says_otherwise(make_config, monkeypatch):
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
-    grow_segments()
-    assert "PYTORCH_ALLOC_CONF" not in os.environ
-    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
-    grow_segments()
-    assert os.environ["PYTORCH_ALLOC_CONF"] == GROWING
-    assert not any("PYTORCH_ALLOC_CONF" in option for option in options_to_change(make_config()))
 
 
 def test_the_largest_tensors_come_first_and_views_once():
