@@ -1,7 +1,8 @@
 """Predicted peaks and step times against measured ones of real configurations, on this machine's accelerator.
 
     python tools/check_gpu.py --measure runs/gpu.json --output docs/gpu.md
-    python tools/check_gpu.py --score runs/gpu.json --output docs/gpu.md
+    python tools/check_gpu.py --score docs/gpu.json --output docs/gpu.md
+    python tools/check_gpu.py --neighbours --score docs/gpu_neighbours.json --profile docs/gpu.profile.json
 
 Measures the machine first, as `launchers/plan.py --calibrate` does. Then each case is a process of its own that builds
 the model and trains it: `torch.cuda.max_memory_allocated` and `max_memory_reserved` of five steps, and the median time
@@ -122,7 +123,7 @@ def _prediction(job: PlannedJob, cluster: Cluster, profile: Profile, sizes: dict
     return Prediction(ledger.peak, ledger.tensors, reserved, seconds, ledger.binding_phase)
 
 
-def document(rows: Sequence[tuple[GpuCase, dict[str, Any], Prediction]], profile: Profile, command: str) -> str:
+def document(rows: Sequence[tuple[GpuCase, dict[str, Any], Prediction]], command: str) -> str:
     """Markdown: a table of the cases, errors as predicted / measured - 1, and their medians and maxima."""
     device = rows[0][1]["device"]
     columns = ("model", "trained", "precision", "optimizer", "retention", "batch")
@@ -165,6 +166,18 @@ def document(rows: Sequence[tuple[GpuCase, dict[str, Any], Prediction]], profile
     return "\n".join(lines) + "\n"
 
 
+def chosen(rows: Sequence[tuple[GpuCase, dict[str, Any], Prediction]]) -> str:
+    """What a planner chooses that looks for speed, beside the fastest of the measured ways to run a job."""
+    case, found, _ = min(rows, key=lambda row: row[2].seconds)
+    best, fastest, _ = min(rows, key=lambda row: row[1]["seconds"])
+    share = fastest["seconds"] / found["seconds"]
+    return f"\nPredicted to be the fastest: {_way(case)}. Measured: {_way(best)}, so {share:.1%} of the throughput.\n"
+
+
+def _way(case: GpuCase) -> str:
+    return f"{case.arm}, {case.accumulation} x {case.batch} rows"
+
+
 def calibrated(path: Path) -> None:
     """Measure this machine and store its profile."""
     import torch
@@ -204,7 +217,9 @@ def main() -> None:
     profile = load_profile(stored)
     cases = [(GpuCase(**each["case"]), each) for each in found]
     rows = [(case, each, told) for (case, each), told in zip(cases, predictions(cases, profile), strict=True)]
-    text = document(rows, profile, f"python tools/check_gpu.py {shlex.join(sys.argv[1:])}")
+    text = document(rows, f"python tools/check_gpu.py {shlex.join(sys.argv[1:])}")
+    if arguments.neighbours:
+        text += chosen(rows)
     print(text)
     if arguments.output:
         arguments.output.write_text(text, encoding="utf-8")

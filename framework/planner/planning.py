@@ -38,7 +38,7 @@ from framework.planner.small_models import Family
 from framework.planner.space import ENGINES, Candidate, candidates
 from framework.planner.symbols import model_symbols
 from framework.planner.timing import TimeModel
-from framework.planner.work import Job
+from framework.planner.work import KERNELS_OF_A_BLOCK, Job
 from framework.retention import blocks_of
 from framework.retention.linears import PackedLinear
 from framework.sharding.deepspeed_config import bucket_sizes
@@ -49,14 +49,11 @@ from framework.training.parameter_groups import parameter_groups
 COLLECTIVE_SECONDS = 20e-6
 """Before the first byte of a collective: an assumption, what NCCL needs within a machine."""
 
-KERNELS_OF_A_BLOCK = 60
-"""Kernels of a Llama block's forward pass with stock operators."""
+KERNELS_OF_AN_ADAPTER = 10
+"""What LoRA at a layer adds for the host to issue: 14 operators, where a Llama block's 60 kernels are 88 operators."""
 
-KERNELS_OF_AN_ADAPTER = 6
-"""Of LoRA at a layer: dropout, two products, scaling, a sum and what views need."""
-
-KERNELS_OF_NF4 = 8
-"""To make a layer's matrix from its codes."""
+KERNELS_OF_NF4 = 9
+"""The same of making a layer's matrix from its codes: 13 operators."""
 
 MASKED_KERNELS = ("sdpa", "eager")
 """Attention that is given a mask where rows are padded, as almost all batches have some, or of several documents."""

@@ -14,15 +14,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from framework.hardware import Device
 from framework.planner.profile import FEW_ROWS
 from framework.planner.stopwatch import Stopwatch
+from framework.planner.work import KERNELS_OF_A_BLOCK
 from framework.sharding.ranks import Ranks
 
 MIB = 2**20
 
 BLOCKS = 8
 """Of the model whose operators are timed; what is outside of them counts as theirs."""
-
-KERNELS_OF_A_BLOCK = 60
-"""Kernels of a Llama block's forward pass with stock operators."""
 
 ATTENTION_PRODUCTS = 7
 """Of a pair of a query and a key: two forward; backward four, and the scores once more (arXiv 2307.08691, 2.3.2)."""

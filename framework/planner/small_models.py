@@ -192,7 +192,7 @@ def positions_of(documents: Tensor) -> Tensor:
 
 
 def probe_batch(widths: Widths, *, packed: bool) -> Batch:
-    """A batch in which sequences have different numbers of labels, and either of tokens or of their documents'."""
+    """A batch in which sequences have different numbers of labels and of tokens; packed ones are of two documents."""
     drawn = torch.Generator().manual_seed(widths.vocab)
     shape = (widths.batch, widths.tokens)
     ids = torch.randint(1, widths.vocab, shape, generator=drawn)
@@ -202,9 +202,9 @@ def probe_batch(widths: Widths, *, packed: bool) -> Batch:
     for row in range(widths.batch):
         labels[row, : widths.prompt + row] = IGNORED
         if packed:
-            start = widths.tokens - SHORTER * (row + 1)
+            start = widths.tokens // 2
             labels[row, start], documents[row, start:] = IGNORED, widths.batch + row
-        elif row:
+        if row:
             end = widths.tokens - SHORTER * row
             labels[row, end:], mask[row, end:], documents[row, end:] = IGNORED, 0, NO_DOCUMENT
     supervised = supervised_positions(labels, causal=True)

@@ -64,6 +64,10 @@ CAST = 6
 """Bytes to make a 16-bit element of a float32 one, or the other way."""
 
 
+KERNELS_OF_A_BLOCK = 60
+"""Kernels of a Llama block's forward pass with stock operators."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What all choices have in common.
@@ -106,7 +110,7 @@ class Job:
     quantized_bytes: int = 0
     adapter_rank: int | None = None
     trained_tensors: int = 0
-    kernels: float = 60
+    kernels: float = KERNELS_OF_A_BLOCK
     recomputed_whole: frozenset[str] = frozenset()
 
 

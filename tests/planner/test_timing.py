@@ -8,11 +8,14 @@ import sys
 from dataclasses import fields, replace
 
 import pytest
+import torch
 from timed_jobs import attentive, choose, job, rates
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from framework.planner.rates import Rates
-from framework.planner.timing import ADAMW_BYTES, EIGHT_BIT_BYTES, STOCHASTIC_BYTES, TimeModel
+from framework.planner.timing import ADAMW_BYTES, EIGHT_BIT_BYTES, STOCHASTIC_BYTES, STOCHASTIC_KERNELS, TimeModel
 from framework.planner.work import FULL
+from framework.training.optimizer import StochasticAdamW
 
 FORWARD = 1000 * 4 * 1000 * FULL.block + 250 * 500 * FULL.logit
 BACKWARD = 1000 * 4 * 1000 * FULL.block_backward + 250 * 500 * FULL.logit_backward
@@ -185,3 +188,28 @@ def test_one_rank_waits_for_no_other():
 def test_predicting_imports_no_torch():
     code = "import framework.planner.timing, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_issues_some_operators_for_each_tensor():
+    counts = []
+    for tensors in (3, 5):
+        weights = [torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16)) for _ in range(tensors)]
+        optimizer = StochasticAdamW(weights, lr=0.1, betas=(0.9, 0.95), eps=1e-8, seed=0)
+        for _ in range(2):
+            for weight in weights:
+                weight.grad = torch.ones_like(weight)
+            with Operators() as operators:
+                optimizer.step()
+        counts.append(operators.count)
+    # The rest is clipping: a norm, and a product with a factor.
+    assert 0.8 < (counts[1] - counts[0]) / 2 * 60 / 88 / STOCHASTIC_KERNELS < 1
