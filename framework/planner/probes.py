@@ -125,11 +125,12 @@ def block_operators(watch: Stopwatch, dtype: str) -> BlockTime:
         use_cache=False,
     )
     with _seeded(watch.device):
-        model = LlamaModel(config).to(watch.device, getattr(torch, dtype))
-        rows = torch.randn(1, length, width, device=watch.device, dtype=model.dtype)
+        model: torch.nn.Module = LlamaModel(config)
+        model.to(watch.device, getattr(torch, dtype))
+        rows = torch.randn(1, length, width, device=watch.device).to(getattr(torch, dtype))
     mask = torch.ones(1, length, dtype=torch.int64, device=watch.device)
     mask[0, -1] = 0
-    weights = [parameter for parameter in model.layers.parameters() if parameter.dim() == 2]
+    weights = [p for name, p in model.named_parameters() if name.startswith("layers.") and p.dim() == 2]
 
     def step() -> None:
         output = model(inputs_embeds=rows, attention_mask=mask).last_hidden_state
@@ -147,10 +148,17 @@ def kernel_seconds(watch: Stopwatch) -> float:
     """Seconds of one operator of a forward pass whose tensors are so small that only issuing it takes time."""
     from transformers import LlamaConfig, LlamaModel
 
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
-    config = LlamaConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=BLOCKS, vocab_size=64, **heads)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
     with _seeded(watch.device):
-        model = LlamaModel(config).to(watch.device)
+        model: torch.nn.Module = LlamaModel(config)
+        model.to(watch.device)
     input_ids = torch.ones(1, 8, dtype=torch.int64, device=watch.device)
     seconds = watch.seconds(lambda: model(input_ids=input_ids, use_cache=False))
     return seconds / (BLOCKS * KERNELS_OF_A_BLOCK)

@@ -46,11 +46,11 @@ LORA = {"kind": "lora", "rank": 4, "alpha": 8}
 
 
 def config_of(model: dict, **sections: dict) -> Config:
-    adapter = sections.pop("adapter", None)
+    adapter, quantization = sections.pop("adapter", None), sections.pop("quantization", None)
     return Config.model_validate(
         {
             "run": {"output_dir": "unused"},
-            "model": {"from_config": model, "tokenizer": "unused", "adapter": adapter},
+            "model": {"from_config": model, "tokenizer": "unused", "adapter": adapter, "quantization": quantization},
             "data": {"train": "unused", "sequence_length": 96},
             "optimizer": {"learning_rate": 1e-3} | sections.pop("optimizer", {}),
             "training": {"max_steps": 2, "global_batch_size": 24, "micro_batch_size": 3},
@@ -83,6 +83,15 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
         ),
         (LLAMA, {"sharding": {"engine": "fsdp"}}),
         (
+            LLAMA | {"num_hidden_layers": 9},
+            {
+                "quantization": "nf4",
+                "adapter": LORA | {"dropout": 0.1},
+                "retention": {"policy": "checkpoint"},
+                "optimizer": {"precision": "fp32_master"},
+            },
+        ),
+        (
             QWEN,
             {
                 "sharding": {"engine": "deepspeed", "zero_stage": 3},
@@ -91,7 +100,7 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
             },
         ),
     ],
-    ids=["all", "gpt2 checkpoint", "labelled", "ratio LoRA", "bf16 packed", "fsdp", "ZeRO 3"],
+    ids=["all", "gpt2 checkpoint", "labelled", "ratio LoRA", "bf16 packed", "fsdp", "NF4 autocast", "ZeRO 3"],
 )
 def test_a_deeper_and_wider_step_takes_what_the_law_says(model, sections):
     config = config_of(model, **sections)

@@ -195,6 +195,34 @@ def test_autocast_copies_are_counted_while_they_live() -> None:
     assert tracker.current == FLOAT * 16 * 32  # the gradient
 
 
+class Doubled(torch.autograd.Function):
+    """Adds in Python in its backward pass."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        return rows * 2
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * 1.5 + gradient * 0.5
+
+
+def test_gradients_are_added_in_place_by_autograd_and_not_by_python() -> None:
+    weights = torch.ones(1000, requires_grad=True)
+
+    def peak(use) -> int:
+        loss = use(weights * 1.0).sum()
+        weights.grad, tracker = None, CpuMemoryTracker()
+        with tracker:
+            loss.backward()
+        assert weights.grad is not None and tracker.current == weights.grad.nbytes
+        return tracker.peak
+
+    # A number for the loss, and two or three vectors: the sum is one of its summands, or another.
+    assert peak(lambda rows: rows * 1.5 + rows * 0.5) == 4 + 2 * 4000
+    assert peak(Doubled.apply) == 4 + 3 * 4000
+
+
 def test_cpu_has_no_allocator_count() -> None:
     """The CUDA helpers are inert elsewhere."""
     reset_device_peak(torch.device("cpu"))
