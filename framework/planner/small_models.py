@@ -21,6 +21,18 @@ from framework.selection import supervised_positions
 MLP_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size")
 """By what names families know the width of their MLP."""
 
+NUMBERS = {
+    "bos_token_id",
+    "eos_token_id",
+    "initializer_range",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rms_norm_eps",
+    "norm_eps",
+    "rope_theta",
+}
+"""Keys whose values no tensor's size depends on."""
+
 SHORTER = 3
 """Tokens by which each sequence of a batch is shorter than the one before, so that other numbers are selected."""
 
@@ -154,7 +166,11 @@ class Family:
     def kept(self) -> dict[str, Any]:
         """What all models of this law share: the config without what probes vary, and how heads share keys."""
         first, second = self.small(PROBES[0]), self.small(PROBES[1])
-        shared = {name: value for name, value in first.items() if second[name] == value}
+        shared = {
+            name: {key: each for key, each in value.items() if key not in NUMBERS} if isinstance(value, dict) else value
+            for name, value in first.items()
+            if second[name] == value and name not in NUMBERS
+        }
         return shared | {"keys": "some heads'" if self._grouped else "one head's" if self._kv_heads == 1 else "each's"}
 
 

@@ -133,7 +133,8 @@ def test_laws_are_shared_by_models_that_differ_in_widths_and_depth_only():
         return law_key(law_settings(config, Family(read_model_config(None, model))))
 
     deeper = LLAMA | {"num_hidden_layers": 3, "intermediate_size": 400, "vocab_size": 999}
-    assert key(LLAMA) == key(deeper)
+    numbers = {"rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "eos_token_id": 7}
+    assert key(LLAMA) == key(deeper) == key(LLAMA | numbers)
     others = [key(LLAMA | {"attention_bias": True}), key(QWEN), key(LLAMA | {"num_key_value_heads": 8})]
     others += [key(LLAMA, retention=SELECTIVE), key(LLAMA, adapter=LORA), key(LLAMA, sharding={"engine": "fsdp"})]
     assert len({key(LLAMA), *others}) == 7
