@@ -22,7 +22,7 @@ from framework.planner.small_models import PROBES, Family, Widths, probe_batch, 
 from framework.planner.symbols import batch_symbols
 from framework.training.objective import draw_selection
 
-RECORDING = 3
+RECORDING = 4
 """Counts changes of what a recording says of a step: laws of other numbers are not looked at."""
 
 LIBRARIES = ("torch", "transformers", "peft")

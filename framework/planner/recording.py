@@ -130,6 +130,10 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
             part.engine[-1].append(size)
         part.stretches.append([])
 
+    def own(self) -> None:
+        """What is live now is the engine's, with all that becomes of it."""
+        self._engines.update(self._live)
+
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """What is made within this context is the engine's."""
@@ -224,6 +228,8 @@ def record_step(config: Config, batch: Batch, ranks: Ranks, micro_batches: int =
         for tensors in engine.held():
             recorder.track(tensors)
         recorder.track(gathered_before(engine.model))
+        if config.sharding.engine == "deepspeed":
+            recorder.own()
         start = recorder.current
         recorder.reset_peak()
         with _Borders(engine.model, recorder), marks_of(engine, recorder, naming), _collected(), recorder:
