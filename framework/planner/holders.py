@@ -60,21 +60,17 @@ class Holders:
 
     def state(self, elements: int, itemsize: int) -> int:
         """Bytes of what the optimiser keeps for a tensor of so many elements of so many bytes."""
-        return self._moments(elements, elements, itemsize) + COUNTER
+        return self._moments(elements, itemsize) + COUNTER
 
     def sharded(self, shards: int) -> dict[str, int]:
         """What each of so many ranks holds, where every weight and its state is shared out."""
         weights = sum(weight.shard(shards) * weight.itemsize for weight in self._weights.all)
-        state = sum(
-            self._moments(weight.shard(shards), weight.elements, weight.itemsize) + COUNTER
-            for weight in self._weights.all
-            if weight.trained
-        )
+        state = sum(self.state(weight.shard(shards), weight.itemsize) for weight in self._weights.all if weight.trained)
         return {WEIGHTS: weights + self._weights.buffers, STATE: state}
 
-    def _moments(self, elements: int, whole: int, itemsize: int) -> int:
-        """Two moments of a part of a tensor: in 8 bits with a float32 scale for each block, or as wide as weights."""
-        if self._optimizer == "adamw_8bit" and whole >= MINIMUM_SIZE:
+    def _moments(self, elements: int, itemsize: int) -> int:
+        """Two moments of what a rank has of a tensor: in 8 bits with a scale for each block, or as wide as weights."""
+        if self._optimizer == "adamw_8bit" and elements >= MINIMUM_SIZE:
             return 2 * (elements + 4 * ceil(elements / BLOCK))
         wide = 4 if self._optimizer == "adamw_8bit" or self._precision != "pure_bf16" else itemsize
         return 2 * wide * elements

@@ -37,8 +37,8 @@ class EightBitAdamW(torch.optim.Optimizer):
 
     Bytes per parameter: moments 1 + 1, and 8 for each 256 (torch's AdamW on float32: 8). The state of a parameter:
     `step`, a float32 scalar; `exp_avg_codes` and `exp_avg_sq_codes`, uint8 in the shape of what this rank holds of the
-    parameter; `exp_avg_scales` and `exp_avg_sq_scales`, float32 `[blocks]`. Whole tensors of fewer than `MINIMUM_SIZE`
-    elements have float32 `exp_avg` and `exp_avg_sq`.
+    parameter; `exp_avg_scales` and `exp_avg_sq_scales`, float32 `[blocks]`. A parameter of which this rank holds fewer
+    than `MINIMUM_SIZE` elements has float32 `exp_avg` and `exp_avg_sq`.
     """
 
     def __init__(
