@@ -80,6 +80,12 @@ def _bounded_cluster(
     return replace(cluster, budget_bytes=given, notes=notes)
 
 
+def profile_here(device: Device) -> Profile:
+    """The profile for a device; on a machine without accelerator, whose runs use the processor, without workspaces."""
+    profile = profile_for(device)
+    return profile if detected_device() is not None else replace(profile, workspace_bytes=0)
+
+
 def engines_here(config: Config) -> tuple[str, ...]:
     """The engines whose libraries are installed here, and can do what a config asks for."""
     missing = set()
@@ -138,7 +144,7 @@ def plan_launch(
     say: Callable[[str], None],
     *,
     fixed: Mapping[str, Any] | None = None,
-    profile_of: Callable[[Device], Profile] = profile_for,
+    profile_of: Callable[[Device], Profile] = profile_here,
 ) -> LaunchPlan:
     """Plan a run for the machines that it was launched on.
 
