@@ -26,7 +26,6 @@ def model_symbols(model: nn.Module) -> dict[str, float]:
         "parameters": _elements(parameters),
         "trained": _elements(trained),
         "trained_tensors": len(trained),
-        "small": _elements([p for p in parameters if p.numel() <= 10 * inner.config.get_text_config().hidden_size]),
         "packed": sum(p.numel() for p in parameters if not p.is_floating_point()),
         "buffers": sum(buffer.nbytes for buffer in model.buffers()),
         "block": _elements(block),
