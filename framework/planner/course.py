@@ -20,7 +20,7 @@ Place = tuple[str, int | None]
 class Holder(Protocol):
     """A model of what an engine holds of weights, gradients and the optimiser's state on one rank.
 
-    The methods but the first give bytes in the order in which they are allocated, or freed if negative.
+    The methods but the first two give bytes in the order in which they are allocated, or freed if negative.
 
     Attributes:
         alike: a micro-batch finds no gradients of the one before with the parameters.
@@ -30,6 +30,10 @@ class Holder(Protocol):
 
     def held(self) -> dict[str, int]:
         """Bytes between steps, by what they are."""
+        ...
+
+    def on_host(self) -> int:
+        """Bytes in the host's memory at most, temporaries of the update apart."""
         ...
 
     def begin(self) -> Iterator[int]:

@@ -14,7 +14,7 @@ from framework.planner.naming import Naming
 from framework.sharding.single import SingleEngine
 
 if TYPE_CHECKING:
-    from framework.planner.recording import Recorder
+    from framework.planner.recorder import Recorder
 
 
 @contextmanager

@@ -17,7 +17,8 @@ from framework.planner.fake_ranks import first_of
 from framework.planner.fitting import Fitter, UnknownSizeError, stretch_of
 from framework.planner.law import BLOCKS, MIDDLES, PARTS, PASSES, STEP, Part, StepLaw, instances
 from framework.planner.polynomials import Polynomial
-from framework.planner.recording import Change, RecordedPart, Recording, record_step
+from framework.planner.recorder import Change, RecordedPart
+from framework.planner.recording import Recording, record_step
 from framework.planner.small_models import PROBES, Family, Widths, probe_batch, probe_config
 from framework.planner.symbols import batch_symbols
 from framework.training.objective import draw_selection
@@ -72,9 +73,6 @@ def extract_law(config: Config, family: Family) -> StepLaw:
     """
     if config.model.task != "causal_lm":
         raise UserError(f"model.task: the planner knows causal_lm only, not {config.model.task}")
-    if config.sharding.offload_optimizer or config.sharding.offload_parameters:
-        # Recorded on the CPU, where the host's memory is the device's.
-        raise UserError("sharding.offload_optimizer: the planner does not know what offloading leaves on the device")
     recorded = [_recorded(config, family, widths) for widths in PROBES]
     recordings = [recording for _, recording in recorded]
     return fitted_law([sizes for sizes, _ in recorded], recordings)

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from framework.config import HardwareConfig
@@ -46,6 +47,7 @@ class Cluster:
         device: of which kind; what the rates of a plan come from.
         budget_bytes: device memory that the allocator may take (torch's reserved memory) on each.
         network: between machines, in bytes a second and direction, for each machine.
+        host_bytes: memory of each machine for what is offloaded; None for no bound.
         assumed: the kind of device was not given but guessed from the memory.
         notes: what was taken for what and why, one line each.
     """
@@ -55,6 +57,7 @@ class Cluster:
     device: Device
     budget_bytes: int
     network: float = NETWORK
+    host_bytes: int | None = None
     assumed: bool = False
     notes: tuple[str, ...] = ()
 
@@ -154,6 +157,20 @@ def device_of(name: str, visible_bytes: int, architecture: str) -> Device:
     )
 
 
+def host_memory(limit: Path = Path("/sys/fs/cgroup/memory.max")) -> int:
+    """Bytes of memory of this machine, or what its scheduler grants of it.
+
+    Args:
+        limit: file that says the latter, where there is one: https://docs.kernel.org/admin-guide/cgroup-v2.html.
+    """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        granted = limit.read_text(encoding="ascii").strip()
+    except OSError:
+        return memory
+    return min(memory, int(granted)) if granted.isdigit() else memory
+
+
 def cpu_device() -> Device:
     """This machine's processor as a device, for runs without an accelerator. Its rates are assumptions."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -234,6 +251,7 @@ def cluster_of(
         device=kind,
         budget_bytes=budget,
         network=NETWORK if network is None else network,
+        host_bytes=None if hardware.host_memory is None else parse_bytes(hardware.host_memory, "hardware.host_memory"),
         assumed=device is None and given is not None,
         notes=tuple(notes),
     )

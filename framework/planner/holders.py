@@ -10,7 +10,7 @@ from framework.config import Config
 from framework.planner.choice import Choice
 from framework.planner.course import Holder, Place
 from framework.planner.held import Weights
-from framework.planner.zero import STATE, WEIGHTS, Buckets, Bytes, FlatPartitions, WholeGradients
+from framework.planner.zero import STATE, WEIGHTS, Buckets, Bytes, FlatPartitions, Offload, WholeGradients
 from framework.planner.zero3 import PartitionedWeights
 from framework.training.eight_bit import BLOCK, MINIMUM_SIZE
 from framework.training.optimizer import CHUNK
@@ -51,22 +51,26 @@ class Holders:
         if not stage:
             bucket = None if stage is None else self._sizes["reduce_bucket_size"]
             return WholeGradients(self._weights, self.state, self.update, bucket)
-        size, buckets, ranks = self._bytes(), self._buckets(stage), choice.shard_ranks
+        given = self._weights, self._bytes(), self.state, self.update, self._buckets(stage)
+        ranks, offload = choice.shard_ranks, Offload(choice.offload_optimizer, choice.offload_parameters)
         if stage < 3:
-            return FlatPartitions(
-                self._weights, size, self.state, self.update, buckets, stage=stage, ranks=ranks, rank=rank
-            )
-        return PartitionedWeights(self._weights, size, self.state, self.update, buckets, ranks=ranks, trace=trace)
+            return FlatPartitions(*given, stage=stage, ranks=ranks, rank=rank, offload=offload)
+        return PartitionedWeights(*given, ranks=ranks, trace=trace, offload=offload)
 
     def state(self, elements: int, itemsize: int) -> int:
         """Bytes of what the optimiser keeps for a tensor of so many elements of so many bytes."""
         return self._moments(elements, itemsize) + COUNTER
 
-    def sharded(self, shards: int) -> dict[str, int]:
-        """What each of so many ranks holds, where every weight and its state is shared out."""
-        weights = sum(weight.shard(shards) * weight.itemsize for weight in self._weights.all)
-        state = sum(self.state(weight.shard(shards), weight.itemsize) for weight in self._weights.all if weight.trained)
-        return {WEIGHTS: weights + self._weights.buffers, STATE: state}
+    def sharded(self, choice: Choice) -> tuple[dict[str, int], int]:
+        """What each rank holds under FSDP2, where every weight and its state is shared out, and bytes on the host."""
+        shards, all_weights = choice.shard_ranks, self._weights.all
+        weights = sum(weight.shard(shards) * weight.itemsize for weight in all_weights)
+        trained = [(weight.shard(shards), weight.itemsize) for weight in all_weights if weight.trained]
+        state = sum(self.state(elements, size) for elements, size in trained)
+        if choice.offload_parameters:
+            gradients = sum(elements * size for elements, size in trained)
+            return {WEIGHTS: self._weights.buffers}, weights + gradients + state
+        return {WEIGHTS: weights + self._weights.buffers, STATE: state}, 0
 
     def _moments(self, elements: int, itemsize: int) -> int:
         """Two moments of what a rank has of a tensor: in 8 bits with a scale for each block, or as wide as weights."""

@@ -11,7 +11,7 @@ from framework.errors import UserError
 from framework.extras import is_installed, shards_bytes
 from framework.hardware import Device
 from framework.planner.advice import with_advice
-from framework.planner.hardware import Cluster, cluster_of, detected_device, parse_bytes
+from framework.planner.hardware import Cluster, cluster_of, detected_device, host_memory, parse_bytes
 from framework.planner.made_for import MadeFor
 from framework.planner.plan import Plan
 from framework.planner.planning import Planned, PlannedJob
@@ -46,6 +46,8 @@ def launch_cluster(
         UserError: there is no accelerator, and none is described.
     """
     cluster = _bounded_cluster(config, nodes, ranks_per_node, profile_of, detect())
+    if cluster.host_bytes is None:
+        cluster = replace(cluster, host_bytes=host_memory())
     hardware, described = config.hardware, config.described_ranks
     if not hardware.model_fields_set & {"nodes", "gpus_per_node"} or described == cluster.ranks:
         return cluster

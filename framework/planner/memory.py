@@ -54,7 +54,7 @@ class MemoryModel:
         self._law_of, self._symbols, self._blocks = law_of, dict(symbols), blocks
         self._weights, self._holders = weights, holders
         self._length, self._labelled = sequence_length, labelled_share
-        self._courses: dict[tuple[object, ...], tuple[Course, dict[str, int]]] = {}
+        self._courses: dict[tuple[object, ...], tuple[Course, dict[str, int], int]] = {}
         if adapter_rank is not None:
             self._symbols["rank"] = adapter_rank
 
@@ -78,7 +78,7 @@ class MemoryModel:
 
     def spans(self, choice: Choice) -> list[Span]:
         """The step's parts in order, with all that the worst rank holds."""
-        course, held = self._course(choice)
+        course, held, _ = self._course(choice)
         sizes = self.sizes(choice)
         between = sum(held.values())
         return [Span(span.part, between + span.start, between + span.peak) for span in course.spans(sizes)]
@@ -94,7 +94,7 @@ class MemoryModel:
             choice: of which the batch does not count.
             sizes: of all symbols.
         """
-        course, held = self._course(choice)
+        course, held, host = self._course(choice)
         terms = [everywhere(name, size) for name, size in held.items()]
         engine = _engine_words(choice)
         for phase, moment in course.highest(sizes).items():
@@ -102,29 +102,30 @@ class MemoryModel:
             for name, size in ((kept, moment.kept), (engine, moment.engine), (WORKING[phase], moment.working)):
                 if size:
                     terms.append(Term(name, round(size), frozenset({phase})))
-        return Ledger(tuple(terms))
+        return Ledger(tuple(terms), host)
 
-    def _course(self, choice: Choice) -> tuple[Course, dict[str, int]]:
+    def _course(self, choice: Choice) -> tuple[Course, dict[str, int], int]:
         law = self._law_of(choice)
         key = (id(law), _engine_key(choice))
         if key not in self._courses:
             holder = self._holders.of(choice, trace_of(law, self._blocks))
-            held = self._holders.sharded(choice.shard_ranks) if holder is None else holder.held()
+            held, host = self._holders.sharded(choice) if holder is None else (holder.held(), holder.on_host())
             course = Course(
                 law,
                 blocks=self._blocks,
                 passes=choice.accumulation,
                 weights=self._weights,
                 holder=holder,
-                update=self._holders.largest_update(choice.shard_ranks),
+                update=0 if choice.offload_optimizer else self._holders.largest_update(choice.shard_ranks),
             )
-            self._courses[key] = course, held
+            self._courses[key] = course, held, host
         return self._courses[key]
 
 
 def _engine_key(choice: Choice) -> tuple[object, ...]:
     """What the course of a step depends on beside its law."""
-    return choice.engine, choice.zero_stage, choice.shard_ranks, min(choice.accumulation, 2)
+    offload = choice.offload_optimizer, choice.offload_parameters
+    return choice.engine, choice.zero_stage, choice.shard_ranks, min(choice.accumulation, 2), offload
 
 
 def _engine_words(choice: Choice) -> str:

@@ -16,6 +16,9 @@ LABELLED = "labelled"
 RESULT_KEYS = ("selection.ratio", "retention.kv_format")
 """What the planner chooses and a model learns otherwise by; the rest changes no more than the order of sums."""
 
+OFFLOAD = ("offload_optimizer", "offload_parameters")
+"""Keys of `sharding` of which both are open or none."""
+
 
 def is_open(config: Config, key: str) -> bool:
     """Whether a key is the planner's to choose.
@@ -33,6 +36,8 @@ def is_open(config: Config, key: str) -> bool:
         return sharding.engine == "auto" and sharding.zero_stage is None
     if name in ("reshard_after_forward", "replicas"):
         return sharding.engine == "auto" and name not in sharding.model_fields_set
+    if name in OFFLOAD:
+        return sharding.engine == "auto" and not sharding.model_fields_set & set(OFFLOAD)
     if name in ("retain_linears", "kv_format"):
         return config.retention.policy == "auto" and name not in config.retention.model_fields_set
     return False
@@ -59,6 +64,8 @@ def overrides(config: Config, choice: Choice, labelled_share: float) -> dict[str
         "sharding.zero_stage": choice.zero_stage,
         "sharding.reshard_after_forward": choice.reshard_after_forward,
         "sharding.replicas": choice.replicas,
+        "sharding.offload_optimizer": choice.offload_optimizer,
+        "sharding.offload_parameters": choice.offload_parameters,
         "training.micro_batch_size": choice.micro_batch_size,
     }
     return {key: value for key, value in values.items() if is_open(config, key) and value != _given(config, key)}

@@ -214,8 +214,9 @@ class PlannedJob:
         space = candidates(self.config, ranks=ranks, nodes=nodes, labelled_share=self.labelled_share)
         if ranks > 1:
             return space
-        # The other engines do the same in one process, and hold more.
-        return [each for each in space if each.choice.engine == "single"] or space
+        # In one process the other engines do the same and hold more, unless they offload.
+        alone = [each for each in space if each.choice.engine == "single" or each.choice.offload_optimizer]
+        return alone or space
 
     def recorded(self, space: Iterable[Candidate]) -> list[Candidate]:
         """The candidates whose laws are there."""
@@ -306,8 +307,9 @@ class PlannedJob:
 
 
 def budget_of(cluster: Cluster, profile: Profile) -> Budget:
-    """What a rank may take: the allocator's, fragmentation included."""
-    return Budget(cluster.budget_bytes, demand=lambda ledger: round(ledger.peak * profile.reserved_ratio))
+    """What a rank may take: the allocator's, fragmentation included, and its share of the host's memory."""
+    host = None if cluster.host_bytes is None else cluster.host_bytes // cluster.gpus_per_node
+    return Budget(cluster.budget_bytes, host, lambda ledger: round(ledger.peak * profile.reserved_ratio))
 
 
 def learn(
@@ -361,12 +363,23 @@ def _kind(choice: Choice) -> Choice:
     """What a law depends on of a choice, the rest at fixed values."""
     # A selection of everything goes the same way as one of a part, but the other policies know none of a part.
     ratio = 0.5 if choice.strategy != "none" and choice.policy == "selective" else 1.0
-    engine, stage = choice.engine, choice.zero_stage
+    engine, stage, offload = choice.engine, choice.zero_stage, choice.offload_parameters
     if engine == "deepspeed":
+        # What the engine allocates, and where, is in no law of it.
+        offload = False
         # Passes of stage 0 are those of one process, and those of stage 1 are those of stage 2.
         engine, stage = {0: ("single", None), 1: (engine, 2)}.get(stage or 0, (engine, stage))
     return replace(
-        choice, engine=engine, zero_stage=stage, ratio=ratio, micro_batch_size=1, accumulation=1, ranks=1, replicas=1
+        choice,
+        engine=engine,
+        zero_stage=stage,
+        offload_optimizer=offload,
+        offload_parameters=offload,
+        ratio=ratio,
+        micro_batch_size=1,
+        accumulation=1,
+        ranks=1,
+        replicas=1,
     )
 
 

@@ -138,8 +138,10 @@ class Report:
         if self.smallest is None:
             return [("nothing fits", "no plan that the config permits stays within the budget")]
         demand, phase = self.budget.demand(self.smallest), self.smallest.binding_phase
+        host, most = self.smallest.host_bytes, self.budget.host_bytes
+        on_host = f", and {gib(host)} of the host, of which {gib(most)} are its" if most is not None and host else ""
         return [
-            ("nothing fits", f"the smallest permitted plan takes {gib(demand)}"),
+            ("nothing fits", f"the smallest permitted plan takes {gib(demand)}{on_host}"),
             ("peak in", f"{phase}: {largest_words(self.smallest)}"),
         ]
 

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from framework.config import Config, RetentionConfig
 from framework.errors import UserError
 from framework.planner.choice import Choice
-from framework.planner.overrides import is_open, overrides, with_overrides
+from framework.planner.overrides import OFFLOAD, is_open, overrides, with_overrides
 
 ENGINES = ("single", "fsdp", "deepspeed")
 """The simplest first: one process, what PyTorch brings along, a package of its own."""
@@ -18,6 +18,17 @@ ENGINES = ("single", "fsdp", "deepspeed")
 POLICIES = ("all", "checkpoint", "selective")
 
 KV_FORMATS: tuple[str, ...] = get_args(RetentionConfig.model_fields["kv_format"].annotation)
+
+OFFLOADS = ((False, False), (True, True))
+"""What is on the host with FSDP2 where that is open: optimiser and weights."""
+
+OFFLOADS_OF_STAGE = (
+    ((False, False),),
+    ((False, False), (True, False)),
+    ((False, False), (True, False)),
+    ((False, False), (True, False), (True, True)),
+)
+"""The same with each ZeRO stage."""
 
 SMALLEST_RATIO = 1e-3
 """Below it a free ratio is not sought: a sequence of a few thousand tokens would select a handful."""
@@ -43,7 +54,7 @@ class Candidate:
 def candidates(config: Config, *, ranks: int, nodes: int, labelled_share: float) -> list[Candidate]:
     """All candidates of a config: what it gives is fixed, what is open (see `is_open`) takes every value.
 
-    Offloading is as the config says. A free ratio goes from `SMALLEST_RATIO`, or with the strategy `supervised`, which
+    A free ratio goes from `SMALLEST_RATIO`, or with the strategy `supervised`, which
     selects every labelled token whatever the ratio, from the labelled share, to 1, which is exact. What the config's
     rules refuse is left out.
 
@@ -54,8 +65,8 @@ def candidates(config: Config, *, ranks: int, nodes: int, labelled_share: float)
         labelled_share: labelled tokens / all tokens of the data.
 
     Returns:
-        The candidates, the simplest first: by engine as in `ENGINES`, by ZeRO stage, by policy as in `POLICIES`, by
-        micro-batch, the largest first.
+        The candidates, the simplest first: by engine as in `ENGINES`, by ZeRO stage, by what is on the host, by policy
+        as in `POLICIES`, by micro-batch, the largest first.
 
     Raises:
         UserError: there is none; says why.
@@ -108,16 +119,18 @@ def _batch_splits(config: Config, ranks: int) -> list[tuple[int, int]]:
 def _shardings(config: Config, ranks: int, nodes: int) -> Iterator[dict[str, Any]]:
     """Fields of a choice that say who holds what; the rules have not seen them."""
     given = config.sharding
-    offload = {"offload_optimizer": given.offload_optimizer, "offload_parameters": given.offload_parameters}
+    fixed = given.offload_optimizer, given.offload_parameters
+    free = is_open(config, "sharding.offload_optimizer")
     whole = {"zero_stage": None, "reshard_after_forward": True, "replicas": 1}
     for engine in ENGINES if given.engine == "auto" else (given.engine,):
         if engine == "single":
             if ranks == 1:
-                yield {"engine": engine} | offload | whole
+                yield {"engine": engine} | _offload(fixed) | whole
         elif engine == "deepspeed":
             stages = range(4) if is_open(config, "sharding.zero_stage") else [_stage(config)]
             for stage in stages:
-                yield {"engine": engine} | offload | whole | {"zero_stage": stage}
+                for offload in OFFLOADS_OF_STAGE[stage] if free else (fixed,):
+                    yield {"engine": engine} | _offload(offload) | whole | {"zero_stage": stage}
         else:
             reshard = (True, False) if is_open(config, "sharding.reshard_after_forward") else ()
             replicas = (1, nodes) if is_open(config, "sharding.replicas") else ()
@@ -126,7 +139,13 @@ def _shardings(config: Config, ranks: int, nodes: int) -> Iterator[dict[str, Any
             ):
                 if ranks % copies == 0:
                     fsdp = {"zero_stage": None, "reshard_after_forward": reshards, "replicas": copies}
-                    yield {"engine": engine} | offload | fsdp
+                    # Weights that are kept on the device between passes need not be on the host.
+                    for offload in OFFLOADS if free and reshards else (fixed,):
+                        yield {"engine": engine} | _offload(offload) | fsdp
+
+
+def _offload(optimizer_and_parameters: tuple[bool, bool]) -> dict[str, Any]:
+    return dict(zip(OFFLOAD, optimizer_and_parameters, strict=True))
 
 
 def _stage(config: Config) -> int:

@@ -15,6 +15,8 @@ from framework.planner.held import Weight, Weights
 
 WEIGHTS, MASTERS, STATE, GRADIENTS = "weights", "master weights", "optimizer state", "gradients"
 
+GRADIENT_BUFFER = "buffer for a gradient's way to the host"
+
 State = Callable[[int, int], int]
 """Elements of a tensor and bytes of each of them -> bytes of what the optimiser keeps for it."""
 
@@ -49,6 +51,17 @@ class Buckets:
     max_reuse: int = 0
     sub_group: int = 0
     one_by_one: bool = False
+
+
+@dataclass(frozen=True)
+class Offload:
+    """What is on the host: the master weights and the optimiser's state with the sums of gradients, and the weights."""
+
+    optimizer: bool = False
+    weights: bool = False
+
+
+NOTHING = Offload()
 
 
 def flattened(elements: int, size: Bytes) -> Generator[int, None, int]:
@@ -99,6 +112,10 @@ class WholeGradients(_WholeWeights):
         state = sum(self._state(weight.elements, weight.itemsize) for weight in self._weights.all if weight.trained)
         return {WEIGHTS: weights, STATE: state}
 
+    def on_host(self) -> int:
+        """See `Holder.on_host`."""
+        return 0
+
     def gradient(self, weight: Weight) -> Iterator[int]:
         """See `Holder.gradient`."""
         if weight not in self._whole:
@@ -145,6 +162,7 @@ class FlatPartitions(_WholeWeights):
         stage: 1 or 2.
         ranks: that the model is partitioned over.
         rank: one of them; None for one with most gradients.
+        offload: what is on the host.
     """
 
     def __init__(
@@ -158,11 +176,12 @@ class FlatPartitions(_WholeWeights):
         stage: int,
         ranks: int,
         rank: int | None = None,
+        offload: Offload = NOTHING,
     ) -> None:
         self._weights, self._size, self._buckets = weights, size, buckets
         self._state, self._update = state, update
-        self._stage = stage
-        self._each_pass = stage == 2 or buckets.overlap or size.weight != size.summed
+        self._stage, self._offloaded = stage, offload.optimizer
+        self._each_pass = stage == 2 or buckets.overlap or size.weight != size.summed or self._offloaded
         self.alike = self._each_pass
         self._partitions = [
             ceil(sum(weight.elements for weight in group) / (ranks * _ALIGNMENT)) * _ALIGNMENT
@@ -179,7 +198,7 @@ class FlatPartitions(_WholeWeights):
             _overlapping(group, partition * rank, partition * (rank + 1))
             for group, partition in zip(weights.groups, self._partitions, strict=True)
         ]
-        self._here = {weight for own in self._own for weight, _ in own}
+        self._here = {weight: count for own in self._own for weight, count in own}
         # Bytes of tensors that are alive, of those that are freed before the end of the step.
         self._bucket = self._filled = self._partition = self._sums = 0
         self._waiting: list[Weight] = []
@@ -197,12 +216,25 @@ class FlatPartitions(_WholeWeights):
 
     def held(self) -> dict[str, int]:
         """See `Holder.held`."""
-        size, padded = self._size, sum(self._partitions)
-        return {
-            WEIGHTS: self._weights.as_wide(size.weight) + self._weights.buffers,
-            MASTERS: padded * size.master,
-            STATE: sum(self._state(partition, size.master) for partition in self._partitions),
-        }
+        size = self._size
+        weights = self._weights.as_wide(size.weight) + self._weights.buffers
+        if self._offloaded:
+            return {WEIGHTS: weights, GRADIENT_BUFFER: self._gradient_buffer()}
+        return {WEIGHTS: weights, MASTERS: sum(self._partitions) * size.master, STATE: self._states()}
+
+    def on_host(self) -> int:
+        """See `Holder.on_host`: also sums of gradients, the ones that the optimiser reads, and new 16-bit weights."""
+        if not self._offloaded:
+            return 0
+        size = self._size
+        return sum(self._partitions) * (3 * size.master + size.weight) + self._states() + self._gradient_buffer()
+
+    def _gradient_buffer(self) -> int:
+        """Bytes of the largest gradient, for which there is room on both sides."""
+        return max(weight.elements for group in self._weights.groups for weight in group) * self._size.weight
+
+    def _states(self) -> int:
+        return sum(self._state(partition, self._size.master) for partition in self._partitions)
 
     def gradient(self, weight: Weight) -> Iterator[int]:
         """See `Holder.gradient`."""
@@ -224,6 +256,8 @@ class FlatPartitions(_WholeWeights):
         if not self._each_pass:
             yield from self._reduced()
         size = self._size
+        if self._offloaded:
+            return
         for index, partition in enumerate(self._partitions):
             flat = yield from flattened(partition, size)
             if size.weight != size.summed or index == len(self._partitions) - 1:
@@ -261,13 +295,24 @@ class FlatPartitions(_WholeWeights):
         yield copied
         yield -copied
         for weight in self._waiting:
-            if weight in self._here and self._partition == 0:
+            if self._offloaded and weight in self._here:
+                yield from self._looked_at(weight)
+            elif weight in self._here and self._partition == 0:
                 self._partition = sum(own.elements for own in self._here) * self._size.weight
                 yield self._partition
             if weight is self._too_large:
                 yield -weight.elements * self._size.weight
         self._waiting.clear()
         self._filled, self._too_large = 0, None
+
+    def _looked_at(self, weight: Weight) -> Iterator[int]:
+        """Temporaries of a gradient's norm in float64, of the search for infinities, and of what goes to the host."""
+        size, own = self._size, self._here[weight]
+        cast = size.master if size.master != size.weight else 0
+        search = _SEARCH + (_AS_FLOAT if size.weight != _AS_FLOAT else 0)
+        for needed in (8 * own, search * weight.elements, cast * own):
+            yield needed
+            yield -needed
 
     def _copied(self) -> int:
         """Elements that are copied to be exchanged: all, unless they are one rank's in one piece."""
@@ -282,6 +327,8 @@ class FlatPartitions(_WholeWeights):
         yield from self._exchanged()
         yield -self._bucket
         self._bucket = 0
+        if self._offloaded:
+            return
         if self._size.weight == self._size.summed:
             if self._summed:
                 yield -self._partition
@@ -302,6 +349,11 @@ class FlatPartitions(_WholeWeights):
 
 _ALIGNMENT = 2
 """Elements of a partition are a multiple of it."""
+
+_AS_FLOAT = 4
+_SEARCH = 3 + _AS_FLOAT
+"""Bytes for each element of a gradient in which DeepSpeed looks for infinities: three masks and their float32; where
+it is no float32, one of it beside."""
 
 
 def _placed(group: tuple[Weight, ...], partition: int) -> Iterator[tuple[Weight, range]]:

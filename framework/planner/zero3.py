@@ -12,7 +12,19 @@ from math import ceil
 
 from framework.planner.course import Place
 from framework.planner.held import Weight, Weights
-from framework.planner.zero import GRADIENTS, MASTERS, STATE, WEIGHTS, Buckets, Bytes, State, Update, flattened
+from framework.planner.zero import (
+    GRADIENTS,
+    MASTERS,
+    NOTHING,
+    STATE,
+    WEIGHTS,
+    Buckets,
+    Bytes,
+    Offload,
+    State,
+    Update,
+    flattened,
+)
 
 
 class PartitionedWeights:
@@ -26,6 +38,7 @@ class PartitionedWeights:
         buckets: of the run.
         ranks: that the model is partitioned over.
         trace: the modules of a micro-batch in the order in which they are entered, from `trace_of`.
+        offload: what is on the host.
     """
 
     alike = True
@@ -40,7 +53,9 @@ class PartitionedWeights:
         *,
         ranks: int,
         trace: Sequence[Place],
+        offload: Offload = NOTHING,
     ) -> None:
+        self._offload = offload
         self._weights, self._size, self._buckets, self._ranks = weights, size, buckets, ranks
         self._state, self._update = state, update
         self._modules = [weights.by_module.get(module, ()) for module in trace]
@@ -56,16 +71,37 @@ class PartitionedWeights:
 
     def held(self) -> dict[str, int]:
         """See `Holder.held`; gradients are there all the time, with the bucket that they are reduced in."""
-        size, width = self._size, self._width
-        parts = sum(self._part(weight) * width(weight) for weight in self._weights.all)
+        size = self._size
+        whole = sum(weight.as_wide(size.weight) for weight in self._small) + self._weights.buffers
+        bucket = self._buckets.reduce * size.weight
+        weights, masters, state, gradients = self._partitions()
+        if self._offload.weights:
+            weights = sum(self._part(w) * self._width(w) for w in self._weights.all if not self._is_on_host(w))
+        if self._offload.optimizer:
+            masters = state = gradients = 0
+        return {WEIGHTS: weights + whole, MASTERS: masters, STATE: state, GRADIENTS: gradients + bucket}
+
+    def on_host(self) -> int:
+        """See `Holder.on_host`: also the gradients that the optimiser reads, beside the sums."""
+        _, masters, state, gradients = self._partitions()
+        host = 0
+        if self._offload.optimizer:
+            host += 2 * masters + state + gradients
+        if self._offload.weights:
+            host += sum(self._part(w) * self._width(w) for w in self._weights.all if self._is_on_host(w))
+        return host
+
+    def _partitions(self) -> tuple[int, int, int, int]:
+        """Bytes of this rank's parts of weights, master weights, optimiser state and sums of gradients."""
+        size = self._size
         trained = sum(self._part(weight) for weight in self._weights.all if weight.trained)
-        whole = sum(weight.as_wide(size.weight) for weight in self._small)
-        return {
-            WEIGHTS: parts + whole + self._weights.buffers,
-            MASTERS: trained * size.master,
-            STATE: sum(self._state(part, size.master) for part in self._sub_groups()),
-            GRADIENTS: trained * size.summed + self._buckets.reduce * size.weight,
-        }
+        weights = sum(self._part(weight) * self._width(weight) for weight in self._weights.all)
+        state = sum(self._state(part, size.master) for part in self._sub_groups())
+        return weights, trained * size.master, state, trained * size.summed
+
+    def _is_on_host(self, weight: Weight) -> bool:
+        """Whether this rank's part of a weight is: small ones stay whole, and of frozen ones the part, too."""
+        return self._offload.weights and (weight.trained or weight not in self._small)
 
     def begin(self) -> Iterator[int]:
         """See `Holder.begin`."""
@@ -128,6 +164,8 @@ class PartitionedWeights:
         """See `Holder.step`."""
         for weight in [*self._gathered]:
             yield from self._free(weight)
+        if self._offload.optimizer:
+            return
         for part in self._sub_groups():
             flat = yield from flattened(part, self._size)
             yield (needed := self._update(part))
@@ -156,6 +194,7 @@ class PartitionedWeights:
             for weight in wanted:
                 self._live[weight] = self._whole(weight)
                 yield self._live[weight]
+                yield from self._brought([weight])
             return
         for width in (1, self._size.weight):
             # Those of one dtype are gathered together.
@@ -163,6 +202,13 @@ class PartitionedWeights:
                 exchange = _Exchange(alike, sum(map(self._whole, alike)))
                 self._shared.update(dict.fromkeys(alike, exchange))
                 yield exchange.bytes
+                yield from self._brought(alike)
+
+    def _brought(self, weights: Sequence[Weight]) -> Iterator[int]:
+        """Copies of parts that are on the host."""
+        copied = sum(self._part(weight) * self._width(weight) for weight in weights if self._is_on_host(weight))
+        yield copied
+        yield -copied
 
     def _prefetch(self) -> Iterator[int]:
         bucket = 1 if self._buckets.one_by_one else self._buckets.prefetch
@@ -202,11 +248,20 @@ class PartitionedWeights:
         summed = parts * size.summed if size.summed != size.weight else 0
         yield copied
         yield summed
-        yield -copied - summed
+        yield -copied
+        if self._offload.optimizer:
+            yield (added := self._added_to())
+            yield -added
+        yield -summed
         yield -sum(weight.elements for weight in self._too_large) * size.weight
         self._waiting.clear()
         self._too_large.clear()
         self._filled = 0
+
+    def _added_to(self) -> int:
+        """Bytes of sums that are brought from the host to be added to: at most those of two weights in a row."""
+        parts = [self._part(weight) for weight in self._waiting]
+        return max(map(sum, zip(parts, [0, *parts[:-1]], strict=True))) * self._size.summed
 
     def _sub_groups(self) -> Iterator[int]:
         """Elements of what is updated at a time."""

@@ -256,8 +256,9 @@ class FlatPartitions(_Zero):
         return [*frozen, *zero.bit16_groups_flat, *zero.single_partition_of_fp32_groups]
 
     def buckets(self) -> list[Tensor]:
-        """See `WholeParameters.buckets`; they are there during backward passes only."""
-        return []
+        """See `WholeParameters.buckets`; those of reductions are there during backward passes only."""
+        zero = self._optimizer
+        return [zero.temp_grad_buffer_for_gpu_offload] if zero.cpu_offload else []
 
 
 class PartitionedParameters(_Zero):

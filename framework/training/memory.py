@@ -100,14 +100,14 @@ class CpuMemoryTracker(TorchDispatchMode):
                 self._sum = weakref.ref(storage), summands
                 return result
         arguments: set[int] | None = None
-        for tensor in _tensors(result):
+        for tensor in tensors_of(result):
             storage = tensor.untyped_storage()
             if storage._cdata not in self._live:
                 # A view of, or a write into, a storage that is not ours is not ours either; `lift_fresh` however hands
                 # out what `torch.tensor` has just built without an operator.
                 if arguments is None:
                     fresh = func is torch.ops.aten.lift_fresh.default
-                    inputs = () if fresh else (*_tensors(args), *_tensors(tuple(kwargs.values())))
+                    inputs = () if fresh else (*tensors_of(args), *tensors_of(tuple(kwargs.values())))
                     arguments = {given.untyped_storage()._cdata for given in inputs}
                 if storage._cdata in arguments:
                     continue
@@ -180,10 +180,10 @@ def _is_sum_of_gradients(caller: FrameType | None, args: tuple[Any, ...]) -> boo
     return caller is not None and caller.f_code.co_name == "_engine_run_backward"
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
     """The tensors in an operator's arguments or results, which nest in lists and tuples only."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_of(item)

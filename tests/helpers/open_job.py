@@ -1,4 +1,4 @@
-"""A job with everything left to the planner."""
+"""A job with everything but offloading left to the planner."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OPEN: dict[str, dict[str, Any]] = {
     "data": {"train": "train.jsonl", "sequence_length": 1024},
     "selection": {"strategy": "supervised", "ratio": "auto"},
     "retention": {"policy": "auto"},
-    "sharding": {"engine": "auto", "zero_stage": "auto"},
+    "sharding": {"engine": "auto", "zero_stage": "auto", "offload_optimizer": False},
     "optimizer": {"learning_rate": 1e-4, "precision": "fp32_master"},
     "training": {"max_steps": 10, "global_batch_size": 64, "micro_batch_size": "auto"},
     "hardware": {"nodes": 2, "gpus_per_node": 4},

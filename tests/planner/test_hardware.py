@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from framework.planner.hardware import (
     cpu_device,
     device_of,
     find_device,
+    host_memory,
     parse_bytes,
     typical_device,
 )
@@ -186,3 +188,11 @@ def test_nothing_of_it_imports_torch():
     modules = "hardware, profile, assumptions, drift"
     code = f"import sys\nfrom framework.planner import {modules}\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_machines_memory_is_what_its_scheduler_grants(tmp_path):
+    whole, limit = host_memory(tmp_path / "none"), tmp_path / "memory.max"
+    assert whole == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for text, expected in (("max\n", whole), ("1073741824\n", 1 << 30), (f"{whole + 1}\n", whole)):
+        limit.write_text(text)
+        assert host_memory(limit) == expected

@@ -9,9 +9,10 @@ from open_job import open_job
 
 from framework.errors import UserError
 from framework.planner import launching
-from framework.planner.hardware import find_device
+from framework.planner.hardware import find_device, host_memory
 from framework.planner.launching import engines_here, launch_cluster
 from framework.planner.made_for import MadeFor
+from framework.planner.planning import budget_of
 from framework.planner.profile import assumed_profile
 
 GIB = 1 << 30
@@ -35,6 +36,15 @@ def test_the_accelerator_that_is_there_is_planned_for():
     part = cluster("24GiB")
     assert (part.device, part.budget_bytes) == (A100, 24 * GIB)
     assert part.notes[-1] == "budget: 24.0 GiB, as hardware.gpu_memory says"
+
+
+def test_what_is_offloaded_has_the_hosts_memory():
+    assert cluster().host_bytes == host_memory()
+    described = open_job(hardware__host_memory="48GiB")
+    found = launch_cluster(described, nodes=2, ranks_per_node=4, profile_of=assumed_profile, detect=lambda: A100)
+    assert found.host_bytes == 48 * GIB
+    assert budget_of(found, assumed_profile(A100)).host_bytes == 12 * GIB
+    assert budget_of(replace(found, host_bytes=None), assumed_profile(A100)).host_bytes is None
 
 
 def test_without_one_it_is_the_described_one():

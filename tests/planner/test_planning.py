@@ -138,11 +138,35 @@ def test_more_accelerators_or_one_change_are_found_where_nothing_fits(monkeypatc
     assert with_advice(job, fits, profile, print) is fits
 
 
+@pytest.mark.slow
+def test_one_accelerator_offloads_where_nothing_else_fits_and_the_host_has_room():
+    fixed = {"max_steps": 1, "global_batch_size": 2, "micro_batch_size": 1}
+    config = config_of(sharding={"engine": "auto"}, training=fixed)
+    job = PlannedJob(config, 0.5, lambda line: None)
+    cluster, profile = cluster_with(config, 1 << 40)
+    points = {point.choice: point.ledger for point in job.plan(cluster, profile, top=20).found.points}
+    alone = next(choice for choice in points if choice.engine == "single")
+    assert {(c.engine, c.zero_stage, c.offload_optimizer, c.offload_parameters) for c in points} == {
+        ("single", None, False, False),
+        ("fsdp", None, True, True),
+        *(("deepspeed", stage, True, False) for stage in (1, 2, 3)),
+        ("deepspeed", 3, True, True),
+    }
+    assert points[alone].host_bytes == 0
+    tight = replace(cluster, budget_bytes=points[alone].peak - 1)
+    chosen = job.plan(tight, profile).plans[0].point
+    assert chosen.choice.offload_optimizer and chosen.ledger.peak < points[alone].peak
+    # Float32 weights, gradients and two moments at least.
+    assert min(ledger.host_bytes for choice, ledger in points.items() if choice != alone) > 12 * PARAMETERS
+    poor = replace(tight, host_bytes=12 * PARAMETERS)
+    nothing = job.plan(poor, profile)
+    assert nothing.plans == () and nothing.smallest is not None
+    output = io.StringIO()
+    nothing.report("x.json").print(Console(file=output, width=200))
+    assert "of the host, of which" in output.getvalue()
+
+
 def test_what_the_planner_does_not_know_is_said():
-    offloading = {"engine": "deepspeed", "zero_stage": 2, "offload_optimizer": True}
-    deepspeed = config_of(sharding=offloading, hardware={"gpus_per_node": 2})
-    with pytest.raises(UserError, match="does not know what offloading leaves"):
-        PlannedJob(deepspeed, 1.0, print).plan(*cluster_with(deepspeed, 1 << 40))
     with pytest.raises(UserError, match="the planner knows causal_lm only"):
         PlannedJob(config_of(model={"from_config": LLAMA, "task": "masked_lm", "tokenizer": "x"}), 1.0, print)
 

@@ -10,7 +10,8 @@ import torch
 
 from framework.config import Config
 from framework.planner.fake_ranks import first_of
-from framework.planner.recording import RecordedPart, Recording, record_step
+from framework.planner.recorder import RecordedPart
+from framework.planner.recording import Recording, record_step
 from framework.planner.simulate import main
 from framework.planner.simulation import _batch, phase_peaks, simulate
 

@@ -51,6 +51,24 @@ def test_everything_open_is_the_whole_product() -> None:
     assert len(found) == len({each.choice for each in found}) == 8 * 6 * 4
 
 
+def test_offloading_is_open_with_the_engine() -> None:
+    chosen = {
+        (each.choice.engine, each.choice.zero_stage, each.choice.offload_optimizer, each.choice.offload_parameters)
+        for each in space(open_job(sharding__offload_optimizer=..., sharding__replicas=1))
+    }
+    assert chosen == {
+        ("fsdp", None, False, False),
+        ("fsdp", None, True, True),
+        ("deepspeed", 0, False, False),
+        *(("deepspeed", stage, offloads, False) for stage in (1, 2, 3) for offloads in (False, True)),
+        ("deepspeed", 3, True, True),
+    }
+    kept = [each.choice for each in space(open_job(sharding__offload_optimizer=...)) if each.choice.offload_parameters]
+    assert all(choice.reshard_after_forward for choice in kept)
+    given = open_job(sharding__offload_optimizer=..., sharding__offload_parameters=False)
+    assert not any(each.choice.offload_optimizer for each in space(given))
+
+
 def test_one_rank_may_be_alone() -> None:
     single = {("single", None, True, 1)}
     assert shardings(open_job(), ranks=1, nodes=1) == single | STAGES | {each for each in FSDP if each[3] == 1}

@@ -41,7 +41,7 @@ Levels = list[tuple[Mark, int, int]]
 """Marks with the bytes of an engine at the peak from there to the next mark, and at its end."""
 
 
-def config_of(stage: int, precision: str, ranks: int, policy: str) -> Config:
+def config_of(stage: int, precision: str, ranks: int, policy: str, offload: str = "") -> Config:
     return Config.model_validate(
         {
             "run": {"output_dir": "unused"},
@@ -49,7 +49,12 @@ def config_of(stage: int, precision: str, ranks: int, policy: str) -> Config:
             "data": {"train": "unused", "sequence_length": 16},
             "optimizer": {"learning_rate": 1e-3, "precision": precision},
             "training": {"max_steps": 2, "global_batch_size": 4 * ranks, "micro_batch_size": 2},
-            "sharding": {"engine": "deepspeed", "zero_stage": stage},
+            "sharding": {
+                "engine": "deepspeed",
+                "zero_stage": stage,
+                "offload_optimizer": "o" in offload,
+                "offload_parameters": "p" in offload,
+            },
             "retention": {"policy": policy},
             "hardware": {"gpus_per_node": ranks},
         }
@@ -105,21 +110,27 @@ def joined(levels: Levels) -> Levels:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "precision", "ranks", "policy", "one_by_one"),
+    ("stage", "precision", "ranks", "policy", "one_by_one", "offload"),
     [
-        (1, "fp32", 4, "all", True),
-        (1, "fp32_master", 2, "all", True),
-        (2, "fp32_master", 3, "checkpoint", True),
-        (3, "fp32", 4, "checkpoint", True),
-        (3, "fp32_master", 2, "all", False),
-        (3, "pure_bf16", 3, "checkpoint", False),
+        (1, "fp32", 4, "all", True, ""),
+        (1, "fp32_master", 2, "all", True, ""),
+        (1, "fp32_master", 3, "checkpoint", True, "o"),
+        (2, "fp32_master", 3, "checkpoint", True, ""),
+        (2, "fp32_master", 2, "all", True, "o"),
+        (2, "fp32", 4, "all", True, "o"),
+        (3, "fp32", 4, "checkpoint", True, ""),
+        (3, "fp32_master", 2, "all", False, ""),
+        (3, "pure_bf16", 3, "checkpoint", False, ""),
+        (3, "fp32_master", 2, "checkpoint", True, "o"),
+        (3, "fp32_master", 4, "all", False, "op"),
+        (3, "fp32", 3, "all", True, "p"),
     ],
 )
-def test_what_deepspeed_allocates_at_every_mark(monkeypatch, stage, precision, ranks, policy, one_by_one):
+def test_what_deepspeed_allocates_at_every_mark(monkeypatch, stage, precision, ranks, policy, one_by_one, offload):
     if one_by_one:
         # As over gloo; else neighbours are gathered together, and ahead.
         monkeypatch.setattr(engine_module.dist, "get_backend", lambda group=None: "gloo")
-    config = config_of(stage, precision, ranks, policy)
+    config = config_of(stage, precision, ranks, policy, offload)
     with first_of(ranks) as connected:
         recording = record_step(config, probe_batch(BATCH, packed=False), connected)
     model = configured_empty_model(config, None)
@@ -130,6 +141,7 @@ def test_what_deepspeed_allocates_at_every_mark(monkeypatch, stage, precision, r
     entered = [(mark.name, mark.offset) for mark in marks if mark.kind == FETCH]
     holder = holders.of(Choice.of(config, ranks, 1.0), entered, rank=0)
     assert sum(holder.held().values()) == pytest.approx(recording.start, abs=SCALARS)
+    assert holder.on_host() == pytest.approx(recording.host, abs=SCALARS)
     expected, found = recorded(recording), modelled(recording, holder, weights)
     assert len(expected) > 50
     assert [mark for mark, *_ in found] == [mark for mark, *_ in expected]

@@ -80,6 +80,9 @@ class PlannerConfig(Section):
     """Number of plans that are listed, the chosen one included."""
 
 
+MemorySize = Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(GiB|MiB|GB|MB)$", examples=["80GiB"])]
+
+
 class HardwareConfig(Section):
     """The machines a run is meant for, as a description."""
 
@@ -89,5 +92,9 @@ class HardwareConfig(Section):
     gpus_per_node: Count = 1
     """Accelerators per machine."""
 
-    gpu_memory: Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(GiB|MiB|GB|MB)$", examples=["80GiB"])] | None = None
+    gpu_memory: MemorySize | None = None
     """Memory of one accelerator, such as "80GiB". Null: not described."""
+
+    host_memory: MemorySize | None = None
+    """Memory of one machine that a run may take for what it offloads, all its processes together. Null: at a launch all
+    that the machine has, and no bound in a plan for other machines."""

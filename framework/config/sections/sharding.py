@@ -14,7 +14,7 @@ class ShardingConfig(Section):
 
     engine: Literal["single", "deepspeed", "fsdp"] | Auto = "single"
     """`single`: one process holds everything. `deepspeed`: ZeRO. `fsdp`: PyTorch's FSDP2. "auto": the planner chooses,
-    and with it whichever of the three keys below is not given."""
+    and with it whichever of the three keys below is not given, and offloading if neither of its keys is."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] | Auto | None = None
     """With `deepspeed`: what the ranks hold a part of each: nothing (0), the optimiser's state (1), gradients too (2),
