@@ -30,8 +30,9 @@ from gpu_cases import CASES, NEIGHBOURS, GpuCase
 from framework.config import Config
 from framework.planner.choice import Choice
 from framework.planner.hardware import Cluster, cluster_of
-from framework.planner.planning import PlannedJob, learn, rates_of
+from framework.planner.planning import PlannedJob, learn
 from framework.planner.profile import Profile, load_profile
+from framework.planner.rates import rates_of
 
 WORKER = Path(__file__).with_name("gpu_worker.py")
 GIB = 2**30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,15 +23,15 @@ from framework.planner.changes import Change, MoreRanks
 from framework.planner.choice import Choice
 from framework.planner.hardware import Cluster
 from framework.planner.holders import Holders
+from framework.planner.kinds import config_of_law, kind_of
 from framework.planner.law import StepLaw
 from framework.planner.laws import NoLaw, laws_of
 from framework.planner.ledger import Ledger
 from framework.planner.memory import MemoryModel
 from framework.planner.naming import weights_of
-from framework.planner.overrides import with_overrides
 from framework.planner.plan import Plan, launch_line, plan_json
 from framework.planner.profile import Profile
-from framework.planner.rates import Rates
+from framework.planner.rates import MASKED_KERNELS, rates_of
 from framework.planner.report import Report, sharding_words
 from framework.planner.search import Budget, Found, Laws, Point, search
 from framework.planner.small_models import Family
@@ -43,23 +43,13 @@ from framework.retention import blocks_of
 from framework.retention.linears import PackedLinear
 from framework.sharding.deepspeed_config import bucket_sizes
 from framework.sharding.engines import engine_options, model_sizes
-from framework.sharding.precision import PRECISIONS
 from framework.training.parameter_groups import parameter_groups
-
-COLLECTIVE_SECONDS = 20e-6
-"""Before the first byte of a collective: an assumption, what NCCL needs within a machine."""
 
 KERNELS_OF_AN_ADAPTER = 10
 """What LoRA at a layer adds for the host to issue: 14 operators, where a Llama block's 60 kernels are 88 operators."""
 
 KERNELS_OF_NF4 = 9
 """The same of making a layer's matrix from its codes: 13 operators."""
-
-MASKED_KERNELS = ("sdpa", "eager")
-"""Attention that is given a mask where rows are padded, as almost all batches have some, or of several documents."""
-
-HOST_MEMORY = 100e9
-"""Bytes a second of a host's memory: an assumption, half of eight channels of DDR4-3200."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +176,7 @@ class PlannedJob:
         return KERNELS_OF_A_BLOCK + (KERNELS_OF_AN_ADAPTER * adapted + KERNELS_OF_NF4 * packed) / blocks
 
     def _law(self, choice: Choice) -> StepLaw:
-        law = self._laws[_kind(choice)]
+        law = self._laws[kind_of(choice)]
         assert isinstance(law, StepLaw)
         return law
 
@@ -220,11 +210,11 @@ class PlannedJob:
 
     def recorded(self, space: Iterable[Candidate]) -> list[Candidate]:
         """The candidates whose laws are there."""
-        return [each for each in space if isinstance(self._laws.get(_kind(each.choice)), StepLaw)]
+        return [each for each in space if isinstance(self._laws.get(kind_of(each.choice)), StepLaw)]
 
     def unrecorded(self, space: Iterable[Candidate]) -> list[Choice]:
         """Of each law that was not asked for yet, the kind of choice."""
-        kinds = dict.fromkeys(_kind(each.choice) for each in space)
+        kinds = dict.fromkeys(kind_of(each.choice) for each in space)
         return [kind for kind in kinds if kind not in self._laws]
 
     def known(self, space: Sequence[Candidate]) -> list[Candidate]:
@@ -249,7 +239,7 @@ class PlannedJob:
     def missing(self, space: Sequence[Candidate]) -> dict[str, list[Choice]]:
         """Why there are no laws, and of which kinds of choices."""
         missing: dict[str, list[Choice]] = {}
-        for kind in dict.fromkeys(_kind(each.choice) for each in space):
+        for kind in dict.fromkeys(kind_of(each.choice) for each in space):
             law = self._laws.get(kind)
             if isinstance(law, NoLaw):
                 missing.setdefault(law.reason, []).append(kind)
@@ -331,78 +321,10 @@ def learn(
             missing.setdefault((id(job._laws), kind), job)
     if not missing:
         return
-    configs = [_law_config(job._described, kind) for (_, kind), job in missing.items()]
+    configs = [config_of_law(job._described, kind) for (_, kind), job in missing.items()]
     family = next(iter(missing.values()))._family
     for ((_, kind), job), law in zip(missing.items(), laws_of(configs, family, say, most), strict=True):
         job._laws[kind] = law
-
-
-def rates_of(config: Config, cluster: Cluster, profile: Profile) -> Rates:
-    """What a cluster achieves on a run."""
-    device, masked = cluster.device, config.model.attention in MASKED_KERNELS
-    name = PRECISIONS[config.optimizer.precision].autocast or config.weights_dtype
-    peak = device.peak(name)
-    if peak is None:
-        raise UserError(f"optimizer.precision: {device.name} does not multiply {name}")
-    return Rates(
-        matrix_flops=peak * profile.matrix_efficiency[name],
-        attention_flops=peak * (profile.masked_attention_efficiency if masked else profile.attention_efficiency),
-        memory_bytes=device.memory_bandwidth * profile.memory_efficiency,
-        operator_bytes=device.memory_bandwidth * profile.operator_efficiency,
-        link_bytes=min(profile.host_to_device, profile.device_to_host),
-        host_memory_bytes=HOST_MEMORY,
-        node_bytes=min(profile.all_gather, profile.reduce_scatter),
-        network_bytes=cluster.network,
-        ranks_per_node=cluster.gpus_per_node,
-        latency_seconds=COLLECTIVE_SECONDS,
-        kernel_seconds=profile.kernel_seconds,
-    )
-
-
-def _kind(choice: Choice) -> Choice:
-    """What a law depends on of a choice, the rest at fixed values."""
-    # A selection of everything goes the same way as one of a part, but the other policies know none of a part.
-    ratio = 0.5 if choice.strategy != "none" and choice.policy == "selective" else 1.0
-    engine, stage, offload = choice.engine, choice.zero_stage, choice.offload_parameters
-    if engine == "deepspeed":
-        # What the engine allocates, and where, is in no law of it.
-        offload = False
-        # Passes of stage 0 are those of one process, and those of stage 1 are those of stage 2.
-        engine, stage = {0: ("single", None), 1: (engine, 2)}.get(stage or 0, (engine, stage))
-    return replace(
-        choice,
-        engine=engine,
-        zero_stage=stage,
-        offload_optimizer=offload,
-        offload_parameters=offload,
-        ratio=ratio,
-        micro_batch_size=1,
-        accumulation=1,
-        ranks=1,
-        replicas=1,
-    )
-
-
-def _law_config(config: Config, kind: Choice) -> Config:
-    """A run that has a kind's law."""
-    ratio: float | None = None if kind.strategy == "none" else kind.ratio
-    values = {
-        "selection.strategy": kind.strategy,
-        "selection.ratio": ratio,
-        "retention.policy": kind.policy,
-        "retention.retain_linears": kind.retain_linears,
-        "retention.kv_format": kind.kv_format,
-        "sharding.engine": kind.engine,
-        "sharding.zero_stage": kind.zero_stage,
-        "sharding.reshard_after_forward": kind.reshard_after_forward,
-        "sharding.replicas": 1,
-        "sharding.offload_optimizer": kind.offload_optimizer,
-        "sharding.offload_parameters": kind.offload_parameters,
-        "training.micro_batch_size": 1,
-    }
-    found = with_overrides(config, values)
-    assert found is not None
-    return found
 
 
 def _described(config: Config) -> Config:

@@ -4,6 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from framework.config import Config
+from framework.errors import UserError
+from framework.planner.hardware import Cluster
+from framework.planner.profile import Profile
+from framework.sharding.precision import PRECISIONS
+
+COLLECTIVE_SECONDS = 20e-6
+"""Before the first byte of a collective: an assumption, what NCCL needs within a machine."""
+
+MASKED_KERNELS = ("sdpa", "eager")
+"""Attention that is given a mask where rows are padded, as almost all batches have some, or of several documents."""
+
+HOST_MEMORY = 100e9
+"""Bytes a second of a host's memory: an assumption, half of eight channels of DDR4-3200."""
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -34,3 +49,25 @@ class Rates:
     ranks_per_node: int
     latency_seconds: float = 0.0
     kernel_seconds: float = 0.0
+
+
+def rates_of(config: Config, cluster: Cluster, profile: Profile) -> Rates:
+    """What a cluster achieves on a run."""
+    device, masked = cluster.device, config.model.attention in MASKED_KERNELS
+    name = PRECISIONS[config.optimizer.precision].autocast or config.weights_dtype
+    peak = device.peak(name)
+    if peak is None:
+        raise UserError(f"optimizer.precision: {device.name} does not multiply {name}")
+    return Rates(
+        matrix_flops=peak * profile.matrix_efficiency[name],
+        attention_flops=peak * (profile.masked_attention_efficiency if masked else profile.attention_efficiency),
+        memory_bytes=device.memory_bandwidth * profile.memory_efficiency,
+        operator_bytes=device.memory_bandwidth * profile.operator_efficiency,
+        link_bytes=min(profile.host_to_device, profile.device_to_host),
+        host_memory_bytes=HOST_MEMORY,
+        node_bytes=min(profile.all_gather, profile.reduce_scatter),
+        network_bytes=cluster.network,
+        ranks_per_node=cluster.gpus_per_node,
+        latency_seconds=COLLECTIVE_SECONDS,
+        kernel_seconds=profile.kernel_seconds,
+    )
