@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from framework.config import Config
+from framework.config import AdapterConfig, Config
 from framework.data import Batch
 from framework.errors import UserError
 from framework.planner.fake_ranks import first_of
@@ -43,7 +43,7 @@ def law_settings(config: Config, family: Family) -> dict[str, Any]:
         "family": family.kept(),
         "task": model.task,
         "attention": model.attention,
-        "adapter": None if adapter is None else adapter.model_dump(mode="json", exclude={"rank", "alpha"}),
+        "adapter": None if adapter is None else _settings_of(adapter),
         "quantization": model.quantization,
         "sharding": config.sharding.model_dump(mode="json", exclude={"timeout_seconds", "replicas"}),
         "precision": config.optimizer.precision,
@@ -56,6 +56,11 @@ def law_settings(config: Config, family: Family) -> dict[str, Any]:
         "normalization": config.selection.normalization,
         "versions": {name: version(name).partition("+")[0] for name in LIBRARIES},
     }
+
+
+def _settings_of(adapter: AdapterConfig) -> dict[str, Any]:
+    settings = adapter.model_dump(mode="json", exclude={"rank", "alpha"})
+    return settings | {"dropout": adapter.dropout > 0}
 
 
 def law_key(settings: dict[str, Any]) -> str:

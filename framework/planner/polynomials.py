@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
+from functools import cache
 from math import prod
 
 Monomial = tuple[str, ...]
@@ -35,13 +36,7 @@ class Polynomial:
         Raises:
             ValueError: it is no such text.
         """
-        terms: dict[Monomial, Fraction] = {}
-        for part in text.replace("- ", "+ -").split("+"):
-            if part.strip():
-                coefficient, *factors = part.split()
-                monomial = tuple(sorted(factors))
-                terms[monomial] = terms.get(monomial, Fraction(0)) + Fraction(coefficient)
-        return cls(terms)
+        return _parsed(text)
 
     def times(self, symbol: str) -> Polynomial:
         """The product with a symbol."""
@@ -77,3 +72,15 @@ class Polynomial:
     def value(self, sizes: Sizes) -> float:
         """Its value where the symbols have these sizes."""
         return sum(float(c) * prod(sizes[symbol] for symbol in monomial) for monomial, c in self.terms.items())
+
+
+@cache
+def _parsed(text: str) -> Polynomial:
+    """The same object for the same text: laws have most polynomials in common."""
+    terms: dict[Monomial, Fraction] = {}
+    for part in text.replace("- ", "+ -").split("+"):
+        if part.strip():
+            coefficient, *factors = part.split()
+            monomial = tuple(sorted(factors))
+            terms[monomial] = terms.get(monomial, Fraction(0)) + Fraction(coefficient)
+    return Polynomial(terms)

@@ -24,14 +24,27 @@ MLP_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff", "ffn_hidden_size"
 NUMBERS = {
     "bos_token_id",
     "eos_token_id",
+    "pad_token_id",
     "initializer_range",
     "layer_norm_eps",
     "layer_norm_epsilon",
     "rms_norm_eps",
     "norm_eps",
+    "max_window_layers",
+    "pretraining_tp",
     "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
 }
 """Keys whose values no tensor's size depends on."""
+
+FIXED_FREQUENCIES = ("default", "linear", "llama3", "yarn")
+"""Types of rotary embedding whose frequencies are made once: with them every step does the same."""
 
 SHORTER = 3
 """Tokens by which each sequence of a batch is shorter than the one before, so that other numbers are selected."""
@@ -93,6 +106,10 @@ def values_of(hf_config: PreTrainedConfig) -> dict[str, Any]:
 class Family:
     """A model's config as what is varied in probes, and the rest.
 
+    Attributes:
+        model_type: as transformers names it.
+        depth: number of blocks.
+
     Args:
         hf_config: of the model.
 
@@ -101,6 +118,7 @@ class Family:
     """
 
     def __init__(self, hf_config: PreTrainedConfig) -> None:
+        self.model_type = hf_config.model_type
         self._values = values_of(hf_config)
         self._names = dict(type(hf_config).attribute_map)
         if None in map(self._value, ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")):
@@ -167,11 +185,18 @@ class Family:
         """What all models of this law share: the config without what probes vary, and how heads share keys."""
         first, second = self.small(PROBES[0]), self.small(PROBES[1])
         shared = {
-            name: {key: each for key, each in value.items() if key not in NUMBERS} if isinstance(value, dict) else value
+            name: _without_numbers(value) if isinstance(value, dict) else value
             for name, value in first.items()
             if second[name] == value and name not in NUMBERS
         }
         return shared | {"keys": "some heads'" if self._grouped else "one head's" if self._kv_heads == 1 else "each's"}
+
+
+def _without_numbers(values: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: each for key, each in values.items() if key not in NUMBERS}
+    if kept.get("rope_type") in FIXED_FREQUENCIES:
+        kept["rope_type"] = FIXED_FREQUENCIES[0]
+    return kept
 
 
 def probe_config(config: Config, values: dict[str, Any], widths: Widths) -> Config:

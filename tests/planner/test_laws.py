@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[int]]:
 def test_that_there_is_no_law_is_kept_until_the_code_changes(
     asked: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    family: Any = None
+    family: Any = SimpleNamespace(model_type="toy")
     expected = [NoLaw("none of law-0"), NoLaw("none of law-1")]
     assert laws_of(CONFIGS[:2], family, lambda line: None) == expected
     assert laws_of(CONFIGS[:2], family, lambda line: None) == expected
@@ -53,7 +54,7 @@ def test_that_there_is_no_law_is_kept_until_the_code_changes(
 
 
 def test_no_more_are_recorded_than_allowed(asked: list[list[int]]) -> None:
-    family: Any = None
+    family: Any = SimpleNamespace(model_type="toy")
     said: list[str] = []
     first = laws_of(CONFIGS, family, said.append, most=1)
     assert first[0] == NoLaw("none of law-0") and first[1] == first[2] == NoLaw("what it allocates is not recorded yet")
