@@ -28,12 +28,12 @@ class Holders:
     Args:
         config: of the run; its precision and optimiser count.
         weights: of its model.
-        buckets: DeepSpeed's `zero_optimization` at each number of ranks is alike but for the stage: the sizes of its
-            buffers, from `bucket_sizes`.
+        buckets: of DeepSpeed's `zero_optimization` the sizes of its buffers, from `bucket_sizes`, and what a user's own
+            options have beside.
         one_by_one: DeepSpeed gathers weights one by one and none ahead, as it does on CPUs.
     """
 
-    def __init__(self, config: Config, weights: Weights, buckets: dict[str, int], *, one_by_one: bool) -> None:
+    def __init__(self, config: Config, weights: Weights, buckets: dict[str, Any], *, one_by_one: bool) -> None:
         self._precision, self._optimizer = config.optimizer.precision, config.optimizer.name
         self._weights, self._sizes, self._one_by_one = weights, buckets, one_by_one
 
@@ -100,7 +100,7 @@ class Holders:
         sizes: dict[str, Any] = self._sizes
         return Buckets(
             reduce=sizes["reduce_bucket_size"],
-            overlap=stage >= 2,
+            overlap=sizes.get("overlap_comm", stage >= 2),
             prefetch=sizes["stage3_prefetch_bucket_size"],
             persistence=sizes["stage3_param_persistence_threshold"],
             max_live=sizes["stage3_max_live_parameters"],

@@ -18,6 +18,7 @@ from framework.planner.planning import Planned, PlannedJob
 from framework.planner.profile import Profile, profile_for
 from framework.planner.report import gib
 from framework.planner.space import ENGINES
+from framework.sharding.deepspeed_config import OwnOptions
 
 FALLBACK_BUDGETS = (0.95, 0.85, 0.7, 0.5)
 """For the plans that are kept for the case that memory runs out: what each may take / what the chosen one takes."""
@@ -146,6 +147,7 @@ def plan_launch(
     say: Callable[[str], None],
     *,
     fixed: Mapping[str, Any] | None = None,
+    own: OwnOptions | None = None,
     profile_of: Callable[[Device], Profile] = profile_here,
 ) -> LaunchPlan:
     """Plan a run for the machines that it was launched on.
@@ -156,13 +158,15 @@ def plan_launch(
         labelled_share: labelled tokens / all tokens of the data.
         say: is told what takes time.
         fixed: values of keys that were open before.
+        own: a user's own options of DeepSpeed.
         profile_of: gives a device's profile.
 
     Raises:
         UserError: the run is not what can be planned for.
         RunError: laws cannot be recorded.
     """
-    job, profile, engines = PlannedJob(config, labelled_share, say), profile_of(cluster.device), engines_here(config)
+    job = PlannedJob(config, labelled_share, say, own=own)
+    profile, engines = profile_of(cluster.device), engines_here(config)
     planned = with_advice(job, job.plan(cluster, profile, engines=engines), profile, say)
     fallbacks: list[Plan] = []
     for share in FALLBACK_BUDGETS if planned.plans else ():

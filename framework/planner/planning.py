@@ -41,7 +41,7 @@ from framework.planner.timing import TimeModel
 from framework.planner.work import KERNELS_OF_A_BLOCK, Job
 from framework.retention import blocks_of
 from framework.retention.linears import PackedLinear
-from framework.sharding.deepspeed_config import bucket_sizes
+from framework.sharding.deepspeed_config import OwnOptions, bucket_sizes
 from framework.sharding.engines import engine_options, model_sizes
 from framework.training.parameter_groups import parameter_groups
 
@@ -111,17 +111,25 @@ class PlannedJob:
         labelled_share: labelled tokens / all tokens of its data.
         say: is told what takes time.
         one_by_one: DeepSpeed gathers weights one by one and none ahead, as over gloo.
+        own: a user's own options of DeepSpeed.
 
     Raises:
         UserError: the model is not what can be planned for.
     """
 
     def __init__(
-        self, config: Config, labelled_share: float, say: Callable[[str], None], *, one_by_one: bool = False
+        self,
+        config: Config,
+        labelled_share: float,
+        say: Callable[[str], None],
+        *,
+        one_by_one: bool = False,
+        own: OwnOptions | None = None,
     ) -> None:
         if config.model.task != "causal_lm" or config.data.sequence_length is None:
             raise UserError(f"model.task: the planner knows causal_lm only, not {config.model.task}")
         self.config, self.labelled_share, self._say = config, labelled_share, say
+        self._one_by_one, self._own = one_by_one, own
         self._described = described = _described(config)
         model = configured_empty_model(described, _tokenizer(described))
         self._family = Family(base_config(described))
@@ -132,11 +140,12 @@ class PlannedJob:
         adapter = config.model.adapter
         rank = None if adapter is None else adapter.rank
         weights = weights_of(model, parameter_groups(model, described.optimizer))
+        own_buffers = {} if own is None else own.buffers
         self.memory = MemoryModel(
             self._law,
             self._symbols,
             weights,
-            Holders(described, weights, bucket_sizes(self._model_sizes), one_by_one=one_by_one),
+            Holders(described, weights, bucket_sizes(self._model_sizes) | own_buffers, one_by_one=one_by_one),
             blocks=self._family.depth,
             sequence_length=config.data.sequence_length,
             labelled_share=labelled_share,
@@ -193,7 +202,7 @@ class PlannedJob:
 
     def of_config(self, config: Config) -> PlannedJob:
         """A job of another model, on the same data."""
-        return PlannedJob(config, self.labelled_share, self._say)
+        return PlannedJob(config, self.labelled_share, self._say, one_by_one=self._one_by_one, own=self._own)
 
     def space(self, ranks: int, nodes: int) -> list[Candidate]:
         """What the config permits on so many ranks.
@@ -202,11 +211,24 @@ class PlannedJob:
             UserError: nothing.
         """
         space = candidates(self.config, ranks=ranks, nodes=nodes, labelled_share=self.labelled_share)
+        if self._own is not None:
+            # Where it contradicts all of them, it is refused when the engine is made.
+            space = [each for each in space if self._is_permitted(each.choice)] or space
         if ranks > 1:
             return space
         # In one process the other engines do the same and hold more, unless they offload.
         alone = [each for each in space if each.choice.engine == "single" or each.choice.offload_optimizer]
         return alone or space
+
+    def _is_permitted(self, choice: Choice) -> bool:
+        """Whether a user's own options leave a choice."""
+        if self._own is None or choice.zero_stage is None:
+            return True
+        return self._own.permits(
+            choice.zero_stage,
+            offload_optimizer=choice.offload_optimizer,
+            offload_parameters=choice.offload_parameters,
+        )
 
     def recorded(self, space: Iterable[Candidate]) -> list[Candidate]:
         """The candidates whose laws are there."""
@@ -291,7 +313,7 @@ class PlannedJob:
             self.config,
             point,
             self.labelled_share,
-            engine_options=lambda resolved: engine_options(resolved, self._model_sizes, cluster.ranks, None),
+            engine_options=lambda resolved: engine_options(resolved, self._model_sizes, cluster.ranks, self._own),
             reserved_bytes=lambda planned: round(planned.ledger.peak * profile.reserved_ratio),
         )
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from framework.config import Config, LossScaleConfig
 from framework.errors import UserError
-from framework.sharding.deepspeed_merging import merge
+from framework.sharding.deepspeed_keys import SIZE_KEYS
+from framework.sharding.deepspeed_merging import AUTO, is_count, merge
 
 MIN_BUCKET = 1 << 19
 """Elements below which an exchange costs its latency, not its bytes."""
@@ -89,6 +90,30 @@ class OwnOptions:
 
     values: dict[str, Any]
     source: str
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        """Its `zero_optimization`, without what it leaves to others."""
+        given = self.values.get("zero_optimization")
+        return {key: value for key, value in given.items() if value != AUTO} if isinstance(given, dict) else {}
+
+    @property
+    def buffers(self) -> dict[str, Any]:
+        """What it says of the buffers of exchanges, as far as that is valid."""
+        sizes = {key: int(value) for key, value in self.zero.items() if key in SIZE_KEYS and is_count(value)}
+        overlap = self.zero.get("overlap_comm")
+        return sizes | ({"overlap_comm": overlap} if isinstance(overlap, bool) else {})
+
+    def permits(self, stage: int, *, offload_optimizer: bool, offload_parameters: bool) -> bool:
+        """Whether it does not contradict a ZeRO stage and what is on the host."""
+        if self.zero.get("stage", stage) != stage:
+            return False
+        for key, offloads in (("offload_optimizer", offload_optimizer), ("offload_param", offload_parameters)):
+            section = self.zero.get(key)
+            device = section.get("device", AUTO) if isinstance(section, dict) else AUTO
+            if device not in (AUTO, "cpu" if offloads else "none"):
+                return False
+        return True
 
 
 def read_own_options(path: Path) -> OwnOptions:

@@ -75,7 +75,7 @@ def _merge_zero(zero: dict[str, Any], own: Any) -> Iterator[str]:
             if value not in (neutral, None):
                 yield f"{name}: {reason}: leave it out"
         elif key in SIZE_KEYS:
-            if not _is_count(value):
+            if not is_count(value):
                 yield f"{name}: {json.dumps(value)} is not a number of elements"
             else:
                 zero[key] = int(value)
@@ -178,7 +178,7 @@ def _is_on(value: Any) -> bool:
     return value not in (False, None, 0)
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
     """Whether it is a number of things; in JSON that may be written `5e8`, and `1e999` is infinity."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False

@@ -17,6 +17,7 @@ from framework.planner.launching import launch_cluster, plan_launch
 from framework.planner.made_for import MadeFor
 from framework.planner.overrides import RESULT_KEYS, is_open, with_overrides
 from framework.planner.report import gib
+from framework.sharding.deepspeed_config import OwnOptions
 from framework.sharding.place import Place, check_ranks
 from framework.sharding.ranks import Ranks
 from framework.training.progress import Reporter
@@ -44,7 +45,12 @@ class Resolved:
 
 
 def resolve_together(
-    config: Config, resume: str, directory: RunDirectory, ranks: Ranks, reporter: Reporter
+    config: Config,
+    resume: str,
+    directory: RunDirectory,
+    ranks: Ranks,
+    reporter: Reporter,
+    own: OwnOptions | None = None,
 ) -> Resolved:
     """Fill the open keys of a config, with the same on every rank: the first one plans, and tells the others.
 
@@ -54,6 +60,7 @@ def resolve_together(
         directory: of the run.
         ranks: of the run.
         reporter: gets the planner's report.
+        own: a user's own options of DeepSpeed.
 
     Raises:
         NoPlanError: nothing fits.
@@ -63,7 +70,7 @@ def resolve_together(
     plan, problem = None, None
     if ranks.is_first:
         try:
-            plan = resolve(config, resume, directory, ranks.place, reporter).plan
+            plan = resolve(config, resume, directory, ranks.place, reporter, own=own).plan
         except (UserError, RunError) as error:
             problem = (error.exit_code, str(error))
     # It may take minutes, where a step is to be recorded.
@@ -82,6 +89,7 @@ def resolve(
     place: Place,
     reporter: Reporter,
     share_of: Callable[[Config], float] = labelled_share_of,
+    own: OwnOptions | None = None,
 ) -> Resolved:
     """Fill the open keys of a config in this process; see `resolve_together`. Writes nothing in the run directory.
 
@@ -92,6 +100,7 @@ def resolve(
         place: of a process of the launch, for the number of processes and machines.
         reporter: gets the planner's report.
         share_of: gives the labelled share of a run's data.
+        own: a user's own options of DeepSpeed.
     """
     nodes = math.ceil(place.world_size / place.local_world_size)
     cluster = launch_cluster(config, nodes=nodes, ranks_per_node=place.world_size // nodes)
@@ -111,7 +120,7 @@ def resolve(
         reporter.line(note)
     share = share_of(config)
     reporter.line(f"labelled share: {share:.1%} of the tokens")
-    planned = plan_launch(config, cluster, share, reporter.line, fixed=fixed)
+    planned = plan_launch(config, cluster, share, reporter.line, fixed=fixed, own=own)
     report = replace(planned.planned.report(""), launch=None)
     reporter.drawing(report.print)
     if not planned.planned.plans:
@@ -149,7 +158,8 @@ def resolve_preview(config: Config, launch: Launch, resume: str) -> Config:
                 reporter.line(share.source)
             return share.value
 
-        return resolve(config, resume, RunDirectory(config.run.output_dir), place, reporter, share_of).config
+        directory = RunDirectory(config.run.output_dir)
+        return resolve(config, resume, directory, place, reporter, share_of, launch.own_options).config
 
 
 def _fixed(checkpoint: Checkpoint, config: Config) -> dict[str, Any]:

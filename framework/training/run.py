@@ -205,7 +205,9 @@ class _Run:
                     self.place, timeout_seconds=self.config.sharding.timeout_seconds, needed=False
                 ) as ranks:
                     self.defer(signals)
-                    found = resolve_together(self.config, self.resume, self.directory, ranks, reporter)
+                    found = resolve_together(
+                        self.config, self.resume, self.directory, ranks, reporter, self.own_options
+                    )
                     result = self.resolved(found.config, found.plan, signals, reporter)
         return result, list(reporter.last_lines)
 

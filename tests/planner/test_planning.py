@@ -25,6 +25,8 @@ from framework.planner.ledger import WORKSPACES
 from framework.planner.planning import PlannedJob
 from framework.planner.profile import Profile, assumed_profile
 from framework.planner.sizing import fewest, sizes, sizes_table
+from framework.planner.zero import GRADIENTS
+from framework.sharding.deepspeed_config import OwnOptions
 
 ROOT = Path(__file__).parents[2]
 LLAMA = {
@@ -164,6 +166,27 @@ def test_one_accelerator_offloads_where_nothing_else_fits_and_the_host_has_room(
     output = io.StringIO()
     nothing.report("x.json").print(Console(file=output, width=200))
     assert "of the host, of which" in output.getvalue()
+
+
+@pytest.mark.slow
+def test_a_users_own_options_of_deepspeed_count():
+    fixed = {"max_steps": 1, "global_batch_size": 2, "micro_batch_size": 1}
+    config = config_of(sharding={"engine": "deepspeed", "zero_stage": "auto"}, training=fixed)
+    mine = {"stage": 3, "reduce_bucket_size": 1e5, "offload_optimizer": {"device": "none"}}
+    own = OwnOptions({"zero_optimization": mine}, "ds.json")
+    job = PlannedJob(config, 0.5, lambda line: None, own=own)
+    assert {each.choice.zero_stage for each in job.space(2, 1)} == {3}
+    cluster, profile = cluster_with(config, 1 << 40)
+    cluster = replace(cluster, gpus_per_node=2)
+    (with_own,) = job.plan(cluster, profile).plans
+    assert with_own.engine_options["zero_optimization"]["reduce_bucket_size"] == 100_000
+    plain = PlannedJob(config, 0.5, lambda line: None).plan(cluster, profile, top=20)
+    same = next(plan for plan in plain.plans if plan.point.choice == with_own.point.choice)
+    bucket = same.engine_options["zero_optimization"]["reduce_bucket_size"]
+    held, its_held = (
+        next(term.bytes for term in plan.point.ledger.terms if term.name == GRADIENTS) for plan in (with_own, same)
+    )
+    assert its_held - held == 4 * (bucket - 100_000)
 
 
 def test_what_the_planner_does_not_know_is_said():

@@ -271,3 +271,31 @@ def test_deepspeed_knows_the_keys() -> None:
     assert spec is not None and spec.origin is not None
     text = (Path(spec.origin).parent / "runtime" / "zero" / "config.py").read_text()
     assert [key for key in (*PASSED_ZERO_KEYS, *REFUSED_ZERO_KEYS) if key not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("zero", "expected"),
+    [
+        ({}, {(1, False), (3, False), (3, True)}),
+        ({"stage": "auto"}, {(1, False), (3, False), (3, True)}),
+        ({"stage": 3}, {(3, False), (3, True)}),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu"}}, {(3, True)}),
+        ({"offload_param": {"device": "none"}}, {(1, False), (3, False)}),
+        ({"offload_param": {"device": "auto"}}, {(1, False), (3, False), (3, True)}),
+    ],
+)
+def test_what_a_users_own_options_permit(zero: dict[str, Any], expected: set[tuple[int, bool]]) -> None:
+    own = OwnOptions({"zero_optimization": zero}, "ds.json")
+    choices = [(1, False), (3, False), (3, True)]
+    assert {
+        (stage, offload)
+        for stage, offload in choices
+        if own.permits(stage, offload_optimizer=offload, offload_parameters=offload)
+    } == expected
+
+
+def test_what_a_users_own_options_say_of_buffers() -> None:
+    zero = {"reduce_bucket_size": 5e8, "sub_group_size": "auto", "stage3_max_live_parameters": "x", "stage": 2}
+    assert OwnOptions({"zero_optimization": zero}, "ds.json").buffers == {"reduce_bucket_size": 500_000_000}
+    assert OwnOptions({"zero_optimization": {"overlap_comm": False}}, "").buffers == {"overlap_comm": False}
+    assert OwnOptions({"zero_optimization": 7}, "").buffers == OwnOptions({}, "").buffers == {}
