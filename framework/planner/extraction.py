@@ -15,12 +15,14 @@ from framework.data import Batch
 from framework.errors import UserError
 from framework.planner.fake_ranks import first_of
 from framework.planner.fitting import Fitter, UnknownSizeError, stretch_of
+from framework.planner.known_trials import known_trials
 from framework.planner.law import BLOCKS, MIDDLES, PARTS, PASSES, STEP, Part, StepLaw, instances
 from framework.planner.polynomials import Polynomial
 from framework.planner.recorder import Change, RecordedPart
 from framework.planner.recording import Recording, record_step
 from framework.planner.small_models import PROBES, Family, Widths, probe_batch, probe_config
 from framework.planner.symbols import batch_symbols
+from framework.planner.uncomputed import Uncomputed
 from framework.training.objective import draw_selection
 
 RECORDING = 4
@@ -28,6 +30,10 @@ RECORDING = 4
 
 LIBRARIES = ("torch", "transformers", "peft")
 """Whose versions a law depends on."""
+
+
+COMPUTED = 2048
+"""Elements of the largest float tensor whose values a recording has, enough for weights of tokens and losses."""
 
 
 def law_settings(config: Config, family: Family) -> dict[str, Any]:
@@ -78,7 +84,8 @@ def extract_law(config: Config, family: Family) -> StepLaw:
     """
     if config.model.task != "causal_lm":
         raise UserError(f"model.task: the planner knows causal_lm only, not {config.model.task}")
-    recorded = [_recorded(config, family, widths) for widths in PROBES]
+    with known_trials(config, family):
+        recorded = [_recorded(config, family, widths) for widths in PROBES]
     recordings = [recording for _, recording in recorded]
     return fitted_law([sizes for sizes, _ in recorded], recordings)
 
@@ -87,7 +94,7 @@ def _recorded(config: Config, family: Family, widths: Widths) -> tuple[dict[str,
     """A small model's step, and the sizes of its symbols."""
     small, batch = probe_config(config, family.small(widths), widths), probe_batch(widths, packed=config.data.packing)
     ranks = small.described_ranks
-    with torch.random.fork_rng(devices=()), first_of(ranks) as connected:
+    with torch.random.fork_rng(devices=()), Uncomputed(COMPUTED), first_of(ranks) as connected:
         torch.manual_seed(0)
         recording = record_step(small, batch, connected)
     sizes = recording.symbols | batch_symbols(batch) | selection_sizes(small, batch)

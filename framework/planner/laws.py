@@ -38,6 +38,7 @@ _CODE = (
     "fake_ranks",
     "fitting",
     "host_memory",
+    "known_trials",
     "law",
     "marks",
     "naming",
@@ -45,6 +46,7 @@ _CODE = (
     "recording",
     "small_models",
     "symbols",
+    "uncomputed",
 )
 """Modules that decide whether there is a law."""
 

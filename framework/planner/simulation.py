@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
-from unittest import mock
 
 import torch
 from transformers import PreTrainedConfig
@@ -20,14 +17,12 @@ from framework.data.dataset import IGNORED
 from framework.errors import UserError
 from framework.models.configured import base_config, tokenizer_source
 from framework.planner.fake_ranks import first_of
+from framework.planner.known_trials import known_trials
 from framework.planner.law import BLOCKS, PHASE_OF_PART
 from framework.planner.recording import Recording, record_step
-from framework.planner.small_models import PROBES, Family, positions_of, probe_batch, probe_config, values_of
+from framework.planner.small_models import Family, positions_of, values_of
 from framework.planner.uncomputed import Uncomputed
-from framework.retention import locality, selective
 from framework.selection import supervised_positions
-from framework.sharding.place import Place
-from framework.sharding.ranks import Ranks
 
 SIMULATED_MICRO_BATCHES = 2
 """Of a step: those after the second allocate what the second does."""
@@ -83,7 +78,7 @@ def simulate(config: Config, ranks: int, labelled_share: float) -> Simulated:
     vocabulary = hf_config.get_text_config().vocab_size
     batch = _batch(full, vocabulary, labelled_share)
     count = min(full.gradient_accumulation(ranks), SIMULATED_MICRO_BATCHES)
-    known = _known_trials(config, family)
+    known = known_trials(config, family)
     with torch.random.fork_rng(devices=()), known, Uncomputed(), first_of(ranks) as connected:
         recording = record_step(full, batch, connected, count)
     return Simulated(recording.start, phase_peaks(recording), time.perf_counter() - begun)
@@ -139,30 +134,3 @@ def _batch(config: Config, vocabulary: int, labelled_share: float) -> Batch:
         further = {"attention_mask": mask}
     supervised = supervised_positions(labels, causal=True)
     return Batch({"input_ids": ids, "labels": labels, **further}, documents, supervised, int(supervised.sum()))
-
-
-def _known_trials(config: Config, family: Family) -> AbstractContextManager[object]:
-    """Within this context blocks are not tried before they are selective; a small model's blocks were."""
-    if config.retention.policy != "selective":
-        return nullcontext()
-    with _noted_trials() as trials:
-        plain = config.model_copy(update={"sharding": type(config.sharding)(engine="single")})
-        small = probe_config(plain, family.small(PROBES[0]), PROBES[0])
-        record_step(small, probe_batch(PROBES[0], packed=config.data.packing), Ranks(Place()), 1)
-    if len({trial.reason is None for trial in trials}) > 1:
-        raise UserError("retention.policy: a model with blocks of which only some can be selective cannot be simulated")
-    trial = trials[0]
-    return mock.patch.object(selective, "try_block", lambda *_: trial)
-
-
-@contextmanager
-def _noted_trials() -> Iterator[list[locality.Trial]]:
-    """Within this context the trials of blocks are added to a list."""
-    found: list[locality.Trial] = []
-
-    def noted(*arguments: Any) -> locality.Trial:
-        found.append(locality.try_block(*arguments))
-        return found[-1]
-
-    with mock.patch.object(selective, "try_block", noted):
-        yield found
