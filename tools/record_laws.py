@@ -116,13 +116,13 @@ class Job:
 
 JOBS = (
     Job("Llama 2", "all"),
-    Job("Llama 3", "all"),
     Job("Llama 3", "LoRA"),
+    Job("Llama 3", "all"),
+    Job("Qwen 2.5", "LoRA"),
     Job("Llama 3", "NF4"),
     Job("Mistral", "LoRA"),
-    Job("Qwen 2.5", "all"),
-    Job("Qwen 2.5", "LoRA"),
     Job("Qwen 3", "LoRA"),
+    Job("Qwen 2.5", "all"),
 )
 
 
@@ -134,12 +134,12 @@ def configs_of(job: Job) -> Iterator[Config]:
     return (config_of_law(config, kind) for kind in kinds)
 
 
-def recorded(job: Job, *, anew: bool) -> dict[str, dict[str, Any]]:
+def recorded(job: Job) -> dict[str, dict[str, Any]]:
     """The laws of a job by their names, as they are stored."""
     configs = [*configs_of(job)]
     family = Family(base_config(configs[0]))
     keys = [law_key(law_settings(config, family)) for config in configs]
-    known = {} if anew else shipped_laws(family.model_type)
+    known = shipped_laws(family.model_type)
     missing = [config for key, config in zip(keys, configs, strict=True) if key not in known]
     print(f"{job.model}, {job.trained}: {len(keys)} laws, {len(missing)} to record", flush=True)
     laws_of(missing, family, lambda line: print(line, flush=True))
@@ -150,9 +150,11 @@ def recorded(job: Job, *, anew: bool) -> dict[str, dict[str, Any]]:
 def write_archive(path: Path, laws: dict[str, dict[str, Any]]) -> None:
     """Write laws, in the order of their names."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with ZipFile(path, "w", ZIP_DEFLATED, compresslevel=9) as archive:
+    written = path.with_suffix(".written")
+    with ZipFile(written, "w", ZIP_DEFLATED, compresslevel=9) as archive:
         for key in sorted(laws):
             archive.writestr(ZipInfo(f"{key}.json", BEGINNING), json.dumps(laws[key]), ZIP_DEFLATED, 9)
+    written.replace(path)
 
 
 def main() -> int:
@@ -160,16 +162,23 @@ def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--anew", action="store_true", help="record all laws, also those that are there")
     arguments = options.parse_args()
-    archives: dict[str, dict[str, dict[str, Any]]] = {}
+    if arguments.anew:
+        for path in SHIPPED.glob("*.zip"):
+            path.unlink()
+    wanted: dict[str, dict[str, dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as cache:
         # What this machine has recorded before may be of other code.
         os.environ["XDG_CACHE_HOME"] = cache
         for job in JOBS:
-            archives.setdefault(MODELS[job.model]["model_type"], {}).update(recorded(job, anew=arguments.anew))
+            model_type = MODELS[job.model]["model_type"]
+            laws = wanted.setdefault(model_type, {})
+            laws |= recorded(job)
+            # Those of the jobs to come stay until it is their turn.
+            write_archive(SHIPPED / f"{model_type}.zip", shipped_laws(model_type) | laws)
     for path in SHIPPED.glob("*.zip"):
-        if path.stem not in archives:
+        if path.stem not in wanted:
             path.unlink()
-    for model_type, laws in archives.items():
+    for model_type, laws in wanted.items():
         write_archive(SHIPPED / f"{model_type}.zip", laws)
     return 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 
@@ -74,6 +74,14 @@ _DENOMINATOR = 32
 """Of a coefficient: bytes of a fraction of an element, such as the halves that rotary embeddings turn."""
 
 
+_NEARLY_DENOMINATOR = 128
+_PADDED_BYTES, _PADDED_SHARE = 8, 0.01
+"""What rounding up may add: a matrix in NF4 is shared out in groups of 64 elements, its scales in groups of 256."""
+
+_OF_BATCHES = {symbol for monomial in TOKENS for symbol in monomial}
+_SUMS = {"block", "block_trained", "block_packed", "parameters", "trained", "packed"}
+
+
 class UnknownSizeError(ValueError):
     """No polynomial of the kind that is looked for gives a byte count."""
 
@@ -92,6 +100,7 @@ class Fitter:
         self._monomials = [monomial for monomial in pairs if symbols.issuperset(monomial)]
         one = [Polynomial({monomial: 1}) for monomial in self._monomials]
         self._values = np.array([[p.value(sample) for sample in samples] for p in one])
+        self._packed = any(sample.get("packed") for sample in samples)
         self._known: dict[tuple[int, ...], Polynomial] = {}
 
     def __call__(self, counts: Sequence[int]) -> Polynomial:
@@ -116,6 +125,8 @@ class Fitter:
             found = self._two_terms(counts)
         if found is None and np.abs(counts).max() <= TINY:
             found = Polynomial({(): Fraction(int(np.sign(counts[0]) * TINY))})
+        if found is None and self._packed:
+            found = self._nearly(counts)
         if found is None:
             raise UnknownSizeError(f"no polynomial gives {[*map(int, counts)]}")
         return found
@@ -156,6 +167,25 @@ class Fitter:
                     best = found
         return best
 
+    def _nearly(self, counts: np.ndarray) -> Polynomial | None:
+        """The closest polynomial in a model's sizes, for what is as long as ranks can share out evenly."""
+        own = [index for index, monomial in enumerate(self._monomials) if not _OF_BATCHES.intersection(monomial)]
+        sums = [index for index in own if _SUMS.intersection(self._monomials[index])]
+        best, least = None, 1.0
+        for chosen in ([(index,) for index in own], combinations(sums, 2)):
+            for indices in chosen:
+                values = self._values[[*indices]].T
+                unit = _DENOMINATOR if len(indices) > 1 else _NEARLY_DENOMINATOR
+                coefficients = np.round(np.linalg.lstsq(values, counts, rcond=None)[0] * unit) / unit
+                missed = np.abs(values @ coefficients - counts) / (_PADDED_BYTES + _PADDED_SHARE * np.abs(counts))
+                if coefficients.all() and missed.max() < least:
+                    terms = zip(indices, coefficients, strict=True)
+                    best = Polynomial({self._monomials[i]: Fraction(int(c * unit), unit) for i, c in terms})
+                    least = missed.max()
+            if best is not None:
+                return best
+        return None
+
 
 def stretch_of(changes: Sequence[Polynomial]) -> Stretch:
     """A stretch from its allocations, in order; frees are negative.
@@ -167,7 +197,7 @@ def stretch_of(changes: Sequence[Polynomial]) -> Stretch:
     steps = np.zeros((len(changes) + 1, len(monomials)), dtype=np.int64)
     for row, change in enumerate(changes, start=1):
         for monomial, coefficient in change.terms.items():
-            steps[row, places[monomial]] = coefficient * _DENOMINATOR
+            steps[row, places[monomial]] = coefficient * _NEARLY_DENOMINATOR
     levels = steps.cumsum(axis=0)
     # A level that another is never below comes after it, whatever the sizes.
     ordered = sorted({*map(tuple, levels.tolist())}, key=lambda level: (-sum(level), level))
@@ -177,7 +207,7 @@ def stretch_of(changes: Sequence[Polynomial]) -> Stretch:
             peaks = np.vstack((peaks, level))
 
     def polynomial(level: np.ndarray) -> Polynomial:
-        return Polynomial({m: Fraction(int(c), _DENOMINATOR) for m, c in zip(monomials, level, strict=True)})
+        return Polynomial({m: Fraction(int(c), _NEARLY_DENOMINATOR) for m, c in zip(monomials, level, strict=True)})
 
     return Stretch(polynomial(levels[-1]), tuple(map(polynomial, peaks)))
 

@@ -107,6 +107,16 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
                 "retention": SELECTIVE,
             },
         ),
+        (
+            LLAMA,
+            {
+                "quantization": "nf4",
+                "adapter": LORA,
+                "sharding": {"engine": "fsdp"},
+                "retention": {"policy": "checkpoint"},
+                "optimizer": {"precision": "pure_bf16"},
+            },
+        ),
     ],
     ids=[
         "all",
@@ -118,6 +128,7 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
         "offloaded",
         "NF4 autocast",
         "ZeRO 3",
+        "NF4 fsdp",
     ],
 )
 def test_a_deeper_and_wider_step_takes_what_the_law_says(model, sections):
@@ -139,10 +150,12 @@ def test_a_deeper_and_wider_step_takes_what_the_law_says(model, sections):
     )
     ledger = memory.at(Choice.of(run, run.described_ranks, 1.0), {"share": 1 / run.described_ranks} | sizes)
     held = sum(term.bytes for term in ledger.terms if "save" in term.phases)
-    # With DeepSpeed scalars are left out, and another rank may hold more than the recorded one.
+    # With DeepSpeed scalars are left out, and another rank may hold more than the recorded one; groups of NF4 are
+    # shared out as whole ones.
     exact = run.sharding.engine != "deepspeed"
     assert held == recording.start if exact else held == pytest.approx(recording.start, abs=1024)
-    assert ledger.peak == pytest.approx(recording.peak, rel=2e-5 if exact else 0.008)
+    groups = run.model.quantization is not None and run.sharding.engine == "fsdp"
+    assert ledger.peak == pytest.approx(recording.peak, rel=0.004 if groups else 2e-5 if exact else 0.008)
     # The optimiser's temporaries on the host are left out.
     assert 0.9 * recording.host <= ledger.host_bytes <= recording.host
 
