@@ -76,7 +76,15 @@ RETENTION: dict[str, dict[str, Any]] = {
         "selection": {"strategy": "supervised"},
     },
 }
-ENGINES: dict[str, dict[str, Any]] = {"single": {"engine": "single"}, "FSDP2": {"engine": "fsdp"}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "single": {"engine": "single"},
+    "FSDP2": {"engine": "fsdp"},
+    "FSDP2, offload": {"engine": "fsdp", "offload_optimizer": True, "offload_parameters": True},
+    "ZeRO 1": {"engine": "deepspeed", "zero_stage": 1},
+    "ZeRO 2": {"engine": "deepspeed", "zero_stage": 2},
+    "ZeRO 2, offload": {"engine": "deepspeed", "zero_stage": 2, "offload_optimizer": True},
+    "ZeRO 3": {"engine": "deepspeed", "zero_stage": 3},
+}
 PRECISION = {"single": "pure_bf16"}
 """Of engines; `fp32_master` with others."""
 
@@ -117,6 +125,12 @@ CASES = [
     Case("Qwen2.5-32B", "full", "selective", "FSDP2", 16),
     Case("Llama-3-70B", "LoRA", "selective, linears", "FSDP2", 8),
     Case("Llama-3-70B", "full", "checkpoint", "FSDP2", 64),
+    Case("Llama-2-13B", "full", "checkpoint", "FSDP2, offload", 8),
+    Case("Llama-2-7B", "full", "checkpoint", "ZeRO 1", 8),
+    Case("Llama-3-8B", "full", "selective, linears", "ZeRO 2", 8),
+    Case("Llama-2-13B", "full", "checkpoint", "ZeRO 2, offload", 8),
+    Case("Llama-2-13B", "full", "selective", "ZeRO 3", 8),
+    Case("Qwen2.5-32B", "LoRA", "checkpoint", "ZeRO 3", 8),
 ]
 
 

@@ -53,9 +53,9 @@ def test_configs_in_the_repository_load() -> None:
     for path in paths:
         config = load_config(path)
         # Classifiers have no more than a pooled token to select, so theirs add a share of the context.
-        ratio = 0.25 if path.stem in ("classify", "vit") else "labelled"
-        assert (config.selection.strategy, config.resolved_ratio) == ("supervised", ratio)
-        assert config.retention.policy == "selective"
+        ratio = {"classify": 0.25, "vit": 0.25, "llama13b": "auto"}.get(path.stem, "labelled")
+        assert (config.selection.strategy, config.selection.ratio) == ("supervised", ratio)
+        assert config.retention.policy == ("auto" if path.stem == "llama13b" else "selective")
         assert config.run.output_dir == f"runs/{path.stem}"
         assert config.weights_dtype == ("bfloat16" if path.stem == "llama8b-lora" else "float32")
 

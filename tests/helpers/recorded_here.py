@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from framework.planner import apart
+from framework.planner import apart, laws
 
 
 @contextmanager
@@ -29,4 +29,6 @@ def recorded_here() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(apart, "subprocess", SimpleNamespace(run=run))
+        # A process records one law at a time.
+        patch.setattr(laws, "MOST_PROCESSES", 1)
         yield

@@ -53,3 +53,37 @@ def test_no_polynomial_of_two_terms():
 def test_what_is_tiny_need_not_be_a_polynomial():
     assert Fitter(SAMPLES)([7, 19, 23, 41, 5, TINY]) == Polynomial.parse(f"{TINY}")
     assert Fitter(SAMPLES)([-7, -19, -23, -41, -5, -3]) == Polynomial.parse(f"-{TINY}")
+
+
+PACKED = [
+    sample | {"packed": packed, "block": block, "block_packed": within}
+    for sample, packed, block, within in zip(
+        SAMPLES,
+        (260195, 579670, 1369495, 1171435, 552860, 1173930),
+        (6960, 20704, 46832, 71888, 44736, 100608),
+        (52039, 115934, 273899, 234287, 110572, 234786),
+        strict=True,
+    )
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "padding"),
+    [
+        ("1/2 hidden mlp share", (0, 24, 0, 16, 8, 24)),
+        ("1/128 hidden mlp", (1, 0, 1, 2, 1, 0)),
+        ("2 block + 1 block_packed", (173, 338, 185, 601, 8, 434)),
+        ("-2 block - 1 block_packed", (-173, -338, -185, -601, -8, -434)),
+    ],
+)
+def test_what_is_shared_out_in_groups_is_nearly_a_polynomial(text, padding):
+    counts = [round(Polynomial.parse(text).value(sample)) + more for sample, more in zip(PACKED, padding, strict=True)]
+    assert Fitter(PACKED)(counts) == Polynomial.parse(text)
+    without = [sample | {"packed": 0, "block_packed": 0} for sample in PACKED]
+    with pytest.raises(UnknownSizeError):
+        Fitter(without)(counts)
+
+
+def test_what_is_far_from_a_polynomial_is_none_with_packed_weights_either():
+    with pytest.raises(UnknownSizeError):
+        Fitter(PACKED)([70001, 19001, 923, 41777, 512345, 1001])

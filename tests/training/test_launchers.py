@@ -136,6 +136,10 @@ SCALED_DOWN = [
     "training.eval_every_steps=0",
     "checkpoint.every_steps=0",
     "training.global_batch_size=4",
+    "training.micro_batch_size=1",
+    "selection.ratio=labelled",
+    'retention={"policy": "selective", "kv_format": "int8"}',
+    'sharding={"engine": "deepspeed", "zero_stage": 3}',
 ]
 
 
