@@ -1,19 +1,21 @@
 """What the planner chooses as the memory of each GPU falls, for two jobs, as a table in Markdown.
 
-python tools/plan_budgets.py --output docs/budgets.md
+python tools/plan_budgets.py --simulate --output docs/budgets.md
 
 Only the budget falls: rates stay those of one device. It also checks what has to hold, and exits 1 where it does not:
 as the budget falls, neither class nor ratio of the gradient rises while some plan within the slowdown bound fits; just
 below the least budget of every plan, found by bisection, that plan does not fit; some plan is exact, and the ratio of
-some plan lies between the labelled share and 1. Laws that this machine has not recorded are recorded first, which takes
+some plan lies between the labelled share and 1. With `--simulate`, a step of every chosen plan is simulated at its real
+size, and what that takes has to fit as well. Laws that this machine has not recorded are recorded first, which takes
 some minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,8 +23,10 @@ from typing import Any
 
 from framework.cli import run_command
 from framework.config import Config
-from framework.planner.choice import FIDELITIES
+from framework.planner.checks import simulated_peaks
+from framework.planner.choice import FIDELITIES, Choice
 from framework.planner.hardware import cluster_of
+from framework.planner.overrides import overrides, with_overrides
 from framework.planner.planning import PlannedJob, budget_of
 from framework.planner.profile import assumed_profile
 from framework.planner.report import GIB, retention_words, sharding_words
@@ -154,6 +158,25 @@ def broken(rows: Sequence[Row], holds: Callable[[Point, int], bool], labelled_sh
                 yield f"the plan of {row.budget / GIB:.1f} GiB is given up while it fits"
 
 
+def unfit(
+    rows: Sequence[Row], simulated: Mapping[Choice, int], demand: Callable[[int], int], tensors: Callable[[Point], int]
+) -> Iterator[str]:
+    """What does not fit by simulation.
+
+    Args:
+        rows: of a job.
+        simulated: bytes of tensors at the peak of each chosen plan.
+        demand: of a number of allocated bytes, those that count against the budget.
+        tensors: what of a plan's allocated bytes a simulation sees.
+    """
+    for row in rows:
+        if row.chosen is not None:
+            unseen = row.chosen.ledger.peak - tensors(row.chosen)
+            needed = demand(simulated[row.chosen.choice] + unseen)
+            if needed > row.budget:
+                yield f"the plan of {row.budget / GIB:.1f} GiB takes {needed / GIB:.2f} GiB by simulation"
+
+
 def not_shown(rows: Sequence[Row], labelled_share: float) -> Iterator[str]:
     """What no row of any job is an example of."""
     choices = [row.chosen.choice for row in rows if row.chosen is not None]
@@ -163,74 +186,112 @@ def not_shown(rows: Sequence[Row], labelled_share: float) -> Iterator[str]:
         yield "no ratio lies between the labelled share and 1"
 
 
-def table(rows: Sequence[Row], labelled_share: float) -> Iterator[str]:
-    """The rows in Markdown."""
-    yield "| GiB | class | ratio | sharding | retention | micro-batch | peak, GiB | slowdown | chosen down to, GiB |"
-    yield "| ---: | --- | ---: | --- | --- | --- | ---: | ---: | ---: |"
+def table(rows: Sequence[Row], labelled_share: float, simulated: Mapping[Choice, int]) -> Iterator[str]:
+    """The rows in Markdown, with what was simulated."""
+    yield (
+        "| GiB | class | ratio | sharding | retention | micro-batch | peak, GiB | tensors by simulation, GiB "
+        "| slowdown | chosen down to, GiB |"
+    )
+    yield "| ---: | --- | ---: | --- | --- | --- | ---: | ---: | ---: | ---: |"
     for row in rows:
         if row.chosen is None or row.least is None:
-            yield f"| {row.budget / GIB:g} | nothing fits | | | | | | | |"
+            yield f"| {row.budget / GIB:g} | nothing fits | | | | | | | | |"
             continue
         choice = row.chosen.choice
+        seen = f"{simulated[choice] / GIB:.2f}" if choice in simulated else ""
         slowdown = f"{row.found.slowdown(row.chosen):.2f}" + ("" if row.found.within_bound else " (over the bound)")
         yield (
             f"| {row.budget / GIB:g} | {choice.fidelity(labelled_share)} | {choice.ratio:.4f} "
             f"| {sharding_words(choice)} | {retention_words(choice)} "
             f"| {choice.micro_batch_size} x {choice.accumulation} | {row.chosen.ledger.peak / GIB:.2f} "
-            f"| {slowdown} | {row.least / GIB:.2f} |"
+            f"| {seen} | {slowdown} | {row.least / GIB:.2f} |"
         )
 
 
-def planned_rows(settings: dict[str, Any]) -> tuple[list[Row], Callable[[Point, int], bool]]:
-    """The rows of a job of `JOBS`, and whether a plan stays within a budget."""
-    shared = {
-        "run": {"output_dir": "unused"},
-        "selection": {"strategy": "supervised", "ratio": "auto"},
-        "retention": {"policy": "auto"},
-        "planner": {"top": 1},
-    }
-    config = Config.model_validate(shared | settings)
-    job = PlannedJob(config, LABELLED_SHARE, lambda line: print(line, file=sys.stderr))
-    cluster = cluster_of(config.hardware, assumed_profile, device=DEVICE)
-    profile = assumed_profile(cluster.device)
-    space, laws = job.known(job.space(cluster.ranks, cluster.nodes)), job.laws(cluster, profile)
+class PlannedBudgets:
+    """A job of `JOBS`, planned within every budget.
 
-    def within(budget: int) -> Budget:
-        return budget_of(replace(cluster, budget_bytes=budget), profile)
+    Attributes:
+        rows: one for each budget.
+        holds: whether a plan stays within a budget.
+        simulated: of each chosen plan the bytes of tensors at the peak of a simulated step, once `simulate` was called.
+    """
 
-    def find(budget: int) -> Found:
-        return search(space, laws, within(budget), config.planner, labelled_share=LABELLED_SHARE)
+    def __init__(self, settings: dict[str, Any]) -> None:
+        shared = {
+            "run": {"output_dir": "unused"},
+            "selection": {"strategy": "supervised", "ratio": "auto"},
+            "retention": {"policy": "auto"},
+            "planner": {"top": 1},
+        }
+        self._config = config = Config.model_validate(shared | settings)
+        job = PlannedJob(config, LABELLED_SHARE, lambda line: print(line, file=sys.stderr))
+        cluster = cluster_of(config.hardware, assumed_profile, device=DEVICE)
+        self._profile = profile = assumed_profile(cluster.device)
+        space, laws = job.known(job.space(cluster.ranks, cluster.nodes)), job.laws(cluster, profile)
 
-    rows = rows_of(find, [size * GIB for size in BUDGETS])
-    return rows, lambda point, budget: within(budget).holds(point.ledger)
+        def within(budget: int) -> Budget:
+            return budget_of(replace(cluster, budget_bytes=budget), profile)
+
+        def find(budget: int) -> Found:
+            return search(space, laws, within(budget), config.planner, labelled_share=LABELLED_SHARE)
+
+        self.rows = rows_of(find, [size * GIB for size in BUDGETS])
+        self.holds: Callable[[Point, int], bool] = lambda point, budget: within(budget).holds(point.ledger)
+        self.simulated: dict[Choice, int] = {}
+
+    def simulate(self) -> None:
+        """Simulate a step of every chosen plan."""
+        choices = list(dict.fromkeys(row.chosen.choice for row in self.rows if row.chosen is not None))
+        for number, choice in enumerate(choices, start=1):
+            values = overrides(self._config, choice, LABELLED_SHARE)
+            config = with_overrides(self._config, values)
+            assert config is not None
+            ((peaks, seconds),) = simulated_peaks([(config, choice.ranks)], LABELLED_SHARE)
+            self.simulated[choice] = max(peaks.values())
+            print(f"simulated {number} of {len(choices)} plans in {seconds:.0f} s", file=sys.stderr)
+
+    def problems(self) -> Iterator[str]:
+        """What does not hold."""
+        yield from broken(self.rows, self.holds, LABELLED_SHARE)
+        if self.simulated:
+            ratio = self._profile.reserved_ratio
+            yield from unfit(
+                self.rows, self.simulated, lambda size: round(size * ratio), lambda point: point.ledger.tensors
+            )
 
 
 def main() -> int:
     """Plan, check and write."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--output", type=Path, metavar="FILE", help="write the table there instead of printing it")
-    output = options.parse_args().output
+    options.add_argument("--simulate", action="store_true", help="simulate a step of every chosen plan, too")
+    arguments = options.parse_args()
+    command = f"python tools/plan_budgets.py {shlex.join(sys.argv[1:])}".strip()
     lines = [
         "# Plans by budget",
         "",
-        "Written by `python tools/plan_budgets.py`. The budget is what the allocator may reserve on each GPU, with the "
-        f"rates of {DEVICE}; {LABELLED_SHARE:.0%} of the tokens are labelled. The objective is `balanced`, with "
-        "`planner.max_slowdown` 1.5. The slowdown is to the fastest permitted plan with unlimited memory. What a plan "
-        "needs of the budget is its peak and the fragmentation that is assumed beside it.",
+        f"Written by `{command}`. The budget is what the allocator may reserve on each GPU, with the rates of {DEVICE}; "
+        f"{LABELLED_SHARE:.0%} of the tokens are labelled. The objective is `balanced`, with `planner.max_slowdown` "
+        "1.5. The slowdown is to the fastest permitted plan with unlimited memory. What a plan needs of the budget is "
+        "its peak and the fragmentation that is assumed beside it. A simulation sees tensors, and no workspaces of "
+        "cuBLAS.",
     ]
     every: list[Row] = []
     problems: list[str] = []
     for name, settings in JOBS.items():
-        rows, holds = planned_rows(settings)
-        every += rows
-        problems += [f"{name}: {problem}" for problem in broken(rows, holds, LABELLED_SHARE)]
-        lines += ["", f"## {name}", "", *table(rows, LABELLED_SHARE)]
+        job = PlannedBudgets(settings)
+        if arguments.simulate:
+            job.simulate()
+        every += job.rows
+        problems += [f"{name}: {problem}" for problem in job.problems()]
+        lines += ["", f"## {name}", "", *table(job.rows, LABELLED_SHARE, job.simulated)]
     problems += not_shown(every, LABELLED_SHARE)
     text = "\n".join(lines) + "\n"
-    if output is None:
+    if arguments.output is None:
         print(text, end="")
     else:
-        output.write_text(text, encoding="utf-8")
+        arguments.output.write_text(text, encoding="utf-8")
     for problem in problems:
         print(f"does not hold: {problem}", file=sys.stderr)
     return 1 if problems else 0

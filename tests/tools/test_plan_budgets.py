@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from open_job import open_job
-from plan_budgets import JOBS, Row, broken, not_shown, rows_of, table
+from plan_budgets import JOBS, Row, broken, not_shown, rows_of, table, unfit
 from toy_laws import TOY, MiB
 
 from framework.config.sections import PlannerConfig
@@ -50,8 +50,23 @@ def test_what_does_not_hold_is_named(rows: list[Row]) -> None:
     assert [*not_shown(exact, SHARE)] == ["no ratio lies between the labelled share and 1"]
 
 
+def test_what_does_not_fit_by_simulation_is_named(rows: list[Row]) -> None:
+    fitting = {row.chosen.choice: row.chosen.ledger.peak - 5 for row in rows if row.chosen is not None}
+
+    def problems(simulated: dict, unseen: int) -> list[str]:
+        return [*unfit(rows, simulated, lambda size: size, lambda point: point.ledger.peak - unseen)]
+
+    assert problems(fitting, 5) == []
+    first = rows[0]
+    found = problems(fitting | {first.chosen.choice: first.budget - 4}, 5)
+    assert found[0] == "the plan of 58.6 GiB takes 58.59 GiB by simulation"
+    assert len(found) == sum(row.chosen is not None and row.chosen.choice == first.chosen.choice for row in rows)
+
+
 def test_a_row_for_every_budget(rows: list[Row]) -> None:
-    lines = [*table(rows, SHARE)]
+    simulated = {row.chosen.choice: 1 << 30 for row in rows[:1]}
+    lines = [*table(rows, SHARE, simulated)]
+    assert lines[2].count("| 1.00 |") == 1
     assert len(lines) == 2 + len(BUDGETS) and len({line.count("|") for line in lines}) == 1
     assert lines[2].startswith("| 58.5938 | exact | 1.0000 |")
 
