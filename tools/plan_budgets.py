@@ -271,7 +271,7 @@ def main() -> int:
     lines = [
         "# Plans by budget",
         "",
-        f"Written by `{command}`. The budget is what the allocator may reserve on each GPU, with the rates of {DEVICE}; "
+        f"Written by `{command}`. The budget is what the allocator may reserve on each GPU, with {DEVICE} rates; "
         f"{LABELLED_SHARE:.0%} of the tokens are labelled. The objective is `balanced`, with `planner.max_slowdown` "
         "1.5. The slowdown is to the fastest permitted plan with unlimited memory. What a plan needs of the budget is "
         "its peak and the fragmentation that is assumed beside it. A simulation sees tensors, and no workspaces of "

@@ -44,17 +44,6 @@ def _described(name: str) -> dict[str, Any]:
 MODELS = {
     "Llama 2": _described("llama13b.json"),
     "Llama 3": _described("llama8b-lora.json"),
-    "Mistral": {
-        "model_type": "mistral",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 32768,
-        "max_position_embeddings": 32768,
-        "sliding_window": None,
-    },
     "Qwen 2.5": {
         "model_type": "qwen2",
         "hidden_size": 3584,
@@ -65,27 +54,12 @@ MODELS = {
         "vocab_size": 152064,
         "max_position_embeddings": 32768,
     },
-    "Qwen 3": {
-        "model_type": "qwen3",
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-    },
 }
 
 LORA = {"kind": "lora", "rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": "all-linear"}
 TRAINED: dict[str, dict[str, Any]] = {
     "all": {"optimizer": {"learning_rate": 1e-5, "precision": "fp32_master"}},
     "LoRA": {"model": {"adapter": LORA}, "optimizer": {"learning_rate": 2e-4, "precision": "pure_bf16"}},
-    "NF4": {
-        "model": {"adapter": LORA, "quantization": "nf4"},
-        "optimizer": {"learning_rate": 2e-4, "precision": "pure_bf16"},
-    },
 }
 
 
@@ -119,10 +93,6 @@ JOBS = (
     Job("Llama 3", "LoRA"),
     Job("Llama 3", "all"),
     Job("Qwen 2.5", "LoRA"),
-    Job("Llama 3", "NF4"),
-    Job("Mistral", "LoRA"),
-    Job("Qwen 3", "LoRA"),
-    Job("Qwen 2.5", "all"),
 )
 
 
