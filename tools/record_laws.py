@@ -29,9 +29,6 @@ from framework.planner.planning import PlannedJob
 from framework.planner.small_models import Family
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-PLACES = ((1, 1), (8, 1))
-"""Ranks and machines that plans are for: other numbers have the same laws."""
-
 BEGINNING = (1980, 1, 1, 0, 0, 0)
 """The time of every file in an archive, so that the same laws are the same bytes."""
 
@@ -44,16 +41,6 @@ def _described(name: str) -> dict[str, Any]:
 MODELS = {
     "Llama 2": _described("llama13b.json"),
     "Llama 3": _described("llama8b-lora.json"),
-    "Qwen 2.5": {
-        "model_type": "qwen2",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "max_position_embeddings": 32768,
-    },
 }
 
 LORA = {"kind": "lora", "rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": "all-linear"}
@@ -65,10 +52,15 @@ TRAINED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Job:
-    """Laws of one model and way to train, by keys of `MODELS` and `TRAINED`."""
+    """Laws of one model and way to train, by keys of `MODELS` and `TRAINED`.
+
+    Attributes:
+        places: ranks and machines that plans are for: one rank, several, several machines.
+    """
 
     model: str
     trained: str
+    places: tuple[tuple[int, int], ...]
 
     def config(self) -> Config:
         """With everything open that a plan chooses."""
@@ -83,16 +75,14 @@ class Job:
                 "retention": {"policy": "auto"},
                 "sharding": {"engine": "auto", "zero_stage": "auto"},
                 "optimizer": given["optimizer"],
-                "training": {"max_steps": 1, "global_batch_size": 8, "micro_batch_size": "auto"},
+                "training": {"max_steps": 1, "global_batch_size": 16, "micro_batch_size": "auto"},
             }
         )
 
 
 JOBS = (
-    Job("Llama 2", "all"),
-    Job("Llama 3", "LoRA"),
-    Job("Llama 3", "all"),
-    Job("Qwen 2.5", "LoRA"),
+    Job("Llama 2", "all", places=((8, 1), (16, 2))),
+    Job("Llama 3", "LoRA", places=((1, 1), (8, 1))),
 )
 
 
@@ -100,7 +90,7 @@ def configs_of(job: Job) -> Iterator[Config]:
     """A run for each law that a job asks for."""
     config = job.config()
     planned = PlannedJob(config, 0.5, lambda line: None)
-    kinds = {kind: None for ranks, nodes in PLACES for kind in planned.unrecorded(planned.space(ranks, nodes))}
+    kinds = {kind: None for ranks, nodes in job.places for kind in planned.unrecorded(planned.space(ranks, nodes))}
     return (config_of_law(config, kind) for kind in kinds)
 
 

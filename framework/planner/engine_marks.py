@@ -22,7 +22,7 @@ def marks_of(engine: Any, recorder: Recorder, naming: Naming) -> Iterator[None]:
     """Within this context the recorder hears what an engine is told of, and when it is at work.
 
     Args:
-        engine: prepared. What FSDP2 does is not told from what passes do: its law has no marks.
+        engine: prepared. What FSDP2 does is not told from what passes do, so that its law has no marks.
         recorder: that hears.
         naming: of its model.
     """
@@ -30,6 +30,8 @@ def marks_of(engine: Any, recorder: Recorder, naming: Naming) -> Iterator[None]:
         if isinstance(engine, SingleEngine):
             stack.enter_context(_gradients_stay(engine.model, recorder, naming))
             stack.enter_context(_working(recorder, SingleEngine, "step"))
+        elif type(engine).__name__ == "FsdpEngine":
+            stack.enter_context(_let_go_of_blocks(recorder))
         elif type(engine).__name__ == "DeepSpeedEngine":
             for context in _deepspeed(engine, recorder, naming):
                 stack.enter_context(context)
@@ -47,6 +49,19 @@ def _gradients_stay(model: nn.Module, recorder: Recorder, naming: Naming) -> Ite
     yield
     for handle in handles:
         handle.remove()
+
+
+def _let_go_of_blocks(recorder: Recorder) -> AbstractContextManager[Any]:
+    """What replaces the end of FSDP2's backward pass, where it frees what it has kept for every block."""
+    from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+
+    plain = FSDPState._root_post_backward_final_callback
+
+    def end(self: FSDPState) -> None:
+        with recorder.after_blocks():
+            plain(self)
+
+    return mock.patch.object(FSDPState, "_root_post_backward_final_callback", end)
 
 
 def _deepspeed(engine: Any, recorder: Recorder, naming: Naming) -> Iterator[AbstractContextManager[Any]]:

@@ -44,7 +44,8 @@ def law_settings(config: Config, family: Family) -> dict[str, Any]:
         family: of its model.
     """
     model, adapter = config.model, config.model.adapter
-    return {
+    hybrid = {"hybrid": True} if config.sharding.replicas > 1 else {}
+    return hybrid | {
         "recording": RECORDING,
         "family": family.kept(),
         "task": model.task,

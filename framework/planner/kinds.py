@@ -29,7 +29,8 @@ def kind_of(choice: Choice) -> Choice:
         micro_batch_size=1,
         accumulation=1,
         ranks=1,
-        replicas=1,
+        # Copies exchange gradients beside; how many there are is no matter.
+        replicas=min(choice.replicas, 2),
     )
 
 
@@ -45,7 +46,7 @@ def config_of_law(config: Config, kind: Choice) -> Config:
         "sharding.engine": kind.engine,
         "sharding.zero_stage": kind.zero_stage,
         "sharding.reshard_after_forward": kind.reshard_after_forward,
-        "sharding.replicas": 1,
+        "sharding.replicas": kind.replicas,
         "sharding.offload_optimizer": kind.offload_optimizer,
         "sharding.offload_parameters": kind.offload_parameters,
         "training.micro_batch_size": 1,

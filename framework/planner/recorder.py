@@ -60,6 +60,7 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
         super().__init__()
         self.parts: list[RecordedPart] = []
         self._at_work = 0
+        self._after_blocks = False
         self._engines: set[int] = set()
         self._births: dict[int, int] = {}
         # Keys of what the middle block has made.
@@ -107,6 +108,15 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
         finally:
             self._at_work -= 1
 
+    @contextmanager
+    def after_blocks(self) -> Iterator[None]:
+        """What is freed within this context is freed for all blocks, though it is still a block's part."""
+        self._after_blocks = True
+        try:
+            yield
+        finally:
+            self._after_blocks = False
+
     def _count(self, storage: torch.UntypedStorage) -> None:
         if self._at_work and storage._cdata not in self._live:
             self._engines.add(storage._cdata)
@@ -131,7 +141,9 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
             if part is not None and part.name in _MIDDLE:
                 self._of_middle.add(key)
         birth = self._births[key]
-        repeated = size < 0 and key in self._of_middle and part is not None and part.name in _NO_BLOCK
+        repeated = False
+        if size < 0 and key in self._of_middle and part is not None:
+            repeated = part.name in _NO_BLOCK or self._after_blocks
         if key not in self._live:
             self._engines.discard(key)
             self._of_middle.discard(key)

@@ -68,8 +68,8 @@ class Widths:
         batch: sequences.
         tokens: of each of them, a multiple of 8.
         prompt: tokens of the first sequence that have no label.
-        ranks: of a run that has several; the widths and the products of those that are widths of matrices are
-            multiples of it.
+        ranks: of a run that has several, for each copy of the model; the widths and the products of those that are
+            widths of matrices are multiples of it.
     """
 
     heads: int
@@ -208,7 +208,7 @@ def probe_config(config: Config, values: dict[str, Any], widths: Widths) -> Conf
     json["data"] |= {"sequence_length": widths.tokens}
     if config.resolved_ratio not in ("labelled", 1.0):
         json["selection"]["ratio"] = PROBED_RATIOS[config.selection.strategy]
-    ranks = 1 if config.sharding.engine == "single" else widths.ranks
+    ranks = 1 if config.sharding.engine == "single" else widths.ranks * config.sharding.replicas
     json["hardware"] = {"gpus_per_node": ranks}
     json["training"] |= {
         "global_batch_size": 2 * widths.batch * ranks,

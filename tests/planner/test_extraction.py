@@ -91,6 +91,14 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
             },
         ),
         (
+            LLAMA,
+            {
+                "sharding": {"engine": "fsdp", "replicas": 2},
+                "optimizer": {"precision": "pure_bf16"},
+                "retention": {"policy": "checkpoint"},
+            },
+        ),
+        (
             LLAMA | {"num_hidden_layers": 9},
             {
                 "quantization": "nf4",
@@ -126,6 +134,7 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
         "bf16 packed",
         "fsdp",
         "offloaded",
+        "hybrid",
         "NF4 autocast",
         "ZeRO 3",
         "NF4 fsdp",
