@@ -107,6 +107,24 @@ def test_a_run_takes_what_the_planner_finds(open_config, request, budget, capsys
     assert given.sha256() == Config.model_validate_json(json.dumps(written(config, "config.json"))).sha256()
 
 
+def test_a_run_offloads_where_nothing_else_fits(open_config):
+    fixed = {"selection__ratio": 1.0, "retention__policy": "checkpoint", "training__micro_batch_size": 2}
+    whole = {**fixed, "sharding__engine": "single", "training__max_steps": 2}
+    least = plans_of(open_config(**whole)).planned.plans[0]
+    tight = mib(least.reserved_bytes - 1)
+    config = open_config(**fixed, sharding__engine="auto", training__max_steps=2, hardware__gpu_memory=tight)
+    framework.train(config)
+    resolved = Config.model_validate_json(json.dumps(written(config, "config.json")))
+    assert resolved.sharding.offload_optimizer and resolved.sharding.engine in ("fsdp", "deepspeed")
+    plan = written(config, "plan.json")["chosen"]
+    assert plan["offload_optimizer"] and plan["host_bytes"] > 0
+    assert plan["peak_allocated_bytes"] < least.point.ledger.peak
+    alone = {"sharding.engine": "single", "run.output_dir": f"{config.run.output_dir}-alone"}
+    given = with_overrides(config, {**least.overrides, **alone})
+    framework.train(given)
+    assert losses(config) == pytest.approx(losses(given), rel=1e-5)
+
+
 def test_fallbacks_are_the_plans_of_smaller_budgets(open_config):
     found = plans_of(open_config()).to_json()
     chosen = found["chosen"]["peak_reserved_bytes"]
