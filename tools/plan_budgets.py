@@ -78,6 +78,7 @@ JOBS: dict[str, dict[str, Any]] = {
         "data": {"train": "unused", "sequence_length": 8192},
         "optimizer": {"learning_rate": 2e-4, "precision": "pure_bf16"},
         "training": {"max_steps": 1, "global_batch_size": 32, "micro_batch_size": "auto"},
+        "sharding": {"engine": "auto", "zero_stage": "auto"},
         "hardware": {"gpus_per_node": 1},
     },
     "Llama-2-13B, all parameters, fp32_master, 64 sequences of 4096 tokens, 8 GPUs": {
