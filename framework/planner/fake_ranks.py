@@ -36,12 +36,16 @@ class FirstOfAlike(Ranks):
 
 
 @contextmanager
-def first_of(count: int) -> Iterator[Ranks]:
+def first_of(count: int, *, connected: bool = False) -> Iterator[Ranks]:
     """Within this context the process is the first of `count` ranks, as libraries see it, too.
 
     It must not be a rank of anything already.
+
+    Args:
+        count: of the ranks.
+        connected: a single rank has a process group, too, as engines for several need one.
     """
-    if count == 1:
+    if count == 1 and not connected:
         yield Ranks(Place())
         return
     described = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}

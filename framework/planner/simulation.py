@@ -79,7 +79,8 @@ def simulate(config: Config, ranks: int, labelled_share: float) -> Simulated:
     batch = _batch(full, vocabulary, labelled_share)
     count = min(full.gradient_accumulation(ranks), SIMULATED_MICRO_BATCHES)
     known = known_trials(config, family)
-    with torch.random.fork_rng(devices=()), known, Uncomputed(), first_of(ranks) as connected:
+    alone = full.sharding.engine == "single"
+    with torch.random.fork_rng(devices=()), known, Uncomputed(), first_of(ranks, connected=not alone) as connected:
         recording = record_step(full, batch, connected, count)
     return Simulated(recording.start, phase_peaks(recording), time.perf_counter() - begun)
 

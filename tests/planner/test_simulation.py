@@ -58,6 +58,21 @@ def test_a_rank_of_several_holds_its_share():
     assert simulate(sharded, 8, labelled_share=1.0).start == 6 * PARAMETERS // 8 + 4 * TENSORS + FREQUENCIES
 
 
+@pytest.mark.parametrize(
+    ("sharding", "held"),
+    [
+        ({"engine": "fsdp", "offload_optimizer": True, "offload_parameters": True}, 0),
+        # Weights in 16 bits, and room for the largest gradient.
+        ({"engine": "deepspeed", "zero_stage": 2, "offload_optimizer": True}, 2 * PARAMETERS + 2 * 32000 * 5120),
+    ],
+)
+def test_one_process_has_on_the_device_what_it_does_not_offload(sharding, held):
+    config = config_of(
+        LLAMA_13B, tokens=64, sharding=sharding, optimizer={"learning_rate": 1e-3, "precision": "fp32_master"}
+    )
+    assert simulate(config, 1, labelled_share=1.0).start == held + FREQUENCIES
+
+
 def test_blocks_that_select_are_simulated_as_they_are():
     small = LLAMA_13B | {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "vocab_size": 500}
     config = config_of(
