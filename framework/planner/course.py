@@ -96,6 +96,49 @@ class Span:
     peak: float
 
 
+@dataclass(frozen=True)
+class EngineCourse:
+    """What an engine holds above what it does between steps, in the course of a step.
+
+    Attributes:
+        passes: names of the law's passes that the micro-batches are taken from, of which at most two are told apart.
+        levels: bytes at the start of each part of these and after each of its marks.
+        peaks: bytes at the highest at each mark.
+        step: bytes before the optimiser's step, and at its highest.
+    """
+
+    passes: tuple[str, ...]
+    levels: tuple[list[int], ...]
+    peaks: tuple[list[int], ...]
+    step: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls, law: StepLaw, *, blocks: int, passes: int, weights: Weights | None, holder: Holder | None, update: int
+    ) -> EngineCourse:
+        """The engine's part of a `Course`, whose arguments these are; laws with the same marks have the same."""
+        alike = holder is not None and holder.alike
+        names = tuple(PASSES[0 if alike else number] for number in range(min(passes, len(PASSES))))
+        levels: list[list[int]] = []
+        peaks: list[list[int]] = []
+        level = 0
+        for name in names:
+            if holder is not None:
+                level += sum(holder.begin())
+            for part, block in instances(blocks):
+                levels.append([level])
+                peaks.append([])
+                for mark in law.passes[name][part].marks:
+                    if holder is not None and weights is not None:
+                        level, peak = _advanced(level, told(holder, weights, mark, block))
+                    else:
+                        peak = level
+                    levels[-1].append(level)
+                    peaks[-1].append(peak)
+        step = level + update if holder is None else _advanced(level, holder.step())[1]
+        return cls(names, tuple(levels), tuple(peaks), (level, step))
+
+
 class Course:
     """A step of a model of some depth under an engine.
 
@@ -106,6 +149,7 @@ class Course:
         weights: of the model.
         holder: of the engine, as it is between steps; None for a law without marks, which says all itself.
         update: bytes that the optimiser needs beside the weights at its step, without a holder.
+        engine: the engine's part, if it is known already; the three before are not looked at then.
     """
 
     def __init__(
@@ -117,10 +161,13 @@ class Course:
         weights: Weights | None = None,
         holder: Holder | None = None,
         update: int = 0,
+        engine: EngineCourse | None = None,
     ) -> None:
+        if engine is None:
+            engine = EngineCourse.of(law, blocks=blocks, passes=passes, weights=weights, holder=holder, update=update)
         self._law, self._middles = law, blocks - 2 * ENDS
         rows: list[int] = []
-        engine: list[float] = []
+        held: list[float] = []
         marked: list[float] = []
         firsts: list[int] = []
         self._parts: list[tuple[str, slice]] = []
@@ -132,31 +179,19 @@ class Course:
             phases.setdefault(PHASE_OF_PART[part[1]], []).extend(range(len(rows), len(rows) + len(own)))
             firsts.extend([len(rows)] * len(own))
             rows.extend(own)
-            engine.extend(levels)
+            held.extend(levels)
             # The last stretch of a part has no mark behind it.
             marked.extend([*peaks, levels[-1]])
 
-        level = 0
-        for number in range(min(passes, len(PASSES))):
-            name = PASSES[0 if holder is not None and holder.alike else number]
-            if holder is not None:
-                level += sum(holder.begin())
-            for part, block in instances(blocks):
-                levels, peaks = [level], []
-                for mark in law.passes[name][part].marks:
-                    if holder is not None and weights is not None:
-                        level, peak = _advanced(level, told(holder, weights, mark, block))
-                    else:
-                        peak = level
-                    levels.append(level)
-                    peaks.append(peak)
-                lay((name, part), levels, peaks)
-        step = level + update if holder is None else _advanced(level, holder.step())[1]
+        parts = [(name, part) for name in engine.passes for part, _ in instances(blocks)]
+        for part, levels, peaks in zip(parts, engine.levels, engine.peaks, strict=True):
+            lay(part, levels, peaks)
+        before, highest = engine.step
         stretches = len(law.step.stretches)
-        lay((STEP, STEP), [level] * stretches, [level] * (stretches - 1))
-        marked[-1] = step
+        lay((STEP, STEP), [before] * stretches, [before] * (stretches - 1))
+        marked[-1] = highest
         self._rows, self._firsts = np.array(rows), np.array(firsts)
-        self._engine, self._marked = np.array(engine, float), np.array(marked, float)
+        self._engine, self._marked = np.array(held, float), np.array(marked, float)
         self._places = {phase: np.array(places) for phase, places in phases.items()}
 
     def highest(self, sizes: Sizes) -> dict[str, Moment]:

@@ -8,7 +8,8 @@ from itertools import groupby
 from math import ceil
 
 
-@dataclass(frozen=True)
+# Compared as the object that it is, since models of engines look weights up all the time.
+@dataclass(frozen=True, eq=False)
 class Weight:
     """A parameter.
 

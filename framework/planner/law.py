@@ -141,6 +141,11 @@ class StepLaw:
         parts = {(name, part): law for name, parts in self.passes.items() for part, law in parts.items()}
         return _Tables(parts | {(STEP, STEP): self.step})
 
+    @cached_property
+    def marks(self) -> tuple[tuple[Mark, ...], ...]:
+        """Of every part of the passes, in their order: laws that differ in other things may have the same."""
+        return tuple(part.marks for parts in self.passes.values() for part in parts.values())
+
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
         passes = {name: {part: law.to_json() for part, law in parts.items()} for name, parts in self.passes.items()}

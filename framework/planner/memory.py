@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from math import ceil
 
 from framework.planner.choice import Choice
-from framework.planner.course import Course, Span
+from framework.planner.course import Course, EngineCourse, Span
 from framework.planner.held import Weights
 from framework.planner.holders import Holders
 from framework.planner.law import StepLaw, trace_of
@@ -54,6 +54,7 @@ class MemoryModel:
         self._law_of, self._symbols, self._blocks = law_of, dict(symbols), blocks
         self._weights, self._holders = weights, holders
         self._length, self._labelled = sequence_length, labelled_share
+        self._engines: dict[tuple[object, ...], tuple[EngineCourse, dict[str, int], int]] = {}
         self._courses: dict[tuple[object, ...], tuple[Course, dict[str, int], int]] = {}
         if adapter_rank is not None:
             self._symbols["rank"] = adapter_rank
@@ -108,9 +109,18 @@ class MemoryModel:
         law = self._law_of(choice)
         key = (id(law), _engine_key(choice))
         if key not in self._courses:
+            engine, held, host = self._engine(law, choice)
+            course = Course(law, blocks=self._blocks, passes=choice.accumulation, engine=engine)
+            self._courses[key] = course, held, host
+        return self._courses[key]
+
+    def _engine(self, law: StepLaw, choice: Choice) -> tuple[EngineCourse, dict[str, int], int]:
+        """What an engine holds in the course of a step, between steps, and on the host."""
+        key = (law.marks, _engine_key(choice))
+        if key not in self._engines:
             holder = self._holders.of(choice, trace_of(law, self._blocks))
             held, host = self._holders.sharded(choice) if holder is None else (holder.held(), holder.on_host())
-            course = Course(
+            course = EngineCourse.of(
                 law,
                 blocks=self._blocks,
                 passes=choice.accumulation,
@@ -118,8 +128,8 @@ class MemoryModel:
                 holder=holder,
                 update=0 if choice.offload_optimizer else self._holders.largest_update(choice.shard_ranks),
             )
-            self._courses[key] = course, held, host
-        return self._courses[key]
+            self._engines[key] = course, held, host
+        return self._engines[key]
 
 
 def _engine_key(choice: Choice) -> tuple[object, ...]:

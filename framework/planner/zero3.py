@@ -6,8 +6,10 @@ ahead, and how long it stays, depends on the sizes of the modules that come next
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from math import ceil
 
 from framework.planner.course import Place
@@ -58,8 +60,13 @@ class PartitionedWeights:
         self._offload = offload
         self._weights, self._size, self._buckets, self._ranks = weights, size, buckets, ranks
         self._state, self._update = state, update
-        self._modules = [weights.by_module.get(module, ()) for module in trace]
-        self._order = [(weight, step) for step, own in enumerate(self._modules) for weight in own]
+        modules = [weights.by_module.get(module, ()) for module in trace]
+        self._order = [(weight, step) for step, own in enumerate(modules) for weight in own]
+        self._uses: dict[Weight, list[int]] = {}
+        for weight, step in self._order:
+            self._uses.setdefault(weight, []).append(step)
+        # Elements of the modules before each step.
+        self._before = [0, *accumulate(sum(weight.elements for weight in own) for own in modules)]
         self._small = {weight for weight in weights.all if weight.elements <= buckets.persistence}
         self._gathered = set(self._small)
         self._live: dict[Weight, int] = {}
@@ -112,31 +119,30 @@ class PartitionedWeights:
 
     def fetch(self, module: Place) -> Iterator[int]:
         """See `Holder.fetch`."""
-        own = self._weights.by_module.get(module, ())
-        yield from self._gather([weight for weight in own if weight not in self._gathered])
-        for weight in own:
-            self._users[weight].add(module)
-            if weight in self._shared:
-                yield from self._shared.pop(weight).taken(weight, self)
-        # What is prefetched is left out of what has been before.
-        ahead = sum(self._last_use.get(weight, -1) < self._step for weight in own)
-        for _ in range(min(ahead, len(self._queue))):
-            weight, step = self._queue.popleft()
-            self._last_use[weight] = step
+        # Many modules have no weights of their own.
+        if own := self._weights.by_module.get(module, ()):
+            yield from self._gather([weight for weight in own if weight not in self._gathered])
+            for weight in own:
+                self._users[weight].add(module)
+                if weight in self._shared:
+                    yield from self._shared.pop(weight).taken(weight, self)
+            # What is prefetched is left out of what has been before.
+            ahead = sum(self._last_use.get(weight, -1) < self._step for weight in own)
+            for _ in range(min(ahead, len(self._queue))):
+                weight, step = self._queue.popleft()
+                self._last_use[weight] = step
         yield from self._prefetch()
         self._step += 1
 
     def release(self, module: Place) -> Iterator[int]:
         """See `Holder.release`."""
-        own = self._weights.by_module.get(module, ())
-        # Many modules have no weights of their own.
-        kept = self._used_soon() if own else set()
-        for weight in own:
+        for weight in self._weights.by_module.get(module, ()):
             self._users[weight].discard(module)
             late = self._last_use.get(weight, -1) > self._step
-            if weight in self._small or late or weight in kept or self._users[weight] or weight not in self._gathered:
+            if weight in self._small or late or self._users[weight] or weight not in self._gathered:
                 continue
-            yield from self._free(weight)
+            if not self._is_used_soon(weight):
+                yield from self._free(weight)
 
     def gradient(self, weight: Weight) -> Iterator[int]:
         """See `Holder.gradient`."""
@@ -221,23 +227,21 @@ class PartitionedWeights:
             if weight not in self._gathered and weight not in wanted:
                 wanted.append(weight)
                 elements += weight.elements
-        yield from self._gather(wanted)
+        if wanted:
+            yield from self._gather(wanted)
 
     def _free(self, weight: Weight) -> Iterator[int]:
         self._gathered.discard(weight)
         self._available -= weight.elements
         yield -self._live.pop(weight, self._whole(weight) if weight in self._small else 0)
 
-    def _used_soon(self) -> set[Weight]:
-        """The weights of the modules that come next, up to the reuse distance."""
-        found: set[Weight] = set()
-        passed = 0
-        for own in self._modules[self._step :]:
-            if passed >= self._buckets.max_reuse:
-                break
-            found.update(own)
-            passed += sum(weight.elements for weight in own)
-        return found
+    def _is_used_soon(self, weight: Weight) -> bool:
+        """Whether a weight is one of the modules that come next, up to the reuse distance."""
+        uses = self._uses.get(weight, [])
+        coming = bisect_left(uses, self._step)
+        if coming == len(uses):
+            return False
+        return self._before[uses[coming]] - self._before[self._step] < self._buckets.max_reuse
 
     def _exchanged(self) -> Iterator[int]:
         if not self._waiting:
