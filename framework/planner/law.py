@@ -185,7 +185,7 @@ class _Tables:
         matrix = np.zeros((len(polynomials), len(columns)))
         for row, polynomial in enumerate(polynomials):
             for monomial, coefficient in polynomial.terms.items():
-                matrix[row, columns[monomial]] = float(coefficient)
+                matrix[row, columns[monomial]] = coefficient.numerator / coefficient.denominator
         return matrix
 
     def values(self, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
