@@ -114,9 +114,25 @@ class EngineCourse:
 
     @classmethod
     def of(
-        cls, law: StepLaw, *, blocks: int, passes: int, weights: Weights | None, holder: Holder | None, update: int
+        cls,
+        law: StepLaw,
+        *,
+        blocks: int,
+        passes: int,
+        weights: Weights | None = None,
+        holder: Holder | None = None,
+        update: int = 0,
     ) -> EngineCourse:
-        """The engine's part of a `Course`, whose arguments these are; laws with the same marks have the same."""
+        """What it holds along a law, of which the marks alone count.
+
+        Args:
+            law: of the step.
+            blocks: depth of the model.
+            passes: micro-batches of the step; those after the second are like it.
+            weights: of the model.
+            holder: of the engine, as it is between steps; None for a law without marks, which says all itself.
+            update: bytes that the optimiser needs beside the weights at its step, without a holder.
+        """
         alike = holder is not None and holder.alike
         names = tuple(PASSES[0 if alike else number] for number in range(min(passes, len(PASSES))))
         levels: list[list[int]] = []
@@ -145,26 +161,10 @@ class Course:
     Args:
         law: of the step.
         blocks: depth of the model.
-        passes: micro-batches of the step; those after the second are like it.
-        weights: of the model.
-        holder: of the engine, as it is between steps; None for a law without marks, which says all itself.
-        update: bytes that the optimiser needs beside the weights at its step, without a holder.
-        engine: the engine's part, if it is known already; the three before are not looked at then.
+        engine: what the engine holds along a law with the same marks, at the same depth.
     """
 
-    def __init__(
-        self,
-        law: StepLaw,
-        *,
-        blocks: int,
-        passes: int,
-        weights: Weights | None = None,
-        holder: Holder | None = None,
-        update: int = 0,
-        engine: EngineCourse | None = None,
-    ) -> None:
-        if engine is None:
-            engine = EngineCourse.of(law, blocks=blocks, passes=passes, weights=weights, holder=holder, update=update)
+    def __init__(self, law: StepLaw, *, blocks: int, engine: EngineCourse) -> None:
         self._law, self._middles = law, blocks - 2 * ENDS
         rows: list[int] = []
         held: list[float] = []

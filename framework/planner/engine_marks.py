@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from framework.planner.marks import FETCH, GRADIENT, RELEASE, Mark
 from framework.planner.naming import Naming
+from framework.sharding.fsdp import FsdpEngine
 from framework.sharding.single import SingleEngine
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def marks_of(engine: Any, recorder: Recorder, naming: Naming) -> Iterator[None]:
         if isinstance(engine, SingleEngine):
             stack.enter_context(_gradients_stay(engine.model, recorder, naming))
             stack.enter_context(_working(recorder, SingleEngine, "step"))
-        elif type(engine).__name__ == "FsdpEngine":
+        elif isinstance(engine, FsdpEngine):
             stack.enter_context(_let_go_of_blocks(recorder))
         elif type(engine).__name__ == "DeepSpeedEngine":
             for context in _deepspeed(engine, recorder, naming):

@@ -88,11 +88,6 @@ class HostRecorder(Recorder):  # type: ignore[no-untyped-call]
         return all(map(self.is_on_host, given))
 
 
-def is_offloading(config: Config) -> bool:
-    """Whether an engine has something on the host."""
-    return config.sharding.offload_optimizer or config.sharding.offload_parameters
-
-
 @contextmanager
 def offloading(config: Config, recorder: HostRecorder) -> Iterator[None]:
     """Within this context an engine that is built calls the device `DEVICE`, and the recorder sees what it moves.

@@ -128,7 +128,9 @@ def shipped_laws(model_type: str) -> dict[str, dict[str, Any]]:
 
 def kept_law(key: str) -> dict[str, Any]:
     """The settings of a law that this machine has recorded, and itself, as JSON."""
-    found: dict[str, Any] = json.loads((_cache() / f"{key}.json").read_bytes())
+    text = _cached(key)
+    assert text is not None
+    found: dict[str, Any] = json.loads(text)
     return found
 
 

@@ -110,7 +110,7 @@ class MemoryModel:
         key = (id(law), _engine_key(choice))
         if key not in self._courses:
             engine, held, host = self._engine(law, choice)
-            course = Course(law, blocks=self._blocks, passes=choice.accumulation, engine=engine)
+            course = Course(law, blocks=self._blocks, engine=engine)
             self._courses[key] = course, held, host
         return self._courses[key]
 

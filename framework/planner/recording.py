@@ -18,7 +18,7 @@ from framework.config import Config
 from framework.data import Batch
 from framework.models.wrapping import unwrapped
 from framework.planner.engine_marks import marks_of
-from framework.planner.host_memory import HostRecorder, is_offloading, offloaded, offloading
+from framework.planner.host_memory import HostRecorder, offloaded, offloading
 from framework.planner.law import BLOCKS, PARTS, STEP, places_of
 from framework.planner.marks import END_OF_PASS, Mark
 from framework.planner.naming import Naming
@@ -64,7 +64,7 @@ def record_step(config: Config, batch: Batch, ranks: Ranks, micro_batches: int =
         ranks: of the run; see `first_of`.
         micro_batches: of each step.
     """
-    if not is_offloading(config):
+    if not config.sharding.offloads:
         return _recorded(config, batch, ranks, micro_batches, Recorder())
     recorder = HostRecorder()
     with offloading(config, recorder):

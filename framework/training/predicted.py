@@ -54,7 +54,7 @@ class PeakCheck:
         after_step: int,
     ) -> None:
         # On a CPU what is offloaded is where everything is.
-        apart = device.type != "cpu" or not (config.sharding.offload_optimizer or config.sharding.offload_parameters)
+        apart = device.type != "cpu" or not config.sharding.offloads
         self._predicted: int | None = plan["chosen"]["peak_allocated_bytes"] if apart else None
         self._config, self._device, self._report = config, device, report
         self._step = after_step + MEASURED_STEP

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Any
 
 import pytest
 
-from framework.planner.course import Course
+from framework.planner.course import Course, EngineCourse
 from framework.planner.fitting import stretch_of
 from framework.planner.held import Weight, Weights
 from framework.planner.law import PARTS, PASSES, PLACES, STEP, Part, StepLaw, places_of
@@ -36,6 +37,10 @@ def law() -> StepLaw:
     return StepLaw(passes, part(UPDATE))
 
 
+def course_of(step: StepLaw, *, blocks: int, **engine: Any) -> Course:
+    return Course(step, blocks=blocks, engine=EngineCourse.of(step, blocks=blocks, **engine))
+
+
 def laid_out(sizes: dict[str, float], blocks: int, accumulation: int) -> list[tuple[str, float]]:
     """Every change of a step, with the part it belongs to."""
     changes = []
@@ -56,7 +61,7 @@ def test_peaks_of_parts_are_those_of_the_step_laid_out(sizes, blocks, accumulati
     for (name, _), level in zip(changes, levels, strict=True):
         expected[name] = max(level, expected.get(name, 0.0))
     found = {}
-    for span in Course(law(), blocks=blocks, passes=accumulation).spans(sizes):
+    for span in course_of(law(), blocks=blocks, passes=accumulation).spans(sizes):
         found[span.part] = max(span.peak, found.get(span.part, 0.0))
         assert span.peak >= span.start
     assert found == pytest.approx(expected)
@@ -64,7 +69,7 @@ def test_peaks_of_parts_are_those_of_the_step_laid_out(sizes, blocks, accumulati
 
 def test_more_micro_batches_than_two_change_no_peak():
     sizes = {"tokens": 5, "labels": 2, "hidden": 4}
-    two, eight = (Course(law(), blocks=5, passes=count).highest(sizes) for count in (2, 8))
+    two, eight = (course_of(law(), blocks=5, passes=count).highest(sizes) for count in (2, 8))
     assert two == eight
 
 
@@ -102,7 +107,7 @@ def test_what_an_engine_holds_is_added_at_its_marks():
     one |= {f"backward {place}": marked for place in PLACES} | {"backward first": ended}
     step = StepLaw({name: one for name in PASSES}, Part(stretches("0")))
     weights = Weights(tuple(Weight("weight", block, 25, 4, 0, 5) for block in range(6)), buffers=0)
-    course = Course(step, blocks=6, passes=2, weights=weights, holder=Keeper())
+    course = course_of(step, blocks=6, passes=2, weights=weights, holder=Keeper())
     spans = course.spans({})
     assert [span.part for span in spans[:9]] == [
         "inputs",

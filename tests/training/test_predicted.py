@@ -91,7 +91,7 @@ def test_the_request_is_read_from_the_allocators_message(message, size):
 def test_only_the_second_step_of_a_start_is_compared_and_only_if_it_was_measured():
     said: list[str] = []
     given = {"chosen": {"peak_allocated_bytes": 1010}}
-    sharding = SimpleNamespace(offload_optimizer=False, offload_parameters=False)
+    sharding = SimpleNamespace(offloads=False)
     config: Any = SimpleNamespace(sha256=lambda: "hash", sharding=sharding)
 
     def check(predicted: dict[str, Any], step: int, measured: int | None) -> None:
@@ -101,9 +101,9 @@ def test_only_the_second_step_of_a_start_is_compared_and_only_if_it_was_measured
     check(given, 7, 1000)
     check(given, 6, None)
     check({"chosen": {"peak_allocated_bytes": None}}, 6, 1000)
-    sharding.offload_optimizer = True
+    sharding.offloads = True
     check(given, 6, 1000)
-    sharding.offload_optimizer = False
+    sharding.offloads = False
     assert said == []
     check(given, 6, 1000)
     assert said == ["step 6 takes 1000 B at its peak; the plan's 1010 B is 1.00% above that"]

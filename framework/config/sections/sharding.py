@@ -38,3 +38,8 @@ class ShardingConfig(Section):
 
     timeout_seconds: Count = 600
     """How long a rank waits for the others in one exchange before it gives up with an error."""
+
+    @property
+    def offloads(self) -> bool:
+        """Whether anything is in the host's memory."""
+        return self.offload_optimizer or self.offload_parameters
