@@ -11,6 +11,7 @@ from pydantic import model_validator
 from framework.config.rules import broken_rules
 from framework.config.sections import (
     CheckpointConfig,
+    ClusterConfig,
     DataConfig,
     HardwareConfig,
     LoggingConfig,
@@ -26,7 +27,7 @@ from framework.config.sections import (
     TrainingConfig,
 )
 
-RESULT_NEUTRAL_SECTIONS = frozenset({"checkpoint", "logging", "hardware", "planner"})
+RESULT_NEUTRAL_SECTIONS = frozenset({"checkpoint", "logging", "hardware", "planner", "cluster"})
 """Sections that say how a run is watched, saved or described, and leave its losses as they are."""
 
 RESULT_NEUTRAL_KEYS = {
@@ -87,6 +88,9 @@ class Config(Section):
 
     planner: PlannerConfig = PlannerConfig()
     """What is chosen for the keys that are "auto"."""
+
+    cluster: ClusterConfig = ClusterConfig()
+    """How a run is handed to SLURM."""
 
     @model_validator(mode="after")
     def _check_rules(self) -> Config:

@@ -48,6 +48,8 @@ class Run:
     Attributes:
         step: optimiser steps done.
         tokens: non-padding tokens they trained on, all ranks.
+        complete: whether nothing is left to do.
+        asked_by: what asked to stop it before.
         evaluation: figures of the evaluation after this step; None if there was none.
         early_stopping: whether evaluations still improve.
         skipped: steps without an update.
@@ -78,6 +80,7 @@ class Run:
         self.tracker, self.insight, self.saver = tracker, insight, saver
         self.step = self.tokens = 0
         self.complete = False
+        self.asked_by: str | None = None
         self.evaluation: dict[str, float | None] | None = None
         self.early_stopping = EarlyStopping(config.training.early_stopping)
         self.skipped = SkippedSteps()
@@ -123,10 +126,11 @@ class Run:
         self.complete = self.finished() and not self.evaluation_is_due()
         self.save()
         self.saved(self.saver.wait())
-        cause = "done" if self.complete else f"stopped by {self.asked_by()}"
+        self.asked_by = None if self.complete else self.what_asked()
+        cause = "done" if self.complete else f"stopped by {self.asked_by}"
         result = self.result()
         details = {
-            "reason": result.reason,
+            "reason": result.reason if self.complete else None,
             "skipped steps": self.skipped.total,
             "best checkpoint": result.best_checkpoint,
             "checkpoint": result.checkpoint,
@@ -282,8 +286,8 @@ class Run:
         """Whether any rank was asked to stop."""
         return self.ranks.any(self.asked_to_stop())
 
-    def asked_by(self) -> str:
-        """What asked any rank to stop."""
+    def what_asked(self) -> str:
+        """What asked any rank to stop; all ranks call this."""
         requests = self.ranks.gather(self.signals.requested(self.directory.stop_file))
         return " and ".join(sorted({request for request in requests if request is not None}))
 
@@ -302,7 +306,7 @@ class Run:
             checkpoint=self.checkpoint,
             train_loss=self.train_loss,
             eval_loss=self.eval_loss,
-            reason=self.early_stopping.reason() if stopped_early else None,
+            reason=self.early_stopping.reason() if stopped_early else self.asked_by,
             best_checkpoint=best.path if best is not None and self.config.checkpoint.keep_best else None,
         )
 

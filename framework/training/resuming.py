@@ -48,6 +48,7 @@ UNREMARKABLE = (
     "checkpoint",
     "logging",
     "hardware",
+    "cluster",
     "training.max_steps",
 )
 # How the samples came about; what counts is the samples themselves.

@@ -15,7 +15,7 @@ from framework.errors import RunError, UserError
 from framework.extras import check_bitsandbytes
 from framework.sharding.deepspeed_config import OwnOptions, read_own_options
 from framework.sharding.place import Place, check_ranks
-from framework.training.run_directory import COMPLETED, FAILED, STOPPED, RunDirectory
+from framework.training.run_directory import COMPLETED, FAILED, LOST_RANK, SECOND_SIGNAL, STOPPED, RunDirectory
 from framework.training.signals import StopRequested, StopSignals
 from framework.training.tracking import check_trackers
 
@@ -41,7 +41,7 @@ class TrainResult:
         checkpoint: directory of the newest checkpoint; None if there is none.
         train_loss: loss of the last step done by this call; None if it did none.
         eval_loss: of the last evaluation, which may be that of the checkpoint it continued; None if there was none.
-        reason: why it completed before `training.max_steps`; None if it did not.
+        reason: why it completed before `training.max_steps`, or what asked to stop it; None if it did neither.
         best_checkpoint: directory of the checkpoint with the best evaluation; None unless `checkpoint.keep_best` is on.
     """
 
@@ -162,7 +162,7 @@ class _Run:
         """Train, and leave an end marker."""
 
         def second(name: str, code: int) -> None:
-            self.mark(FAILED, code, f"second signal ({name}): ended at once")
+            self.mark(FAILED, code, f"second signal ({name}): ended at once", cause=SECOND_SIGNAL)
 
         signals.on_second = second
         try:
@@ -172,7 +172,7 @@ class _Run:
             result, last_lines = self.train(signals)
         except StopRequested as request:
             if self.place.rank == 0:
-                self.mark(STOPPED, 0, f"{request} before training started")
+                self.mark(STOPPED, 0, f"{request} before training started", cause=str(request))
             return TrainResult("stopped", 0, self.directory.path, None, None, None)
         except UserError as error:
             # Nothing was started: a directory is not made just to say so, unless other ranks are to learn of it.
@@ -182,7 +182,7 @@ class _Run:
         except Exception as error:
             self.fail(error)
         if self.place.rank == 0:
-            self.mark(*_ending(result), last_lines)
+            self.mark_ended(result, last_lines)
         return result
 
     def train(self, signals: StopSignals) -> tuple[TrainResult, list[str]]:
@@ -246,7 +246,7 @@ class _Run:
         if self.place.world_size > 1 and is_lost_connection(error):
             time.sleep(LOST_RANK_SECONDS)
             lost = self.lost(error)
-            self.mark_failed(lost, 1)
+            self.mark_failed(lost, 1, LOST_RANK)
             raise lost from error
         self.mark_failed(error, 1)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -277,19 +277,24 @@ class _Run:
             f"({str(error).splitlines()[0]})"
         )
 
-    def mark(self, marker: str, code: int, message: str, last_lines: list[str] | None = None) -> None:
+    def mark(
+        self, marker: str, code: int, message: str, last_lines: list[str] | None = None, cause: str | None = None
+    ) -> None:
         """Write an end marker, unless another rank has written one."""
-        self.directory.mark(marker, code=code, message=message, rank=self.place.rank, last_lines=last_lines or [])
+        self.directory.mark(
+            marker, code=code, message=message, rank=self.place.rank, last_lines=last_lines or [], cause=cause
+        )
 
-    def mark_failed(self, error: Exception, code: int) -> None:
+    def mark_failed(self, error: Exception, code: int, cause: str | None = None) -> None:
         """Write the marker; on a full disk even that may be impossible, and the error itself is what matters then."""
         lines = traceback.format_exc().splitlines()[-20:]
         with contextlib.suppress(OSError):
-            self.mark(FAILED, code, str(error) or type(error).__name__, lines)
+            self.mark(FAILED, code, str(error) or type(error).__name__, lines, cause)
 
-
-def _ending(result: TrainResult) -> tuple[str, int, str]:
-    """Marker, exit code and message of a run that ended well."""
-    if result.status == "completed":
-        return COMPLETED, 0, f"completed {result.step} steps" + (f": {result.reason}" if result.reason else "")
-    return STOPPED, 0, f"stopped after step {result.step}"
+    def mark_ended(self, result: TrainResult, last_lines: list[str]) -> None:
+        """Write the marker of a run that ended well."""
+        if result.status == "completed":
+            reason = f": {result.reason}" if result.reason else ""
+            self.mark(COMPLETED, 0, f"completed {result.step} steps{reason}", last_lines)
+        else:
+            self.mark(STOPPED, 0, f"stopped after step {result.step} by {result.reason}", last_lines, result.reason)

@@ -10,6 +10,9 @@ from typing import Any
 
 COMPLETED, STOPPED, FAILED = MARKERS = ("COMPLETED", "STOPPED", "FAILED")
 
+LOST_RANK, SECOND_SIGNAL = INTERRUPTIONS = ("lost rank", "second signal")
+"""Causes of `FAILED` that are outside of the run: the same start may succeed."""
+
 
 class RunDirectory:
     """Where a run writes.
@@ -23,6 +26,7 @@ class RunDirectory:
         memory: folder of memory snapshots and reports.
         checkpoints: the folder of the checkpoints.
         stop_file: a file that users and job scripts create to stop the run.
+        job: folder of what the submission to a cluster's scheduler left.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,6 +38,7 @@ class RunDirectory:
         self.memory = self.path / "memory"
         self.checkpoints = self.path / "checkpoints"
         self.stop_file = self.path / "STOP"
+        self.job = self.path / "slurm"
 
     def clear_markers(self) -> None:
         """Remove what the previous start left: its end marker, and a request to stop it."""
@@ -46,7 +51,9 @@ class RunDirectory:
         write_json(self.path / "config.json", config)
         write_json(self.path / "plan.json", plan)
 
-    def mark(self, marker: str, *, code: int, message: str, rank: int, last_lines: Sequence[str]) -> None:
+    def mark(
+        self, marker: str, *, code: int, message: str, rank: int, last_lines: Sequence[str], cause: str | None = None
+    ) -> None:
         """Write the end marker, which job scripts trust more than exit codes. Of several, the first is the only one.
 
         A launcher that has seen a rank fail asks the others to stop, which is no reason for them to say `STOPPED`.
@@ -57,11 +64,13 @@ class RunDirectory:
             message: one or more lines for people.
             rank: of the process that writes.
             last_lines: of the log or the traceback.
+            cause: of `STOPPED` what asked for it, signals or the stop file by name; of `FAILED` one of `INTERRUPTIONS`;
+                None for anything else.
         """
-        if any((self.path / name).exists() for name in MARKERS):
+        if self.ending is not None:
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        record = {"code": code, "message": message, "rank": rank, "last_lines": list(last_lines)}
+        record = {"code": code, "message": message, "cause": cause, "rank": rank, "last_lines": list(last_lines)}
         own = self.path / f".{marker}.{rank}"
         write_json(own, record)
         try:
@@ -80,6 +89,20 @@ class RunDirectory:
         except FileNotFoundError:
             return None
         return record
+
+    @property
+    def ending(self) -> str | None:
+        """The end marker that is there; None while the run goes on, or if nothing of it is left."""
+        return next((name for name in MARKERS if (self.path / name).exists()), None)
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, as its pointer says; None without one."""
+        try:
+            name = (self.checkpoints / "latest").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        return int(name.strip().removeprefix("step-"))
 
     def holds(self, checkpoint: Path) -> bool:
         """Whether a checkpoint is one of this run's, not one of another run's or one that was set aside."""

@@ -1,4 +1,4 @@
-"""A run small enough to repeat: a llama of some two thousand parameters on sums, as prompt and completion."""
+"""Small runs as settings, files and configs."""
 
 from __future__ import annotations
 
@@ -8,53 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_run import small_run
 from task_runs import MODELS as TASK_MODELS
 from task_runs import SELECTIONS, write_data
 
 from framework.config import Config, load_config
 
-MODEL = {
-    "model_type": "llama",
-    "vocab_size": 106,
-    "hidden_size": 8,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": True,
-}
-
-
-def write_sums(path: Path, start: int, count: int) -> None:
-    """Prompts of different lengths and their short answers."""
-    lines = []
-    for number in range(start, start + count):
-        left, right = number * 37 % 400, number * 11 % 90
-        lines.append(json.dumps({"prompt": f"{left} + {right} = ", "completion": str(left + right)}))
-    path.write_text("\n".join(lines) + "\n")
-
-
 @pytest.fixture
 def settings(tmp_path: Path, tiny_tokenizer_path: Path) -> dict[str, Any]:
     """A valid config as JSON values; its run directory is `run` in the test's own directory."""
-    write_sums(tmp_path / "train.jsonl", 0, 48)
-    write_sums(tmp_path / "eval.jsonl", 100, 8)
-    return {
-        "run": {"output_dir": str(tmp_path / "run"), "seed": 3},
-        "model": {"from_config": MODEL, "tokenizer": str(tiny_tokenizer_path)},
-        "data": {
-            "train": str(tmp_path / "train.jsonl"),
-            "eval": str(tmp_path / "eval.jsonl"),
-            "format": "completion",
-            "sequence_length": 32,
-        },
-        "selection": {"strategy": "supervised"},
-        "retention": {"policy": "selective", "retain_linears": True},
-        "optimizer": {"learning_rate": 0.01},
-        "schedule": {"kind": "constant"},
-        "training": {"max_steps": 6, "global_batch_size": 8, "micro_batch_size": 4, "deterministic": True},
-    }
+    return small_run(tmp_path, tiny_tokenizer_path)
 
 
 @pytest.fixture

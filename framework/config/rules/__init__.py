@@ -1,6 +1,6 @@
 """Checks over several keys, by the section that they are about; importing this registers all of them."""
 
-from framework.config.rules import data, logging, model, selection, sharding, training
+from framework.config.rules import cluster, data, logging, model, selection, sharding, training
 from framework.config.rules.registry import CLASSIFICATION, TASK_FORMATS, TASK_METRICS, broken_rules
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "TASK_FORMATS",
     "TASK_METRICS",
     "broken_rules",
+    "cluster",
     "data",
     "logging",
     "model",

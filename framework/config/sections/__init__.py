@@ -1,6 +1,7 @@
 """The sections of a config, each a typed object with a docstring under every key."""
 
 from framework.config.sections.base import Section
+from framework.config.sections.cluster import ClusterConfig
 from framework.config.sections.data import DataConfig, Format, SourceConfig, Sources, data_sources
 from framework.config.sections.model import AdapterConfig, ModelConfig
 from framework.config.sections.run import HardwareConfig, LoggingConfig, PlannerConfig, ProfileConfig, RunConfig
@@ -19,6 +20,7 @@ from framework.config.sections.training import (
 __all__ = [
     "AdapterConfig",
     "CheckpointConfig",
+    "ClusterConfig",
     "DataConfig",
     "EarlyStoppingConfig",
     "Format",
