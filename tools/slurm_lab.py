@@ -31,10 +31,8 @@ from pathlib import Path
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
-# Daemons are outside of an ordinary user's path.
-PATH = "/usr/sbin:/sbin"
-# Below the ports that the kernel hands out to clients.
-PORTS = range(17000, 30000)
+# Below the ports that jobs take, and those that the kernel hands out to clients.
+PORTS = range(11000, 20000)
 UP_SECONDS = 30
 DOWN_SECONDS = 20
 
@@ -42,6 +40,8 @@ CONFIGURATION = """\
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+# Jobs of several labs on one machine take their ports from their numbers.
+FirstJobId={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -83,9 +83,11 @@ GresTypes=gpu
 
 PARTITION = "PartitionName={name} Nodes=ALL Default={default} PriorityTier={tier} GraceTime={grace} MaxTime=INFINITE\n"
 
-# The first process of a node's namespace takes in orphans, and hands a request to end to the daemon.
+# The first process of a node's namespace takes in orphans, and hands a request to end to the daemon. Nodes count their
+# processes from numbers of their own: the agents of torchrun know each other by host, which is the same, and number.
 INIT = (
-    'slurmd -D -N "$0" & daemon=$!; trap "kill $daemon" TERM; while kill -0 $daemon 2>/dev/null; do wait $daemon; done'
+    'echo $((${0#node} * 3000)) > /proc/sys/kernel/ns_last_pid; slurmd -D -N "$0" & daemon=$!; '
+    'trap "kill $daemon" TERM; while kill -0 $daemon 2>/dev/null; do wait $daemon; done'
 )
 
 
@@ -114,9 +116,15 @@ class Settings:
     slurmd_timeout: int = 10
 
 
+def search_path() -> str:
+    """Where commands are, daemons too, which are outside of an ordinary user's path."""
+    path = os.environ["PATH"].split(":")
+    return ":".join([*path, *(directory for directory in ("/usr/sbin", "/sbin") if directory not in path)])
+
+
 def missing_commands() -> list[str]:
     """What a lab needs and this machine lacks."""
-    return [name for name in COMMANDS if shutil.which(name, path=f"{os.environ['PATH']}:{PATH}") is None]
+    return [name for name in COMMANDS if shutil.which(name, path=search_path()) is None]
 
 
 def can_crash() -> bool:
@@ -164,11 +172,7 @@ class Lab:
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs in its environment to use this cluster."""
-        path = os.environ["PATH"]
-        return {
-            "SLURM_CONF": str(self.directory / "etc" / "slurm.conf"),
-            "PATH": path if PATH in path else f"{path}:{PATH}",
-        }
+        return {"SLURM_CONF": str(self.directory / "etc" / "slurm.conf"), "PATH": search_path()}
 
     def call(self, *command: str, check: bool = True, **variables: str) -> str:
         """Run a command of SLURM's in this cluster and return what it prints.
@@ -193,18 +197,32 @@ class Lab:
         if self._daemon("munged"):
             raise LabError(f"{self.directory}: a lab is up there already")
         self._configure(settings)
-        munge, log = self.directory / "munge", self.directory / "log"
-        sockets = ["--socket", f"{munge}/munge.sock", "--seed-file", f"{munge}/munged.seed"]
-        files = ["--key-file", f"{self.directory}/etc/munge.key", "--pid-file", str(self._pid_file("munged"))]
-        # A munge daemon that cannot trust the rights of its directory says so and refuses; so does this one then.
-        self.call("munged", *files, *sockets, "--log-file", f"{log}/munged.log")
+        files = {
+            "key-file": "etc/munge.key",
+            "pid-file": "run/munged.pid",
+            "log-file": "log/munged.log",
+            "socket": "munge/munge.sock",
+            "seed-file": "munge/munged.seed",
+        }
+        self.call("munged", *(f"--{option}={self.directory / name}" for option, name in files.items()))
         self.call("slurmctld")
         for number in range(1, settings.nodes + 1):
             self.boot(f"node{number}")
-        if not _wait(lambda: self.states().count("idle") == settings.nodes, UP_SECONDS):
-            problem = self.call("sinfo", "--Node", "--long", check=False) + self.call("sinfo", "-R", check=False)
+        try:
+            self.wait_until_idle()
+        except LabError:
             self.down()
-            raise LabError(f"not all nodes are up; see {log}:\n{problem}")
+            raise
+
+    def wait_until_idle(self) -> None:
+        """Wait until every node is up and has nothing to do.
+
+        Raises:
+            LabError: they are not after half a minute.
+        """
+        if not _wait(lambda: self.states() == ["idle"] * self.settings.nodes, UP_SECONDS):
+            problem = self.call("sinfo", "--Node", "--long", check=False) + self.call("sinfo", "-R", check=False)
+            raise LabError(f"not all nodes are up and idle; see {self.directory}/log:\n{problem}")
 
     def states(self) -> list[str]:
         """The state of each node, in SLURM's words."""

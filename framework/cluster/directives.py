@@ -26,12 +26,13 @@ def options_of(config: Config, directory: Path, *, name: str, array: str | None 
     """
     hardware, cluster = config.hardware, config.cluster
     least = cluster.min_nodes or hardware.nodes
-    options: Options = {
-        "job-name": name,
-        "nodes": str(least) if least == hardware.nodes else f"{least}-{hardware.nodes}",
-        # One process each, which starts the ranks of its machine.
-        "ntasks-per-node": "1",
-    }
+    options: Options = {"job-name": name}
+    if least == hardware.nodes:
+        # A process each, which starts the ranks of its machine.
+        options |= {"nodes": str(least), "ntasks-per-node": "1"}
+    else:
+        # With tasks per node SLURM never gives more than the least, since that is enough for the tasks there are then.
+        options["nodes"] = f"{least}-{hardware.nodes}"
     if array is not None:
         options["array"] = array
     kind = "" if cluster.gpu_type is None else f"{cluster.gpu_type}:"

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from framework.config import Config
 from framework.errors import NoPlanError, UserError
-from framework.planner.advice import with_advice
 from framework.planner.hardware import cluster_of
 from framework.planner.labelled import share_for_planning
 from framework.planner.planning import Planned, PlannedJob
@@ -60,15 +59,13 @@ def feasible_nodes(
             raise
         say(f"not planned, so whether it fits is not known: {error}")
         return counts
-    if not found[counts[0]].plans:
-        planned = found[counts[0]]
-        planned = with_advice(job, planned, profile_for(planned.cluster.device), say)
-        show(planned.report(""))
-        assert planned.smallest is not None
+    least = found[counts[0]]
+    if least.smallest is not None:
+        show(least.report(""))
         raise NoPlanError(
             f"nothing fits on {_machines(counts[0])}: the smallest plan takes "
-            f"{gib(planned.budget.demand(planned.smallest))} of an accelerator, which has "
-            f"{gib(planned.budget.bytes)} for it; the report above says what to change"
+            f"{gib(least.budget.demand(least.smallest))} of an accelerator, which has {gib(least.budget.bytes)} for it; "
+            "launchers/plan.py says what to change"
         )
     fitting = tuple(nodes for nodes in counts if found[nodes].plans)
     show(replace(found[fitting[-1]].report(""), launch=None))

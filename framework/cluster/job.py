@@ -102,10 +102,9 @@ def begin(directory: RunDirectory, place: Place, now: datetime) -> str | None:
     if not usable:
         raise RunError(f"the job has {place.nodes} machines, and the run needs {submission.nodes[0]}")
     files.add(Start(place.job, place.restarts, now.isoformat(timespec="seconds"), usable[-1], step))
-    idle = f", of {place.nodes}: no plan is for all of them" if usable[-1] < place.nodes else ""
+    idle = f" of {place.nodes}, since no plan is for all of them" if usable[-1] < place.nodes else ""
     since = "from the start" if step is None else f"after step {step}"
-    again = f", requeued for the {place.restarts}. time" if place.restarts else ""
-    print(f"job {place.job}{again}: {usable[-1]} machines{idle}, {since}", file=sys.stderr)
+    print(f"job {place.job}, start {place.restarts + 1}: {since}, on {usable[-1]} machine(s){idle}", file=sys.stderr)
     names = slurm.hosts(place.nodelist)[: usable[-1]]
     addresses = [slurm.address(name) for name in names]
     lines = [f"{host} slots={submission.gpus_per_node}\n" for host in addresses]

@@ -11,7 +11,7 @@ from typing import Any
 
 from framework.cluster import slurm
 from framework.cluster.files import JobFiles, last_lines
-from framework.errors import UserError
+from framework.errors import RunError, UserError
 from framework.training.run_directory import COMPLETED, FAILED, STOPPED, RunDirectory
 
 LINES = 20
@@ -70,7 +70,6 @@ def status_lines(paths: Sequence[Path]) -> list[str]:
 
     Raises:
         UserError: one of them is none.
-        RunError: SLURM does not answer.
     """
     directories = [RunDirectory(path) for path in paths]
     submissions = [JobFiles(directory).submission() for directory in directories]
@@ -78,8 +77,12 @@ def status_lines(paths: Sequence[Path]) -> list[str]:
         if submission is None and directory.ending is None:
             raise UserError(f"--status: {directory.path} is not the directory of a submitted run")
     jobs = [submission.job for submission in submissions if submission is not None and submission.job is not None]
-    states = slurm.job_states(jobs)
     lines = []
+    try:
+        states = slurm.job_states(jobs)
+    except RunError as error:
+        states = {}
+        lines.append(f"SLURM does not answer: {error}")
     for directory, submission in zip(directories, submissions, strict=True):
         job = None if submission is None else submission.job
         log = None if submission is None else submission.log

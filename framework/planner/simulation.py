@@ -109,7 +109,7 @@ def _without_files(config: Config, values: dict[str, Any], ranks: int) -> Config
     json = config.to_json()
     tokenizer = tokenizer_source(config) if config.model.added_tokens else "unused"
     json["model"] |= {"path": None, "from_config": values, "tokenizer": tokenizer}
-    json["hardware"] = {"gpus_per_node": ranks}
+    json["hardware"], json["cluster"] = {"gpus_per_node": ranks}, {}
     return Config.model_validate(json, strict=False)
 
 

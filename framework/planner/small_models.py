@@ -209,7 +209,7 @@ def probe_config(config: Config, values: dict[str, Any], widths: Widths) -> Conf
     if config.resolved_ratio not in ("labelled", 1.0):
         json["selection"]["ratio"] = PROBED_RATIOS[config.selection.strategy]
     ranks = 1 if config.sharding.engine == "single" else widths.ranks * config.sharding.replicas
-    json["hardware"] = {"gpus_per_node": ranks}
+    json["hardware"], json["cluster"] = {"gpus_per_node": ranks}, {}
     json["training"] |= {
         "global_batch_size": 2 * widths.batch * ranks,
         "micro_batch_size": widths.batch,

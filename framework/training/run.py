@@ -108,7 +108,7 @@ class Launch:
     @property
     def together_seconds(self) -> float:
         """Within what time two signals are one request."""
-        return TOGETHER_SECONDS if self.place.world_size > 1 else 0.0
+        return TOGETHER_SECONDS if self.place.is_launched else 0.0
 
 
 def check_launch(config: Config, deepspeed_config: str | None, *, preview: bool = False) -> Launch:
