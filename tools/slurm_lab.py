@@ -293,7 +293,7 @@ class Lab:
         )
         gpus = f" Gres=gpu:{settings.gpus}" if settings.gpus else ""
         for number in range(1, settings.nodes + 1):
-            address = f"NodeHostname={host} NodeAddr=127.0.0.1 Port={next(ports)}"
+            address = f"NodeHostname={host} NodeAddr=127.0.0.{number} Port={next(ports)}"
             written += f"NodeName=node{number} {address} CPUs={settings.cpus} RealMemory=4000{gpus} State=UNKNOWN\n"
         written += PARTITION.format(name="batch", default="YES", tier=1, grace=settings.grace_seconds)
         written += PARTITION.format(name="urgent", default="NO", tier=10, grace=0)

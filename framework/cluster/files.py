@@ -43,6 +43,7 @@ class Start:
         time: when, in ISO 8601.
         nodes: machines that were taken.
         step: of the newest checkpoint; None without one.
+        metrics_written: when `metrics.jsonl` was changed last, in nanoseconds; None without it.
     """
 
     job: str
@@ -50,6 +51,7 @@ class Start:
     time: str
     nodes: int
     step: int | None
+    metrics_written: int | None
 
 
 class JobFiles:

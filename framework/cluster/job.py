@@ -101,7 +101,8 @@ def begin(directory: RunDirectory, place: Place, now: datetime) -> str | None:
     usable = [count for count in submission.nodes if count <= place.nodes]
     if not usable:
         raise RunError(f"the job has {place.nodes} machines, and the run needs {submission.nodes[0]}")
-    files.add(Start(place.job, place.restarts, now.isoformat(timespec="seconds"), usable[-1], step))
+    time, written = now.isoformat(timespec="seconds"), _written(directory.metrics)
+    files.add(Start(place.job, place.restarts, time, usable[-1], step, written))
     idle = f" of {place.nodes}, since no plan is for all of them" if usable[-1] < place.nodes else ""
     since = "from the start" if step is None else f"after step {step}"
     print(f"job {place.job}, start {place.restarts + 1}: {since}, on {usable[-1]} machine(s){idle}", file=sys.stderr)
@@ -122,8 +123,7 @@ def _given_up(directory: RunDirectory, submission: Submission, starts: int, step
         f"cluster.max_requeues_without_progress = {submission.max_requeues_without_progress} permits.{why}"
     )
     directory.clear_markers()
-    lines = last_lines(submission.log, KEPT_LINES)
-    directory.mark(FAILED, code=RunError.exit_code, message=message, rank=0, last_lines=lines)
+    _mark_failed(directory, submission, message, RunError.exit_code)
     return RunError(message)
 
 
@@ -142,13 +142,14 @@ class Verdict:
     why: str
 
 
-def judge(marker: str | None, record: Mapping[str, Any], *, asked: bool, code: int) -> Verdict:
+def judge(marker: str | None, record: Mapping[str, Any], *, asked: bool, began: bool, code: int) -> Verdict:
     """Decide whether a job is to go on. Launchers' exit codes say little, so the run's end marker does.
 
     Args:
         marker: that the run has left, if it has.
         record: what it says.
         asked: the job's script has asked the run to stop, since its time is up.
+        began: the ranks have got to training.
         code: the launcher's exit code.
     """
     if marker == COMPLETED:
@@ -160,7 +161,10 @@ def judge(marker: str | None, record: Mapping[str, Any], *, asked: bool, code: i
     if marker == FAILED:
         interrupted = record["cause"] in INTERRUPTIONS
         return Verdict(interrupted, record["code"], f"failed: {record['message']}")
-    return Verdict(True, code or RunError.exit_code, f"ended without a word; the launcher's exit code is {code}")
+    # What never began would most likely not do so the next time: a missing module, a machine out of reach.
+    when = "in training" if began else "before training began"
+    why = f"the ranks ended {when} without a word; the launcher's exit code is {code}"
+    return Verdict(began or asked, code or RunError.exit_code, why)
 
 
 def end(
@@ -178,7 +182,7 @@ def end(
         directory: of the run.
         place: of the job.
         asked: see `judge`.
-        code: see `judge`.
+        code: likewise.
         state_of: gives the state of a job.
         requeue: lets a job start again.
 
@@ -189,7 +193,9 @@ def end(
     record = {} if marker is None else directory.read_marker(marker) or {}
     if asked:
         directory.stop_file.unlink(missing_ok=True)
-    verdict = judge(marker, record, asked=asked, code=code)
+    files = JobFiles(directory)
+    began = _written(directory.metrics) != files.starts(place.job)[-1].metrics_written
+    verdict = judge(marker, record, asked=asked, began=began, code=code)
     if verdict.requeue:
         state = state_of(place.job)
         if state is not None and state.state == "RUNNING":
@@ -199,7 +205,19 @@ def end(
         print(f"{verdict.why}; not requeued, since the job is {'gone' if state is None else state.state}", flush=True)
         return verdict.code
     print(verdict.why, flush=True)
+    if marker is None:
+        _mark_failed(directory, files.submission(), verdict.why, verdict.code)
     return verdict.code
+
+
+def _written(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def _mark_failed(directory: RunDirectory, submission: Submission | None, message: str, code: int) -> None:
+    """Leave a marker in the place of ranks that could not, with the end of the job's log."""
+    lines = last_lines(None if submission is None else submission.log, KEPT_LINES)
+    directory.mark(FAILED, code=code, message=message, rank=0, last_lines=lines)
 
 
 def main() -> int:

@@ -33,6 +33,14 @@ def place(restarts: int = 0, nodes: int = 4) -> Place:
     return Place(job="12", number=12, restarts=restarts, nodes=nodes, nodelist="node[1-5]")
 
 
+def running(job: str) -> slurm.JobState:
+    return slurm.JobState(job, "RUNNING", "None", "1:00", "N/A", 0, "node1")
+
+
+def refuse(job: str) -> None:
+    raise AssertionError(f"{job} is requeued")
+
+
 def save(directory: RunDirectory, step: int) -> None:
     directory.checkpoints.mkdir(exist_ok=True)
     (directory.checkpoints / "latest").write_text(f"step-{step:08d}\n")
@@ -41,7 +49,7 @@ def save(directory: RunDirectory, step: int) -> None:
 @pytest.mark.parametrize(("nodes", "used"), [(1, 1), (2, 2), (3, 2), (4, 4), (5, 4)])
 def test_a_start_uses_the_most_machines_that_a_plan_is_for(directory: RunDirectory, nodes: int, used: int) -> None:
     assert begin(directory, place(nodes=nodes), NOW) == f"{used} node1.cluster {20000 + 12 * 31}"
-    assert JobFiles(directory).starts("12") == [Start("12", 0, NOW.isoformat(), used, None)]
+    assert JobFiles(directory).starts("12") == [Start("12", 0, NOW.isoformat(), used, None, None)]
     hostfile = JobFiles(directory).hostfile.read_text()
     assert hostfile == "".join(f"node{number}.cluster slots=8\n" for number in range(1, used + 1))
 
@@ -94,14 +102,38 @@ def test_what_becomes_of_a_job_depends_on_the_end_marker(
     marker: str, cause: str | None, asked: bool, requeue: bool, code: int
 ) -> None:
     record = {"code": 0 if marker != FAILED else 2, "message": "why", "cause": cause}
-    verdict = judge(marker, record, asked=asked, code=143)
+    verdict = judge(marker, record, asked=asked, began=True, code=143)
     assert (verdict.requeue, verdict.code) == (requeue, code)
 
 
+@pytest.mark.parametrize(
+    ("began", "asked", "requeue"),
+    [(True, False, True), (False, False, False), (False, True, True), (True, True, True)],
+)
 @pytest.mark.parametrize(("launcher", "code"), [(137, 137), (0, 1)])
-def test_a_run_without_a_word_goes_on(launcher: int, code: int) -> None:
-    why = f"ended without a word; the launcher's exit code is {launcher}"
-    assert judge(None, {}, asked=False, code=launcher) == Verdict(True, code, why)
+def test_a_run_without_a_word_goes_on_if_it_had_begun(
+    began: bool, asked: bool, requeue: bool, launcher: int, code: int
+) -> None:
+    when = "in training" if began else "before training began"
+    why = f"the ranks ended {when} without a word; the launcher's exit code is {launcher}"
+    assert judge(None, {}, asked=asked, began=began, code=launcher) == Verdict(requeue, code, why)
+
+
+def test_a_launcher_that_cannot_start_ranks_fails_at_once_with_the_end_of_the_log(directory: RunDirectory) -> None:
+    directory.metrics.write_text("of the job before\n")
+    begin(directory, place(), NOW)
+    assert end(directory, place(), asked=False, code=7, state_of=running, requeue=refuse) == 7
+    marker = directory.read_marker(FAILED)
+    assert marker["message"] == "the ranks ended before training began without a word; the launcher's exit code is 7"
+    assert (marker["code"], marker["last_lines"], marker["cause"]) == (7, ["first", "last"], None)
+
+
+def test_ranks_that_vanish_in_training_go_on(directory: RunDirectory) -> None:
+    begin(directory, place(), NOW)
+    directory.metrics.write_text("of this start\n")
+    asked: list[str] = []
+    assert end(directory, place(), asked=False, code=7, state_of=running, requeue=asked.append) == 0
+    assert asked == ["12"] and directory.ending is None
 
 
 @pytest.mark.parametrize(
@@ -110,6 +142,7 @@ def test_a_run_without_a_word_goes_on(launcher: int, code: int) -> None:
 def test_a_job_that_was_cancelled_is_not_requeued(
     directory: RunDirectory, state: str | None, requeued: list[str], code: int
 ) -> None:
+    begin(directory, place(), NOW)
     directory.mark(FAILED, code=1, message="gone", rank=0, last_lines=[], cause=LOST_RANK)
     directory.stop_file.touch()
     found = None if state is None else slurm.JobState("12", state, "None", "1:00", "N/A", 0, "node1")

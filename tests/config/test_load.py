@@ -155,7 +155,7 @@ def test_one_problem_is_one_line(small: Path) -> None:
         (
             "cake.size",
             "the sections are run, model, data, selection, retention, sharding, optimizer, schedule, training, "
-            "checkpoint, logging, hardware, planner",
+            "checkpoint, logging, hardware, planner, cluster",
         ),
     ],
 )
