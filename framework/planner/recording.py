@@ -33,7 +33,7 @@ from framework.training.step import train_window
 
 WARM_UP = {3: 2}
 """Steps before the recorded one by ZeRO stage, one with others: the optimiser has its state then, and in stage 3
-DeepSpeed knows the order of modules."""
+DeepSpeed knows the order of modules. A micro-batch in each is enough for both."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _recorded(config: Config, batch: Batch, ranks: Ranks, micro_batches: int, re
     norm, rate = config.training.max_grad_norm, config.optimizer.learning_rate
     with _dropout_of_cuda():
         for _ in range(WARM_UP.get(config.zero_stage, 1)):
-            train_window(engine, ranks, objective, window, rate, norm)
+            train_window(engine, ranks, objective, window[:1], rate, norm)
         if isinstance(recorder, HostRecorder):
             recorder.on_host(offloaded(engine))
         for tensors in engine.held():
