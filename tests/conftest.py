@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import string
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,13 @@ from transformers import PreTrainedTokenizerFast
 
 # Tests run side by side; one thread each is faster than many that wait for each other.
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage be looked for in what tests make alone, not again and again in all that was imported."""
+    gc.collect()
+    gc.freeze()
+
 
 TINY_SPECIAL_TOKENS = ["<pad>", "<bos>", "<end>", "<user>", "<assistant>", "<unk>"]
 
@@ -45,8 +54,15 @@ def make_tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep caches and machines' profiles out of the home directory, those of commands too."""
-    path = tmp_path_factory.mktemp("cache")
+    """Keep caches and machines' profiles out of the home directory, those of commands too.
+
+    Workers that test side by side share the cache: what one has recorded of a step the others need not record.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        path = tmp_path_factory.getbasetemp().parent / "cache"
+        path.mkdir(exist_ok=True)
+    else:
+        path = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(path))
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("profiles")))

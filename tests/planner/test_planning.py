@@ -71,7 +71,10 @@ def cluster_with(config: Config, size: int) -> tuple:
 
 
 @pytest.mark.slow
-def test_the_largest_micro_batch_that_fits_is_chosen_and_laws_are_kept():
+def test_the_largest_micro_batch_that_fits_is_chosen_and_laws_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     said: list[str] = []
     config = config_of()
     job = PlannedJob(config, 0.5, said.append)
