@@ -45,7 +45,7 @@ def planned(config: Path) -> LaunchPlan:
 def test_one_rank_plans_for_all_and_all_end_together(write_config: Callable[..., Path], tmp_path: Path) -> None:
     config = write_config(
         selection__strategy="none",
-        retention__policy="checkpoint",
+        retention__policy="all",
         retention__retain_linears=False,
         sharding__engine="fsdp",
         training__micro_batch_size="auto",
