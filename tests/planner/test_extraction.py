@@ -16,6 +16,7 @@ from framework.planner.choice import Choice
 from framework.planner.extraction import extract_law, job_symbols, law_key, law_settings, selection_sizes
 from framework.planner.fake_ranks import first_of
 from framework.planner.holders import Holders
+from framework.planner.laws import shipped_laws
 from framework.planner.memory import MemoryModel
 from framework.planner.naming import weights_of
 from framework.planner.recording import Recording, record_step
@@ -43,6 +44,8 @@ GPT2 = {"model_type": "gpt2", "n_embd": 192, "n_layer": 6, "n_head": 8, "vocab_s
 SELECTIVE = {"policy": "selective", "retain_linears": True}
 LABELLED = {"strategy": "supervised"}
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
+SHIPPED = ("fsdp", "ratio LoRA")
+"""Cases whose laws come with the package, of both ways to train that it has laws of: as they are recorded now."""
 
 
 def config_of(model: dict, **sections: dict) -> Config:
@@ -76,12 +79,27 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
         (LLAMA, {}),
         (GPT2, {"retention": {"policy": "checkpoint"}}),
         (QWEN, {"retention": SELECTIVE, "selection": LABELLED}),
-        (LLAMA, {"retention": SELECTIVE, "selection": LABELLED | {"ratio": 0.9}, "adapter": LORA}),
+        (
+            LLAMA,
+            {
+                "retention": SELECTIVE,
+                "selection": LABELLED | {"ratio": 0.9},
+                "adapter": LORA | {"dropout": 0.05, "target_modules": "all-linear"},
+                "optimizer": {"precision": "pure_bf16"},
+            },
+        ),
         (
             QWEN,
             {"optimizer": {"precision": "pure_bf16"}, "data": {"train": "x", "sequence_length": 96, "packing": True}},
         ),
-        (LLAMA, {"sharding": {"engine": "fsdp"}}),
+        (
+            LLAMA | {"num_key_value_heads": 8},
+            {
+                "sharding": {"engine": "fsdp"},
+                "selection": LABELLED | {"ratio": 1.0},
+                "optimizer": {"precision": "fp32_master"},
+            },
+        ),
         (
             QWEN,
             {
@@ -140,10 +158,12 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
         "NF4 fsdp",
     ],
 )
-def test_a_deeper_and_wider_step_takes_what_the_law_says(model, sections):
+def test_a_deeper_and_wider_step_takes_what_the_law_says(model, sections, request):
     config = config_of(model, **sections)
     family = Family(read_model_config(None, model))
     law = extract_law(config, family)
+    if request.node.callspec.id in SHIPPED:
+        assert shipped_laws(family.model_type)[law_key(law_settings(config, family))]["law"] == law.to_json()
     run, recording, sizes = measured(config)
     model = configured_empty_model(run, None)
     weights = weights_of(model, parameter_groups(model, run.optimizer))
