@@ -120,9 +120,10 @@ KILL_POINTS = {
 
 
 KILLS = [
-    *((point, False) for point in KILL_POINTS),
-    # What all of them leave differs from what one leaves in these alone: later, the first rank is the only one at work.
-    *((point, True) for point in ("in a step", "before a shard", "between its files", "before the name")),
+    *((point, False) for point in KILL_POINTS if point != "before a shard"),
+    # What all of them leave differs from what one leaves in these alone: later, the first rank is the only one at work,
+    # and earlier, nothing is written.
+    *((point, True) for point in ("before a shard", "between its files", "before the name")),
 ]
 
 
