@@ -60,10 +60,12 @@ class Uncomputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if any(map(is_traceable_wrapper_subclass_type, types)):
             # Tensors made of others, such as DTensor: their operators on what they are made of come here, too.
             return NotImplemented
-        given, kind = _tensors((args, *kwargs.values())), _kind(func)
+        kind = _kind(func)
+        if kind.views:
+            return func(*args, **kwargs)
+        given = _tensors((args, *kwargs.values()))
         asked = kwargs.get("device") or _CPU
-        elsewhere = asked.type != "cpu" or any(tensor.device.type != "cpu" for tensor in given)
-        if kind.views or elsewhere:
+        if asked.type != "cpu" or not all(tensor.is_cpu for tensor in given):
             return func(*args, **kwargs)
         unknown = not kind.makes_like and any(map(self._is_unknown, given))
         if kind.exchanges:
@@ -227,7 +229,14 @@ def _tensors(value: Any) -> list[Tensor]:
     """The tensors in an operator's arguments, which nest in lists and tuples only."""
     if isinstance(value, Tensor):
         return [value]
-    return [tensor for item in value for tensor in _tensors(item)] if isinstance(value, list | tuple) else []
+    found: list[Tensor] = []
+    if isinstance(value, list | tuple):
+        for item in value:
+            if isinstance(item, Tensor):
+                found.append(item)
+            elif isinstance(item, list | tuple):
+                found += _tensors(item)
+    return found
 
 
 def _key(value: Any) -> Any:
