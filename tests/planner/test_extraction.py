@@ -137,7 +137,7 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
             LLAMA,
             {
                 "quantization": "nf4",
-                "adapter": LORA,
+                "adapter": LORA | {"target_modules": ["q_proj", "down_proj"]},
                 "sharding": {"engine": "fsdp"},
                 "retention": {"policy": "checkpoint"},
                 "optimizer": {"precision": "pure_bf16"},
