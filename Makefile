@@ -17,7 +17,8 @@ LOWEST_PYTHON ?= $(shell for p in python3.11 python3.12; do $$p -c '' 2>/dev/nul
 # Workers and further arguments of pytest: make test PYTEST_ARGS="tests/config -k hash"
 TEST_WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PYTEST_ARGS ?=
-PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(TEST_WORKERS) --durations=15 $(PYTEST_ARGS)
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(TEST_WORKERS) --dist loadgroup \
+	--durations=15 $(PYTEST_ARGS)
 
 # What reaches into other libraries' classes: models, adapters, blocks, trainers.
 LOWEST_TESTS := $(addprefix tests/,models retention token_selection)
@@ -37,7 +38,9 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/python tools/demo.py
 
+# SLURM comes from the distribution; where it cannot be installed, the tests that need it are skipped.
 test: $(VENV)/.installed-dev
+	$(BIN)/python tools/slurm_lab.py install --if-possible
 	$(call PYTEST,$(VENV))
 
 test-lowest: $(LOWEST_VENV)/.installed

@@ -47,7 +47,9 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--dry-run", action="store_true", help="plan, and print the batch script; touch nothing")
     machines = options.add_argument_group("machines, instead of the config's section hardware")
-    machines.add_argument("--nodes", metavar="N|MIN-MAX", type=_nodes, help="machines; with MIN it starts on fewer, too")
+    machines.add_argument(
+        "--nodes", metavar="N|MIN-MAX", type=_nodes, help="machines; with MIN it starts on fewer, too"
+    )
     machines.add_argument("--gpus-per-node", type=int, metavar="G", help="accelerators of each machine")
     kind = machines.add_mutually_exclusive_group()
     kind.add_argument("--gpu-memory", metavar="SIZE", help="of one accelerator, such as 80GiB")
@@ -57,7 +59,11 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--partition", metavar="P", help="partition")
     job.add_argument("--account", metavar="A", help="account")
     job.add_argument(
-        "--sbatch", action="append", default=[], metavar="KEY[=VALUE]", help="any other option of sbatch, by its long name"
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="KEY[=VALUE]",
+        help="any other option of sbatch, by its long name",
     )
     job.add_argument("--at-once", type=int, metavar="N", help="so many runs of --configs at a time")
     job.add_argument("--deepspeed_config", "--deepspeed-config", metavar="FILE", help="as for launchers/train.py")

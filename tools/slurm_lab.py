@@ -146,6 +146,7 @@ def install() -> None:
         raise LabError(f"this machine has no apt-get; install SLURM and munge ({packages} on Debian)")
     if os.geteuid() != 0:
         raise LabError(f"only root can install: sudo apt-get install --no-install-recommends {packages}")
+    print(f"installing {packages}", flush=True)
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     for arguments in (["update"], ["install", "-y", "--no-install-recommends", *PACKAGES]):
         command = ["apt-get", "-q", *arguments]

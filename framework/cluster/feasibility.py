@@ -64,8 +64,8 @@ def feasible_nodes(
         show(least.report(""))
         raise NoPlanError(
             f"nothing fits on {_machines(counts[0])}: the smallest plan takes "
-            f"{gib(least.budget.demand(least.smallest))} of an accelerator, which has {gib(least.budget.bytes)} for it; "
-            "launchers/plan.py says what to change"
+            f"{gib(least.budget.demand(least.smallest))} of an accelerator, which has {gib(least.budget.bytes)} for "
+            "it; launchers/plan.py says what to change"
         )
     fitting = tuple(nodes for nodes in counts if found[nodes].plans)
     show(replace(found[fitting[-1]].report(""), launch=None))

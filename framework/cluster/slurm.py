@@ -13,7 +13,9 @@ from pathlib import Path
 from framework.errors import RunError, UserError
 
 WAITING = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
-RUNNING = frozenset({"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"})
+RUNNING = frozenset(
+    {"RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"}
+)
 """States of jobs in the queue; in all others a job has ended. See "JOB STATE CODES" of `man squeue`."""
 
 _FIELDS = ("JobArrayID", "State", "Reason", "TimeLeft", "StartTime", "RestartCnt", "NodeList")

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from slurm_lab import Lab, LabError, Settings, can_crash
@@ -25,17 +26,28 @@ def started_lab(settings: Settings) -> Iterator[Lab]:
     lab = Lab(directory)
     try:
         try:
-            if not can_crash():
-                raise LabError("nodes need process namespaces of their own, which only root can give them")
             lab.up(settings)
         except LabError as error:
-            if os.environ.get(REQUIRED):
-                pytest.fail(f"{REQUIRED} is set, and there is no cluster: {error}")
-            pytest.skip(f"no SLURM cluster: {error}")
+            lacking(f"no SLURM cluster: {error}")
         yield lab
         lab.down()
     finally:
         shutil.rmtree(directory)
+
+
+def lacking(what: str) -> NoReturn:
+    """Skip a test, or fail it where this must not be."""
+    if os.environ.get(REQUIRED):
+        pytest.fail(f"{REQUIRED} is set; {what}")
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def crashing_nodes(cluster: Lab) -> Lab:
+    """A cluster whose nodes can crash."""
+    if not can_crash():
+        lacking("only root can give nodes process namespaces, without which they cannot crash")
+    return cluster
 
 
 @pytest.fixture(scope="session")

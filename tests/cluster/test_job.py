@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from framework.cluster.job import Place, Verdict, begin, end, judge
 from framework.errors import RunError
 from framework.training.run_directory import COMPLETED, FAILED, LOST_RANK, SECOND_SIGNAL, STOPPED, RunDirectory
 
-NOW = datetime(2026, 11, 26, 12, tzinfo=timezone.utc)
+NOW = datetime(2026, 11, 26, 12, tzinfo=UTC)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def same(found: list[float], expected: list[float]) -> bool:
 @pytest.mark.usefixtures("limited")
 def test_two_nodes_with_two_ranks_train_as_one_process(runs: Runs) -> None:
     # A directory whose name no shell and no #SBATCH line takes as it is, and an option that would end the line.
-    name = "it's \"50%\" $(touch injected) `touch injected` #1; x"
+    name = 'it\'s "50%" $(touch injected) `touch injected` #1; x'
     config = runs.config(name, hardware__gpus_per_node=2)
     run = runs.submit(config, "--nodes", "2", "--sbatch", f"comment=\\ {name}", "--sbatch", f"job-name={name}")
     runs.wait_for_end(run, "COMPLETED")
@@ -60,6 +60,7 @@ def test_on_its_signal_a_job_saves_requeues_itself_and_completes(runs: Runs) -> 
 
 
 # SLURM requeues a job whose first node crashes; if it is another one, the job's own script is the first to know.
+@pytest.mark.usefixtures("crashing_nodes")
 @pytest.mark.parametrize(("node", "nodes", "engine"), [("node1", "node1", "single"), ("node2", "node[1-2]", "fsdp")])
 def test_after_a_crash_of_a_node_a_job_goes_on_from_its_last_checkpoint(
     runs: Runs, node: str, nodes: str, engine: str
@@ -79,9 +80,7 @@ def test_after_a_crash_of_a_node_a_job_goes_on_from_its_last_checkpoint(
 
 
 def test_with_fewer_nodes_after_a_requeue_a_run_is_planned_and_sharded_anew(runs: Runs) -> None:
-    config = runs.config(
-        **LONG, training__global_batch_size=12, selection__ratio="auto", hardware__gpu_memory="24GiB"
-    )
+    config = runs.config(**LONG, training__global_batch_size=12, selection__ratio="auto", hardware__gpu_memory="24GiB")
     run = runs.submit(config, "--nodes", "2-3")
     runs.wait_for_step(run, 2)
     runs.lab.call("scontrol", "update", "nodename=node3", "state=drain", "reason=test")

@@ -14,6 +14,7 @@ from task_runs import SELECTIONS, write_data
 
 from framework.config import Config, load_config
 
+
 @pytest.fixture
 def settings(tmp_path: Path, tiny_tokenizer_path: Path) -> dict[str, Any]:
     """A valid config as JSON values; its run directory is `run` in the test's own directory."""

@@ -18,7 +18,7 @@ class ClusterConfig(Section):
     """How `launchers/submit.py` hands a run to SLURM; the machines are those of the section `hardware`."""
 
     min_nodes: Count | None = None
-    """The run also starts on this many of `hardware.nodes` machines, if no more are free. Null: on all or not at all."""
+    """The run also starts on this many of `hardware.nodes` machines, if no more are free. Null: on all of them only."""
 
     time: TimeLimit | None = None
     """Time limit, as `[DAYS-]HH:MM:SS`. A run that needs longer saves, and goes on in the same job. Null: the
@@ -56,5 +56,5 @@ class ClusterConfig(Section):
     """So many times in a row a job goes on without a new checkpoint; the next time the run is `FAILED`."""
 
     sbatch: dict[str, Any] = {}
-    """Further options of `sbatch` by their long names, such as {"mem": "400G", "exclusive": true}; a value is a string, a
-    whole number, or true for an option that takes none."""
+    """Further options of `sbatch` by their long names, such as {"mem": "400G", "exclusive": true}; a value is a string,
+    a whole number, or true for an option that takes none."""
