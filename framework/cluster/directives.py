@@ -84,7 +84,7 @@ def directive_lines(options: Mapping[str, str | None]) -> list[str]:
 
 
 def _quoted(value: str) -> str:
-    """A value as `sbatch` reads it from a script: within double quotes, a backslash takes the next character as it is."""
+    """A value as `sbatch` reads it from a script: in double quotes, a backslash lets the next one be as it is."""
     if value and all(character.isalnum() or character in "-_.,:/@%+=" for character in value):
         return value
     escaped = value.replace("\\", "\\\\").replace('"', '\\"')

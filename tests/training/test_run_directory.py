@@ -1,5 +1,7 @@
 import json
 
+from framework.checkpoint.layout import checkpoint_name
+from framework.checkpoint.publishing import move_latest
 from framework.training.run_directory import COMPLETED, FAILED, STOPPED, RunDirectory
 
 
@@ -10,6 +12,7 @@ def test_markers_are_json_and_cleared_with_the_request_to_stop(tmp_path):
     assert json.loads((directory.path / "FAILED").read_text()) == {
         "code": 1,
         "message": "broken",
+        "cause": None,
         "rank": 0,
         "last_lines": ["a", "b"],
     }
@@ -26,6 +29,21 @@ def test_the_first_marker_is_the_only_one(tmp_path):
     directory.mark(STOPPED, code=0, message="SIGTERM before training started", rank=0, last_lines=[])
     assert [path.name for path in directory.path.iterdir()] == ["FAILED"]
     assert directory.read_marker(FAILED)["message"] == "broken" and directory.read_marker(STOPPED) is None
+
+
+def test_the_ending_is_the_marker_that_is_there(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    assert directory.ending is None
+    directory.mark(STOPPED, code=0, message="stopped after step 3 by STOP", rank=0, last_lines=[], cause="STOP")
+    assert directory.ending == "STOPPED" and directory.read_marker(STOPPED)["cause"] == "STOP"
+
+
+def test_the_latest_step_is_what_the_pointer_says(tmp_path):
+    directory = RunDirectory(tmp_path)
+    assert directory.latest_step is None
+    directory.checkpoints.mkdir()
+    move_latest(directory.checkpoints, checkpoint_name(120))
+    assert directory.latest_step == 120
 
 
 def test_clearing_makes_no_directory(tmp_path):

@@ -142,7 +142,7 @@ def test_killed_at_any_point_it_resumes_to_the_bit(make_runs, point, everybody, 
     assert ended[1 - rank].code != 0
     if not everybody:
         marker, content = runs.marker("run")
-        assert (marker, content["rank"]) == ("FAILED", 1 - rank)
+        assert (marker, content["rank"], content["cause"]) == ("FAILED", 1 - rank, "lost rank")
         assert "another rank has ended" in content["message"]
         assert "error: " in ended[1 - rank].output
     published = point in ("before latest", "before pruning", "in a step")
@@ -286,10 +286,13 @@ def test_what_one_rank_refuses_is_what_the_others_say(make_runs, tmp_path):
     assert (marker, content["rank"], content["code"]) == ("FAILED", 0, 2)
 
 
-def test_two_signals_that_come_together_are_one_request(make_runs):
+# One rank has a launcher, too, which passes on what every process has been sent.
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_two_signals_that_come_together_are_one_request(make_runs, ranks):
     runs = make_runs(sharding=FSDP)
     both = "[os.kill(os.getpid(), number) for number in (signal.SIGINT, signal.SIGTERM)]"
-    assert [end.code for end in runs.start("run", 2, patch=patched(STEP, 2, [0, 1], both)).wait()] == [0, 0]
+    ended = runs.start("run", ranks, patch=patched(STEP, 2, [*range(ranks)], both)).wait()
+    assert [end.code for end in ended] == [0] * ranks
     assert runs.marker("run")[0] == "STOPPED"
 
 

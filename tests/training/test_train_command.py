@@ -142,6 +142,7 @@ def check_stopped(run_dir: Path, name: str, code: int, output: str) -> None:
     assert f"stopped by {name} after step" in output
     assert "Traceback" not in output, "of no thread that makes batches either"
     assert markers(run_dir) == ["STOPPED"], name
+    assert json.loads((run_dir / "STOPPED").read_text())["cause"] == name
     step = train_lines(run_dir)[-1]["step"]
     manifest = json.loads((run_dir / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
     assert manifest["step"] == step
@@ -197,7 +198,8 @@ def test_a_second_signal_ends_the_process_at_once(write_config: Callable[..., Pa
     assert process.is_running
     process.signal(signal.SIGTERM)
     assert process.wait(timeout=30).code == 128 + signal.SIGTERM
-    assert json.loads((run_dir / "FAILED").read_text())["code"] == 128 + signal.SIGTERM
+    failed = json.loads((run_dir / "FAILED").read_text())
+    assert (failed["code"], failed["cause"]) == (128 + signal.SIGTERM, "second signal")
 
 
 def test_a_signal_before_training_ends_cleanly(write_config: Callable[..., Path], run_dir: Path, start: Start):
