@@ -83,7 +83,7 @@ def begin(directory: RunDirectory, place: Place, now: datetime) -> str | None:
         if the run is complete.
 
     Raises:
-        RunError: the job does not get on; the run is marked `FAILED`. Or it has fewer machines than any plan is for.
+        RunError: the job does not get on, or has fewer machines than any plan is for; the run is marked `FAILED`.
     """
     if place.restarts and directory.ending == COMPLETED:
         # The machine was lost between the end of the run and that of its job.
@@ -98,9 +98,13 @@ def begin(directory: RunDirectory, place: Place, now: datetime) -> str | None:
     without_progress = sum(start.step == step for start in starts)
     if without_progress > submission.max_requeues_without_progress:
         raise _given_up(directory, submission, without_progress, step)
+    # How the start before ended says nothing of this one, whose ranks may not get to say so themselves.
+    directory.clear_markers()
     usable = [count for count in submission.nodes if count <= place.nodes]
     if not usable:
-        raise RunError(f"the job has {place.nodes} machines, and the run needs {submission.nodes[0]}")
+        message = f"the job has {place.nodes} machines, and the run needs {submission.nodes[0]}"
+        _mark_failed(directory, submission, message, RunError.exit_code)
+        raise RunError(message)
     time, written = now.isoformat(timespec="seconds"), _written(directory.metrics)
     files.add(Start(place.job, place.restarts, time, usable[-1], step, written))
     idle = f" of {place.nodes}, since no plan is for all of them" if usable[-1] < place.nodes else ""

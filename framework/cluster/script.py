@@ -1,4 +1,4 @@
-"""The batch script of a job, from the template `job.sh.j2`. Must not import torch."""
+"""The batch script of a job, from the template `job.sh.j2`."""
 
 from __future__ import annotations
 
@@ -58,12 +58,20 @@ def batch_script(config: Config, runs: Sequence[Path], options: Mapping[str, str
         launcher=config.cluster.launcher,
         ranks_per_node=config.hardware.gpus_per_node,
         stop_seconds=config.cluster.stop_seconds,
+        can_wait=config.cluster.launcher == "torchrun" and _can_wait(),
         runs=runs,
         python=command.python,
         train=command.train,
         directory=command.directory,
         arguments="".join(f" {shlex.quote(argument)}" for argument in command.arguments),
     )
+
+
+def _can_wait() -> bool:
+    """Whether `torchrun` can give ranks another time to end after SIGTERM than half a minute; torch 2.11's cannot."""
+    from torch.distributed.run import get_args_parser
+
+    return "--shutdown-timeout" in get_args_parser().format_help()
 
 
 def _title(config: Config, runs: int) -> str:

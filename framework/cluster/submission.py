@@ -13,7 +13,7 @@ from framework.cluster.directives import log_name, options_of
 from framework.cluster.files import JobFiles, Submission
 from framework.cluster.script import Command, batch_script
 from framework.config import Config
-from framework.errors import UserError
+from framework.errors import RunError, UserError
 from framework.training.run_directory import RunDirectory, write_json
 
 AGREED = ("hardware.nodes", "hardware.gpus_per_node", "cluster")
@@ -48,8 +48,8 @@ class Job:
 
     @property
     def directory(self) -> Path:
-        """Where script and output go: in the run directory, or beside those of an array."""
-        return RunDirectory(os.path.commonpath(self.runs)).job
+        """Where script and output go: in the run directory, or beside the first one of an array."""
+        return RunDirectory(self.runs[0].parent if self.is_array else self.runs[0]).job
 
     def script(self) -> str:
         """The batch script.
@@ -115,9 +115,16 @@ def submit(job: Job) -> list[Submission]:
 
     Raises:
         UserError: see `Job.script`.
-        RunError: SLURM refuses it.
+        RunError: files cannot be written, or SLURM refuses the job.
     """
     text = job.script()
+    try:
+        return _submit(job, text)
+    except OSError as error:
+        raise RunError(f"cannot write {error.filename}: {error.strerror}") from error
+
+
+def _submit(job: Job, text: str) -> list[Submission]:
     job.directory.mkdir(parents=True, exist_ok=True)
     records = []
     for run, config, nodes in zip(job.runs, job.configs, job.nodes, strict=True):

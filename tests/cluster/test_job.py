@@ -77,10 +77,18 @@ def test_a_complete_run_is_not_started_again_by_a_requeue(directory: RunDirector
     assert begin(directory, place(0), NOW) is not None
 
 
+def test_how_the_start_before_ended_is_forgotten(directory: RunDirectory) -> None:
+    directory.mark(STOPPED, code=0, message="stopped after step 3 by STOP", rank=0, last_lines=[], cause="STOP")
+    directory.stop_file.touch()
+    assert begin(directory, place(1), NOW) is not None
+    assert directory.ending is None and not directory.stop_file.exists()
+
+
 def test_too_few_machines_are_refused(directory: RunDirectory) -> None:
     JobFiles(directory).write(Submission("12", None, None, (2, 4), 8, 1, NOW.isoformat()))
     with pytest.raises(RunError, match="the job has 1 machines, and the run needs 2"):
         begin(directory, place(nodes=1), NOW)
+    assert directory.read_marker(FAILED)["message"] == "the job has 1 machines, and the run needs 2"
 
 
 @pytest.mark.parametrize(

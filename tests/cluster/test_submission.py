@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from small_run import small_run
+from torch.distributed.run import get_args_parser
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("submit", ROOT / "launchers" / "submit.py")
@@ -71,6 +72,15 @@ def test_the_script_is_one_for_bash_and_touches_nothing(config, call) -> None:
     (assigned,) = re.findall(r"^run=.*$", script, flags=re.MULTILINE)
     shown = subprocess.run(["bash", "-c", f'{assigned}; printf %s "$run"'], text=True, capture_output=True).stdout
     assert shown == str(run) and not run.exists()
+
+
+def test_torchrun_knows_its_options(config, call) -> None:
+    code, script, said = call("--config", config(), *DRY, "--nodes", "2")
+    assert code == 0, said
+    options = script.partition("torch.distributed.run")[2].partition("launchers/train.py")[0]
+    named = re.findall(r"(--[a-z-]+)=", options)
+    assert len(named) > 4
+    assert set(named) <= set(get_args_parser()._option_string_actions)
 
 
 def test_deepspeed_launches_from_the_first_machine(config, call, tmp_path: Path) -> None:
@@ -152,6 +162,6 @@ def test_runs_of_an_array_share_what_its_script_says(config, call) -> None:
     assert code == 0, said
     assert "#SBATCH --array=0-1%1" in script
     home = Path(first).parents[1]
-    assert f"#SBATCH --output={home}/slurm/%A_%a.log" in script
+    assert f"#SBATCH --output={home}/a/slurm/%A_%a.log" in script
     assert f"runs=(\n    {home}/a/run\n    {home}/e/run\n)\nrun=${{runs[SLURM_ARRAY_TASK_ID]}}" in script
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True).stderr == ""
