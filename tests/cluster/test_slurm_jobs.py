@@ -8,13 +8,7 @@ from typing import Any
 import pytest
 from slurm_runs import Runs, losses
 
-# All by one worker of pytest-xdist, on one cluster.
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.multiprocess,
-    pytest.mark.slow,
-    pytest.mark.xdist_group("slurm"),
-]
+pytestmark = [pytest.mark.slurm, pytest.mark.multiprocess, pytest.mark.slow]
 
 LOSS_TOLERANCE = 1e-5
 LONG: dict[str, Any] = {"training__max_steps": 20, "step_seconds": 0.3}
