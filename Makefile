@@ -17,7 +17,7 @@ LOWEST_PYTHON ?= $(shell for p in python3.11 python3.12; do $$p -c '' 2>/dev/nul
 # Workers and further arguments of pytest: make test PYTEST_ARGS="tests/config -k hash"
 TEST_WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
 PYTEST_ARGS ?=
-# A file's tests go to one worker: they share what takes long to set up. The files that take longest come early.
+# Files go whole to a worker, since their tests share what takes long to set up, and in order: slow ones come early.
 DISTRIBUTION := --dist loadfile --no-loadscope-reorder
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(TEST_WORKERS) $(DISTRIBUTION) --durations=15 $(PYTEST_ARGS)
 

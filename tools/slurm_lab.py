@@ -66,7 +66,7 @@ SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=2,bf_interval=2,sched_min_interval=100000
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-{preempt_parameters}MpiDefault=none
+{user_signal}MpiDefault=none
 SwitchType=switch/none
 # A crashed node comes back by itself when it is up again.
 ReturnToService=2
@@ -205,11 +205,11 @@ class Lab:
             "socket": "munge/munge.sock",
             "seed-file": "munge/munged.seed",
         }
-        self.call("munged", *(f"--{option}={self.directory / name}" for option, name in files.items()))
-        self.call("slurmctld")
-        for number in range(1, settings.nodes + 1):
-            self.boot(f"node{number}")
         try:
+            self.call("munged", *(f"--{option}={self.directory / name}" for option, name in files.items()))
+            self.call("slurmctld")
+            for number in range(1, settings.nodes + 1):
+                self.boot(f"node{number}")
             self.wait_until_idle()
         except LabError:
             self.down()
@@ -289,7 +289,7 @@ class Lab:
             port=next(ports),
             user=getpass.getuser(),
             directory=self.directory,
-            preempt_parameters="PreemptParameters=send_user_signal\n" if settings.user_signal else "",
+            user_signal="SlurmctldParameters=preempt_send_user_signal\n" if settings.user_signal else "",
             slurmd_timeout=settings.slurmd_timeout,
         )
         gpus = f" Gres=gpu:{settings.gpus}" if settings.gpus else ""
