@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from framework.cluster import slurm
-from framework.cluster.files import JobFiles, last_lines
+from framework.cluster.files import JobFiles, Submission, last_lines
 from framework.errors import RunError, UserError
 from framework.training.run_directory import COMPLETED, FAILED, STOPPED, RunDirectory
 
@@ -77,37 +77,56 @@ def status_lines(paths: Sequence[Path]) -> list[str]:
         if submission is None and directory.ending is None:
             raise UserError(f"--status: {directory.path} is not the directory of a submitted run")
     jobs = [submission.job for submission in submissions if submission is not None and submission.job is not None]
-    lines = []
+    lines, answers = [], True
     try:
         states = slurm.job_states(jobs)
     except RunError as error:
-        states = {}
+        states, answers = {}, False
         lines.append(f"SLURM does not answer: {error}")
     for directory, submission in zip(directories, submissions, strict=True):
-        job = None if submission is None else submission.job
-        log = None if submission is None else submission.log
-        first, *rest = _lines(directory, job, states.get(job or ""), log)
+        state = None if submission is None or submission.job is None else states.get(submission.job)
+        if state is not None and state.is_in_queue:
+            first, *rest = [_in_queue(state, Progress.of(directory))]
+        elif directory.ending is None:
+            assert submission is not None
+            first, *rest = _without_marker(directory, submission, state, answers)
+        else:
+            first, *rest = _ended(directory, directory.ending, submission, state)
         lines += [f"{directory.path}: {first}", *(f"  {line}" for line in rest)]
     return lines
 
 
-def _lines(directory: RunDirectory, job: str | None, state: slurm.JobState | None, log: str | None) -> list[str]:
-    progress = Progress.of(directory)
-    if state is not None and state.is_in_queue:
-        return [_in_queue(state, progress)]
-    ended = "" if job is None else f"; job {job}" + ("" if state is None else f" is {state.state}")
-    marker = directory.ending
-    if marker is None:
-        return [f"gone at {progress}, without a word{ended}", *_log_lines(log)]
+def _ended(
+    directory: RunDirectory, marker: str, submission: Submission | None, state: slurm.JobState | None
+) -> list[str]:
     record = directory.read_marker(marker) or {}
     message, *more = record["message"].splitlines()
+    job = _job_words(submission, state)
     if marker == COMPLETED:
-        return [f"{message}{ended}"]
+        return [f"{message}{job}"]
     if marker == STOPPED:
-        return [f"{message}{ended}; it goes on when it is submitted again"]
+        return [f"{message}{job}; it goes on when it is submitted again"]
     assert marker == FAILED
     said = [line for line in record["last_lines"] if line.strip()][-LINES:]
-    return [f"failed at {progress}: {message}{ended}", *more, *said, *([] if log is None else [f"log: {log}"])]
+    log = [] if submission is None or submission.log is None else [f"log: {submission.log}"]
+    return [f"failed at {Progress.of(directory)}: {message}{job}", *more, *said, *log]
+
+
+def _without_marker(
+    directory: RunDirectory, submission: Submission, state: slurm.JobState | None, answers: bool
+) -> list[str]:
+    progress, job = Progress.of(directory), _job_words(submission, state)
+    if submission.job is None:
+        return [f"not in the queue, since SLURM has not taken it; at {progress}"]
+    if not answers:
+        return [f"waiting, running or gone, at {progress}{job}"]
+    return [f"gone at {progress}, without a word{job}", *last_lines(submission.log, LINES), f"log: {submission.log}"]
+
+
+def _job_words(submission: Submission | None, state: slurm.JobState | None) -> str:
+    if submission is None or submission.job is None:
+        return ""
+    return f"; job {submission.job}" + ("" if state is None else f" is {state.state}")
 
 
 def _in_queue(state: slurm.JobState, progress: Progress) -> str:
@@ -120,12 +139,6 @@ def _in_queue(state: slurm.JobState, progress: Progress) -> str:
     limit = "" if state.time_left == "UNLIMITED" else f", {state.time_left} left of its time limit"
     word = "running" if state.state == "RUNNING" else state.state.lower()
     return f"{word} at {progress}{training}{limit}, on {state.nodes}; job {state.job}{times}"
-
-
-def _log_lines(log: str | None) -> list[str]:
-    if log is None:
-        return []
-    return [*last_lines(log, LINES), f"log: {log}"]
 
 
 def _train_records(metrics: Path) -> Iterator[dict[str, Any]]:

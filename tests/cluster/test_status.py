@@ -86,11 +86,22 @@ def test_without_an_answer_of_slurm_the_directory_says_what_it_can(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
+    silent = "SLURM does not answer: squeue: no such command; this is no machine of a SLURM cluster"
+    assert status.status_lines([run.path]) == [
+        silent,
+        f"{run.path}: waiting, running or gone, at step 40 of 100; job 12",
+    ]
     run.mark(COMPLETED, code=0, message="completed 100 steps", rank=0, last_lines=["a"])
     assert status.status_lines([run.path]) == [
-        "SLURM does not answer: squeue: no such command; this is no machine of a SLURM cluster",
+        silent,
         f"{run.path}: completed 100 steps; job 12",
     ]
+
+
+def test_what_slurm_has_refused_is_not_in_the_queue(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    JobFiles(run).write(Submission(None, None, None, (1,), 8, 3, "2026-11-26"))
+    said = ["…/run: not in the queue, since SLURM has not taken it; at step 40 of 100"]
+    assert lines(run, monkeypatch, None) == said
 
 
 def test_another_directory_is_refused(tmp_path: Path) -> None:
