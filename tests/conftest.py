@@ -17,12 +17,6 @@ from transformers import PreTrainedTokenizerFast
 torch.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put files with slow tests first, so that no worker is left alone with one at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
-
-
 def pytest_collection_finish() -> None:
     """Let garbage be looked for in what tests make alone, not again and again in all that was imported."""
     gc.collect()
