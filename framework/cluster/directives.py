@@ -25,7 +25,7 @@ def options_of(config: Config, directory: Path, *, name: str, array: str | None 
         UserError: the directory's name is none that SLURM can be told.
     """
     hardware, cluster = config.hardware, config.cluster
-    least = cluster.min_nodes or hardware.nodes
+    least = config.least_nodes
     options: Options = {"job-name": name}
     if least == hardware.nodes:
         # A process each, which starts the ranks of its machine.

@@ -76,7 +76,7 @@ def feasible_nodes(
 
 def _counts(config: Config, say: Callable[[str], None]) -> tuple[int, ...]:
     """Numbers of machines over which the batch can be split."""
-    most, least = config.hardware.nodes, config.cluster.min_nodes or config.hardware.nodes
+    most, least = config.hardware.nodes, config.least_nodes
     counts = []
     for nodes in range(least, most + 1):
         try:

@@ -75,7 +75,7 @@ def _can_wait() -> bool:
 
 
 def _title(config: Config, runs: int) -> str:
-    hardware, least = config.hardware, config.cluster.min_nodes or config.hardware.nodes
+    hardware, least = config.hardware, config.least_nodes
     machines = f"{hardware.nodes}" if least == hardware.nodes else f"{least} to {hardware.nodes}"
     jobs = "Trains" if runs == 1 else f"Trains {runs} configs, each"
     return f"{jobs} on {machines} machines with {hardware.gpus_per_node} ranks each"

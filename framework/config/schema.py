@@ -128,6 +128,11 @@ class Config(Section):
         return 1 if self.sharding.engine == "single" else self.hardware.nodes * self.hardware.gpus_per_node
 
     @property
+    def least_nodes(self) -> int:
+        """The fewest machines that a submitted run starts on."""
+        return self.cluster.min_nodes or self.hardware.nodes
+
+    @property
     def shards_weights(self) -> bool:
         """Whether no rank holds the whole model."""
         return self.sharding.engine == "fsdp" or self.zero_stage == 3
