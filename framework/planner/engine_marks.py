@@ -46,7 +46,7 @@ def _gradients_stay(model: nn.Module, recorder: Recorder, naming: Naming) -> Ite
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # torch's hooks are not annotated.
-    handles = [p.register_post_accumulate_grad_hook(told) for p in trained]  # type: ignore[no-untyped-call]
+    handles = [p.register_post_accumulate_grad_hook(told) for p in trained]  # type: ignore[no-untyped-call]  # torch's
     yield
     for handle in handles:
         handle.remove()

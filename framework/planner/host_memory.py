@@ -29,7 +29,7 @@ DEVICE = torch.device("cpu", 0)
 
 
 # torch's dispatch modes are not annotated.
-class HostRecorder(Recorder):  # type: ignore[no-untyped-call]
+class HostRecorder(Recorder):  # type: ignore[no-untyped-call]  # as its base
     """A recorder that counts by itself what an engine has on the host: made at work, by the rule above, or `on_host`.
 
     Attributes:

@@ -52,7 +52,7 @@ class RecordedPart:
 
 
 # torch's dispatch modes are not annotated.
-class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]
+class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]  # torch's mode
     """A tracker that writes down what it sees, what an engine does by itself apart."""
 
     def __init__(self) -> None:

@@ -31,7 +31,7 @@ _OF_VALUES = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 
 # torch's dispatch modes are not annotated.
-class Uncomputed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Uncomputed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's mode
     """Inside `with Uncomputed():` operators on the CPU give large tensors that nobody writes to.
 
     They are ordinary CPU tensors of the right shape, strides and dtype, so that libraries see nothing unusual, and
