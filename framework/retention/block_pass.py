@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from framework.retention.formats import Retained
 from framework.retention.rows import SelectedRows
+from framework.retention.visibility import KeyRanges
 
 
 class Phase(Enum):
@@ -25,11 +26,21 @@ class Phase(Enum):
 
 @dataclass
 class RetainedAttention:
-    """One attention call: keys and values of all tokens, and the mask it was given (shared by blocks, not a copy)."""
+    """One attention call.
+
+    Attributes:
+        keys: of all tokens.
+        values: of all tokens.
+        mask: what the kernel was given, where it is replayed by itself (shared by blocks, not a copy).
+        ranges: the keys that each query sees, where these are an interval (shared, too).
+        known: of the selected queries, the output `[1, rows, heads, size]` and the log-sum-exp `[1, rows, heads]`.
+    """
 
     keys: Retained
     values: Retained
-    mask: Any
+    mask: Any = None
+    ranges: KeyRanges | None = None
+    known: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass

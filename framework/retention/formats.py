@@ -14,6 +14,9 @@ class Retained(Protocol):
     def restore(self) -> Tensor:
         """The tensor, `[batch, heads, tokens, size]`, free to be overwritten."""
 
+    def operands(self) -> tuple[Tensor, Tensor | None]:
+        """The same as levels and the float32 scale `[batch, heads, tokens, 1]` that they are multiplied by, if any."""
+
 
 class AsIs:
     """The tensor itself, copied only when it is a part of a larger storage (fused projections), which it would pin."""
@@ -25,6 +28,10 @@ class AsIs:
     def restore(self) -> Tensor:
         """The kept tensor."""
         return self.tensor
+
+    def operands(self) -> tuple[Tensor, None]:
+        """The kept tensor, which needs no scale."""
+        return self.tensor, None
 
 
 class Int8:
@@ -43,6 +50,10 @@ class Int8:
     def restore(self) -> Tensor:
         """The kept tensor to within its rounding, in its first dtype."""
         return (self.levels * self.scale).to(self.dtype)
+
+    def operands(self) -> tuple[Tensor, Tensor]:
+        """What is kept."""
+        return self.levels, self.scale
 
 
 KV_FORMATS: dict[str, type[AsIs] | type[Int8]] = {"model": AsIs, "int8": Int8}

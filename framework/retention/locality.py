@@ -58,7 +58,7 @@ def try_block(function: partial[Any], hidden: Tensor, others: tuple[Any, ...]) -
     positions = torch.arange(1, tokens, 2, device=hidden.device).expand(batch, -1)
     if not positions.numel():
         return Trial(None, draws=True)
-    selected = SelectedRows(Selection.of_positions(positions), tokens)
+    selected = SelectedRows(Selection.of_positions(positions), tokens, hidden.device)
     options = {"retain_linears": False, "kv_format": "model", "random": True}
     call = selective_call(function, hidden, others, selected, name="trial", **options)
     devices = [hidden.device] if hidden.device.type == "cuda" else []
@@ -91,6 +91,8 @@ def try_block(function: partial[Any], hidden: Tensor, others: tuple[Any, ...]) -
 def _relative_error(replayed: Tensor, expected: Tensor, rows: Tensor) -> float | None:
     """The median error of a row relative to the block's update, if it is above what rounding explains."""
     precision = torch.finfo(expected.dtype).eps
+    if torch.is_autocast_enabled(expected.device.type) and expected.dtype is not torch.float64:
+        precision = max(precision, torch.finfo(torch.get_autocast_dtype(expected.device.type)).eps)
     replayed, expected, rows = replayed.double(), expected.double(), rows.double()
     update = (expected - rows).norm(dim=-1) if rows.shape == expected.shape else expected.norm(dim=-1)
     update = update.clamp(min=torch.finfo(torch.float32).tiny)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from framework.retention.visibility import KeyRanges
 from framework.selection import Selection
 
 
@@ -18,23 +19,59 @@ class SelectedRows:
     alone wants its queries by sequence, `[batch, slots, …]` with `slots` the largest number of selected tokens.
 
     Args:
-        selection: the selection, on the device of the hidden states.
+        selection: the selection; on the CPU it costs no synchronisation.
         tokens: length of the sequences.
+        device: of the hidden states.
+        correction: from 0, none, to 1, which makes gradients of independent draws unbiased.
+
+    Attributes:
+        counts: selected tokens of each sequence.
+        dense: whether all sequences have equally many.
+        host_positions: int64 `[batch, slots]` on the CPU, the selected positions of each sequence, then -1.
+        positions: the same, int32 on the device.
+        correction: float32 `[batch, slots]`, by which the gradient is multiplied that a token's key and value get from
+            the queries of others; None for one.
     """
 
-    def __init__(self, selection: Selection, tokens: int) -> None:
-        self.positions = selection.positions
-        self.batch, self.slots = selection.positions.shape
-        self.tokens = tokens
-        valid = torch.ones_like(selection.valid) if not selection.ragged else selection.valid
+    def __init__(self, selection: Selection, tokens: int, device: torch.device, *, correction: float = 0.0) -> None:
+        positions, valid = selection.positions.cpu(), selection.valid.cpu()
+        self.batch, self.tokens = positions.shape[0], tokens
         self.live = not selection.ragged or bool(valid.any())
         if not self.live:
             # One row goes through the blocks even if nothing is selected, since every rank calls every module.
             valid = torch.zeros_like(valid)
             valid[0, 0] = True
-        self.sequence, slot = valid.nonzero(as_tuple=True)
-        self.position = self.positions[self.sequence, slot]
-        self.slot = self.sequence * self.slots + slot
+        self.counts: list[int] = valid.sum(1).tolist()
+        self.slots = max(self.counts)
+        self.dense = min(self.counts) == self.slots
+        sequence, place = valid.nonzero(as_tuple=True)
+        position = positions[sequence, place]
+        slot = valid.cumsum(1)[sequence, place] - 1
+        self.host_positions = torch.full((self.batch, self.slots), -1, dtype=torch.int64)
+        self.host_positions[sequence, slot] = position
+        self.sequence, self.position, self.slot = (
+            index.to(device, non_blocking=True) for index in (sequence, position, sequence * self.slots + slot)
+        )
+        self.positions = self.host_positions.to(device, torch.int32, non_blocking=True)
+        self.correction: Tensor | None = None
+        if correction:
+            factor = torch.ones(self.batch, self.slots)
+            factor[sequence, slot] += correction * (1 / selection.probability.cpu()[sequence, place] - 1)
+            self.correction = factor.to(device, non_blocking=True)
+        self._ranges: dict[KeyRanges | str, tuple[Tensor, Tensor]] = {}
+
+    def ranges(self, ranges: KeyRanges) -> tuple[Tensor, Tensor]:
+        """The first and the last key that each selected query sees, int32 `[batch, slots]`; 0 and -1 where none is."""
+        known: KeyRanges | str = "causal" if ranges.causal else ranges
+        if known not in self._ranges:
+            first = torch.zeros_like(self.positions)
+            last = self.positions
+            if not ranges.causal:
+                place = self.positions.clamp(min=0).long()
+                first = ranges.first.expand(self.batch, -1).gather(1, place)
+                last = ranges.last.expand(self.batch, -1).gather(1, place).where(self.positions >= 0, -1)
+            self._ranges[known] = first, last
+        return self._ranges[known]
 
     def take(self, tensor: Tensor) -> Tensor:
         """`[batch, tokens, …]` to `[1, rows, …]`, a copy."""
@@ -49,18 +86,22 @@ class SelectedRows:
         return self.take(tensor) if self.live else torch.zeros_like(self.take(tensor))
 
     def by_sequence(self, rows: Tensor) -> Tensor:
-        """`[1, rows, …]` to `[batch, slots, …]`, zeros where a sequence has fewer rows."""
+        """`[1, rows, …]` to `[batch, slots, …]`, zeros where a sequence has fewer rows; a view if none has."""
+        if self.dense:
+            return rows.view(self.batch, self.slots, *rows.shape[2:])
         padded = rows.new_zeros(self.batch * self.slots, *rows.shape[2:])
         return padded.index_copy(0, self.slot, rows[0]).view(self.batch, self.slots, *rows.shape[2:])
 
     def from_sequences(self, padded: Tensor) -> Tensor:
         """`[batch, slots, …]` to `[1, rows, …]`, the inverse of `by_sequence`."""
+        if self.dense:
+            return padded.reshape(1, -1, *padded.shape[2:])
         return padded.flatten(0, 1).index_select(0, self.slot)[None]
 
     def take_slots(self, tensor: Tensor) -> Tensor:
         """`[batch, tokens, …]` to `[batch, slots, …]`, with some row of the sequence where it has fewer."""
         sequence = torch.arange(self.batch, device=self.positions.device)[:, None]
-        return tensor[sequence, self.positions]
+        return tensor[sequence, self.positions.clamp(min=0)]
 
     def take_argument(self, value: Any) -> Any:
         """Reduce a block's argument to the selected rows, if it has a token dimension.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Never
 
@@ -24,6 +25,7 @@ from framework.retention.locality import try_block
 from framework.retention.randomness import draws_in_blocks
 from framework.retention.rows import KeepGradientRows, SelectedRows
 from framework.retention.seam import Seam
+from framework.retention.visibility import described_masks
 from framework.selection import Selection
 
 logger = logging.getLogger(__name__)
@@ -42,12 +44,15 @@ class SelectiveRetention:
         model: the Hugging Face model; changed in place.
         retain_linears: keep the linears' outputs at selected rows, so that the replay multiplies no matrices.
         kv_format: how keys and values of all tokens are kept: `model` (as they are) or `int8`.
+        correction: see `SelectedRows`.
 
     Raises:
         ValueError: no blocks; unknown `kv_format`; an attention implementation that cannot be replayed.
     """
 
-    def __init__(self, model: PreTrainedModel, *, retain_linears: bool, kv_format: str) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, retain_linears: bool, kv_format: str, correction: float = 0.0
+    ) -> None:
         if kv_format not in KV_FORMATS:
             raise ValueError(f"retention.kv_format: {kv_format!r} is none of {', '.join(KV_FORMATS)}")
         # A model built over the config of one with token selection enabled has the selective name from there.
@@ -60,7 +65,7 @@ class SelectiveRetention:
         self.model = model
         self.blocks = blocks_of(model)
         self.seam = Seam(model, self.blocks)
-        self.retain_linears, self.kv_format = retain_linears, kv_format
+        self.retain_linears, self.kv_format, self.correction = retain_linears, kv_format, correction
         self.selection: Selection | Callable[[Tensor], Selection] | None = None
         self.fallbacks: dict[str, str] = {}
         self._rows: SelectedRows | None = None
@@ -99,18 +104,30 @@ class SelectiveRetention:
         for block in self.blocks.values():
             release_linears(block)
 
-    def begin(self, selection: Selection | Callable[[Tensor], Selection]) -> None:
-        """Let the blocks of the coming forward pass use a selection.
+    @contextlib.contextmanager
+    def selecting(self, selection: Selection | Callable[[Tensor], Selection]) -> Iterator[None]:
+        """Within this context the model's forward pass is recorded for a selection; replays hold what they need.
 
         A callable is called with the first block's `hidden [batch, tokens, width]`, for models whose number of tokens
         is known only there (images).
 
         Raises:
-            RuntimeError: checkpointing or attention was changed since `install`, so that gradients would be others.
+            RuntimeError: checkpointing or attention was changed since `install`, so that gradients would be others;
+                or the forward pass did not go through the blocks, so that its gradients are not token-selective.
         """
         self.seam.check()
         self._check_attention()
         self.selection, self._rows = selection, None
+        try:
+            with described_masks():
+                yield
+            if self._rows is None:
+                raise RuntimeError(
+                    f"the forward of {type(self.model).__name__} did not call its blocks: it was replaced by one that "
+                    "token selection cannot work in"
+                )
+        finally:
+            self.selection, self._rows = None, None
 
     def _check_attention(self) -> None:
         expected = selective_name(self.kernel)
@@ -122,22 +139,6 @@ class SelectiveRetention:
                     "Call framework.disable_token_selection, set the attention, and enable again; build other models "
                     "over copy.deepcopy(config)"
                 )
-
-    def check_used(self) -> None:
-        """Make sure that the forward pass since `begin` went through the blocks.
-
-        Raises:
-            RuntimeError: it did not, so its gradients are not token-selective.
-        """
-        if self._rows is None:
-            raise RuntimeError(
-                f"the forward of {type(self.model).__name__} did not call its blocks: it was replaced by one that "
-                "token selection cannot work in"
-            )
-
-    def end(self) -> None:
-        """The forward pass is over; replays hold what they need."""
-        self.selection, self._rows = None, None
 
     def run_block(self, function: Callable[..., Any], hidden: Tensor, *others: Any) -> Any:
         """Run one block; set as the blocks' checkpointing function. `hidden [batch, tokens, width]`.
@@ -169,6 +170,11 @@ class SelectiveRetention:
             self._random = self._random or trial.draws
             if trial.reason is not None:
                 self.fallbacks[name] = trial.reason
+                if self.correction:
+                    raise ValueError(
+                        f"selection.correction: block {name} cannot be replayed on selected rows, and what it mixes "
+                        f"cannot be corrected: {trial.reason}; set the correction to 0"
+                    )
                 logger.warning("block %s falls back to plain checkpointing: %s", name, trial.reason)
         if name in self.fallbacks:
             output = checkpoint(function, KeepGradientRows.apply(rows, hidden), *others, use_reentrant=False)
@@ -193,7 +199,8 @@ class SelectiveRetention:
             selection = self.selection(hidden) if callable(self.selection) else self.selection
             assert selection is not None
             selection.check_fits(*hidden.shape[:2])
-            self._rows = SelectedRows(selection.to(hidden.device), hidden.shape[1])
+            tokens, device = hidden.shape[1], hidden.device
+            self._rows = SelectedRows(selection, tokens, device, correction=self.correction)
         if hidden.dim() != 3 or hidden.shape[:2] != (self._rows.batch, self._rows.tokens):
             raise ValueError(
                 f"block {name} takes {[*hidden.shape]}, but the selection is over {self._rows.batch} sequences of "

@@ -18,6 +18,7 @@ from framework.selection import Selection, check_options
 from framework.token_selection.configs import give_own_configs
 from framework.token_selection.state import TokenSelection
 from framework.token_selection.trainers import refuse_foreign_forward
+from framework.training.loss import LossKind, loss_kind
 
 _ATTRIBUTE = "_token_selection"
 
@@ -31,6 +32,7 @@ def enable_token_selection(
     seed: int = 0,
     tokentune: bool = False,
     normalization: str = "supervised",
+    correction: float = 0.0,
 ) -> TokenSelection:
     """Make a model's training token-selective, in place.
 
@@ -53,6 +55,11 @@ def enable_token_selection(
         tokentune: with `uniform`, force the first and the last token, as TokenTune does.
         normalization: `supervised`: unbiased, each loss weighted by the inverse of its probability; `selected`: mean
             over the selected supervised tokens, as TokenTune does.
+        correction: from 0 to 1, how much of the bias of a causal model's gradient is removed. The gradient that a key
+            and its value get from the queries of other tokens is multiplied by 1 + correction · (1/π - 1), π being the
+            probability of their token. With 1 and independent draws (`bernoulli`) the mean gradient over all
+            selections is the ordinary one: a gradient's path moves to earlier tokens only, so it enters each token
+            at most once. Draws without replacement are independent up to their fixed count. The price is variance.
 
     Returns:
         The state that is now on the model.
@@ -61,6 +68,8 @@ def enable_token_selection(
         ValueError: an option has no meaning, the model is of another kind, has no blocks, or is enabled already.
     """
     check_options(strategy, ratio, tokentune)
+    if not 0 <= correction <= 1:
+        raise ValueError(f"selection.correction: {correction} is not between 0 and 1")
     if normalization not in ("supervised", "selected"):
         raise ValueError(f"selection.normalization: {normalization!r} is neither 'supervised' nor 'selected'")
     inner = unwrapped(model)
@@ -74,7 +83,12 @@ def enable_token_selection(
             f"{type(model.active_peft_config).__name__} trains tokens or keys and values before the prompt, which "
             "carry no label: token selection takes them for constants, so they would not learn; use LoRA"
         )
-    retention = SelectiveRetention(inner, retain_linears=retain_linears, kv_format=kv_format)
+    if correction and loss_kind(inner) is not LossKind.CAUSAL:
+        raise ValueError(
+            "selection.correction: only causal language models have a correction: where tokens see later ones, a "
+            "gradient's path can leave a token and come back, and its probability is no product over the tokens"
+        )
+    retention = SelectiveRetention(inner, retain_linears=retain_linears, kv_format=kv_format, correction=correction)
     state = TokenSelection(
         inner, retention, strategy=strategy, ratio=ratio, seed=seed, tokentune=tokentune, normalization=normalization
     )

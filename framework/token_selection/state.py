@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -108,10 +107,10 @@ class TokenSelection:
         """Σ loss · weight over selected supervised rows / count; logits of these rows only."""
         labels, count = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
         supervised = supervised_positions(labels, causal=self.kind is LossKind.CAUSAL)
-        selection = self._selection(supervised, inputs).to(labels.device)
-        index, targets, probability = selected_supervised_rows(labels, self.kind, selection)
+        selection = self._selection(supervised, inputs)
+        index, targets, probability = selected_supervised_rows(labels, self.kind, selection.to(labels.device))
         weights = 1 / probability if self.normalization == "supervised" and probability is not None else None
-        with self._running(selection), head_rows(model, index):
+        with self.retention.selecting(selection), head_rows(model, index):
             output = self.plain_forward(**inputs)
         is_tuple = isinstance(output, tuple)
         logits = output[0] if is_tuple else output.logits
@@ -140,7 +139,7 @@ class TokenSelection:
             del inputs["labels"]
         elif count is not None:
             raise ValueError("num_items_in_batch: a mean over several micro-batches needs one class a sample as labels")
-        with self._running(draw):
+        with self.retention.selecting(draw):
             output = self.plain_forward(**inputs)
         if not one_class:
             return output
@@ -161,7 +160,7 @@ class TokenSelection:
         selection = self._selection(supervised, inputs).to(labels.device)
         unselected = supervised & ~selection.mask(labels.shape[1])
         inputs["labels"] = labels.masked_fill(functional.pad(unselected[:, :-1], (1, 0), value=False), IGNORED)
-        with self._running(selection):
+        with self.retention.selecting(selection):
             return self.plain_forward(**inputs)
 
     def _selection(self, supervised: Tensor, inputs: dict[str, Any], hidden: Tensor | None = None) -> Selection:
@@ -186,12 +185,3 @@ class TokenSelection:
             seed=self.seed,
             tokentune=self.tokentune,
         )
-
-    @contextlib.contextmanager
-    def _running(self, selection: Any) -> Iterator[None]:
-        self.retention.begin(selection)
-        try:
-            yield
-            self.retention.check_used()
-        finally:
-            self.retention.end()

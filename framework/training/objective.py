@@ -54,6 +54,7 @@ class Objective:
                 seed=config.run.seed,
                 tokentune=config.selection.tokentune,
                 normalization=config.selection.normalization,
+                correction=config.selection.correction,
             )
             self._fallbacks = enabled.retention.fallbacks
         elif config.retention.policy == "checkpoint":
@@ -109,7 +110,7 @@ class Objective:
         inputs = move(batch.inputs, self._device)
         if selection is None:
             return exact_loss(model, inputs, count)
-        with fixed_selection(model, selection.to(self._device)):
+        with fixed_selection(model, selection):
             return model(**inputs, num_items_in_batch=count).loss
 
 

@@ -48,6 +48,19 @@ def _kv_format_needs_selective(policy: str, kv_format: str) -> tuple[str, str] |
     return None
 
 
+@rule("selection.strategy", "selection.correction", "model.task")
+def _correction_needs_draws(strategy: str, correction: float, task: str) -> tuple[str, str] | None:
+    if not correction:
+        return None
+    if task != "causal_lm":
+        return "selection.correction", (
+            f'model.task "{task}" has none: where tokens see later ones, a gradient\'s path can come back to a token'
+        )
+    if strategy not in ("supervised", "uniform", "bernoulli"):
+        return "selection.correction", f'has no effect with selection.strategy "{strategy}", which draws no tokens'
+    return None
+
+
 @rule("model.task", "selection.normalization")
 def _one_label_a_sample_needs_no_weights(task: str, normalization: str) -> tuple[str, str] | None:
     if normalization != "supervised" and task in CLASSIFICATION:

@@ -27,6 +27,12 @@ class SelectionConfig(Section):
     """`supervised`: the weighted sum of the selected losses over the count of all supervised tokens. `selected`:
     TokenTune's mean over the selected supervised tokens."""
 
+    correction: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How much of the gradient's bias is removed that comes from taking unselected keys and values for constants: what
+    a selected key and its value get from other tokens' queries is multiplied by 1 + correction * (1/p - 1), p being
+    their token's probability. With 1 and `bernoulli` the mean gradient is the ordinary one, at the price of
+    variance. Causal language models only."""
+
 
 class RetentionConfig(Section):
     """What a block keeps for its backward pass."""
