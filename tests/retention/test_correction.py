@@ -43,9 +43,10 @@ def ordinary(model, inputs, steps):
 
 
 @pytest.mark.parametrize("retain_linears", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_mean_over_all_selections_is_the_ordinary_gradient(families, steps, attention, retain_linears):
-    model = families.build("llama")
+@pytest.mark.parametrize(("family", "attention"), [("starcoder2", "sdpa"), ("gpt2", "sdpa"), ("gpt2", "eager")])
+def test_mean_over_all_selections_is_the_ordinary_gradient(families, steps, family, attention, retain_linears):
+    """Of families that compute nothing in float32, whose rounding would be another with every selection."""
+    model = families.build(family)
     model.set_attn_implementation(attention)
     inputs = one_sequence(model)
     want = ordinary(model, inputs, steps)
