@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from best_exact import apply_best_checkpointing
 from torch import Tensor, nn
 
 from framework import enable_token_selection, fixed_selection
@@ -45,7 +46,7 @@ class Arm:
         backward = 1 if adapter else 2
         if self.policy == "all":
             return 1 + backward
-        if self.policy == "checkpoint":
+        if self.policy in ("checkpoint", "best_exact"):
             return 2 + backward
         return 1 + self.ratio * (backward if self.retain_linears else 1 + backward)
 
@@ -105,6 +106,8 @@ def arm_model(model: nn.Module, arm: Arm) -> nn.Module:
     result = copy.deepcopy(model, shared)
     if arm.policy == "checkpoint":
         apply_checkpointing(unwrapped(result))
+    elif arm.policy == "best_exact":
+        apply_best_checkpointing(unwrapped(result))
     elif arm.policy == "selective":
         options = {"retain_linears": arm.retain_linears, "kv_format": arm.kv_format}
         enable_token_selection(result, strategy="uniform", ratio=arm.ratio, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from framework.retention.attention import chunked
+from framework.retention.attention import tiled
 
 
 @torch.library.custom_op("selectrain::attend", mutates_args=(), device_types="cpu")
@@ -20,8 +20,8 @@ def attend(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `chunked.attend`."""
-    return chunked.attend(query, key, value, key_scale, value_scale, first, last, scale, softcap)
+    """See `tiled.attend`."""
+    return tiled.attend(query, key, value, key_scale, value_scale, first, last, scale, softcap)
 
 
 @attend.register_fake
@@ -58,8 +58,8 @@ def attend_backward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `chunked.attend_backward`; `selected_key` and `selected_value` are the keys and values at `positions`."""
-    return chunked.attend_backward(
+    """See `tiled.attend_backward`; `selected_key` and `selected_value` are the keys and values at `positions`."""
+    return tiled.attend_backward(
         grad, query, key, value, key_scale, value_scale, output, lse, first, last, positions, scale, softcap
     )
 
@@ -97,7 +97,7 @@ def _(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    from framework.retention.attention import kernels
+    from framework.retention import replay_kernels as kernels
 
     return kernels.attend(
         query,
@@ -130,7 +130,7 @@ def _(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from framework.retention.attention import kernels
+    from framework.retention import replay_kernels as kernels
 
     return kernels.attend_backward(
         grad,

@@ -1,27 +1,25 @@
-"""Attention of some queries to all keys in plain torch, chunk by chunk of queries, each with the keys it can see.
+"""Attention of some queries to all keys in plain torch, tile by tile of those scores that a query can see.
 
-The forward pass of a chunk is torch's own kernel. The backward pass multiplies three matrices for all keys (scores,
-the probabilities' gradient, the queries' gradient) and two for those keys alone that want a gradient.
+The backward pass multiplies three matrices for all keys (scores, the probabilities' gradient, the queries' gradient)
+and two for those keys alone that want a gradient.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-SCORES = 2**22
-"""Elements of the scores of one chunk. Measured with `tools/bench_step.py`: fewer start more kernels than they save."""
-
-SMALLEST_CHUNK = 32
-"""Queries of a chunk, even if their scores are more."""
+QUERIES, KEYS = 128, 512
+"""Rows of a tile of scores, which a core's cache holds for a few heads."""
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """Queries `queries` of one sequence, and the keys `keys` that some of them see."""
+class _Tile:
+    """Queries `queries` of one sequence, and keys `keys` that some of them see."""
 
     queries: slice
     keys: slice
@@ -29,28 +27,27 @@ class _Chunk:
     """bool `[queries, keys]`; None if all see all."""
 
 
-def _chunks(first: Tensor, last: Tensor, heads: int) -> Iterator[_Chunk]:
-    """Cut the queries of one sequence, whose keys are `first … last` `[slots]`; those that see none are left out."""
+def _tiles(first: Tensor, last: Tensor, most_keys: int) -> Iterator[list[_Tile]]:
+    """The tiles of one sequence, whose queries see the keys `first … last` `[slots]`, by tile of queries.
+
+    Queries that see no key are left out; tiles have at most `most_keys` keys.
+    """
     firsts, lasts = first.tolist(), last.tolist()
-    start, slots = 0, len(firsts)
-    while start < slots:
-        if firsts[start] > lasts[start]:
-            start += 1
+    for start in range(0, len(firsts), QUERIES):
+        seeing = [slot for slot in range(start, min(start + QUERIES, len(firsts))) if firsts[slot] <= lasts[slot]]
+        if not seeing:
             continue
-        low, high, stop = firsts[start], lasts[start] + 1, start
-        while stop < slots and firsts[stop] <= lasts[stop]:
-            wider = min(low, firsts[stop]), max(high, lasts[stop] + 1)
-            size = (stop + 1 - start) * (wider[1] - wider[0])
-            if stop - start >= SMALLEST_CHUNK and heads * size > SCORES:
-                break
-            (low, high), stop = wider, stop + 1
-        queries = slice(start, stop)
-        mask = None
-        if min(lasts[queries]) + 1 < high or max(firsts[queries]) > low:
-            key = torch.arange(low, high, device=first.device)
-            mask = (key >= first[queries, None]) & (key <= last[queries, None])
-        yield _Chunk(queries, slice(low, high), mask)
-        start = stop
+        queries = slice(seeing[0], seeing[-1] + 1)
+        low, high = min(firsts[slot] for slot in seeing), max(lasts[slot] for slot in seeing) + 1
+        seen_by_all = max(firsts[queries]), min(lasts[queries]) + 1
+        tiles = []
+        for begin in range(low, high, most_keys):
+            keys, mask = slice(begin, min(begin + most_keys, high)), None
+            if keys.start < seen_by_all[0] or keys.stop > seen_by_all[1]:
+                key = torch.arange(keys.start, keys.stop, device=first.device)
+                mask = (key >= first[queries, None]) & (key <= last[queries, None])
+            tiles.append(_Tile(queries, keys, mask))
+        yield tiles
 
 
 def attend(
@@ -87,13 +84,15 @@ def attend(
     precise = torch.promote_types(query.dtype, torch.float32)
     lse = query.new_full((batch, heads, slots), -torch.inf, dtype=precise)
     for row in range(batch):
-        for chunk in _chunks(first[row], last[row], heads):
-            scores, _ = _scores(query[row, :, chunk.queries], keys_of(row, chunk.keys), chunk.mask, scale, softcap)
+        for (tile,) in _tiles(first[row], last[row], key.shape[2]):
+            rows = query[row, :, tile.queries]
+            scores, _ = _scores(rows, keys_of(row, tile.keys), tile.mask, scale, softcap)
             total = scores.logsumexp(-1, keepdim=True)
-            shares = scores.sub_(total).exp_().to(query.dtype)
-            found = _grouped(shares, value.shape[1]) @ values_of(row, chunk.keys)
-            output[row, :, chunk.queries] = _ungrouped(found, heads)
-            lse[row, :, chunk.queries] = total[..., 0]
+            # Queries between others may see no key; their scores are all minus infinity.
+            shares = scores.sub_(total).exp_().nan_to_num_(0.0).to(query.dtype)
+            found = _grouped(shares, value.shape[1]) @ values_of(row, tile.keys)
+            output[row, :, tile.queries] = _ungrouped(found, heads)
+            lse[row, :, tile.queries] = total[..., 0]
     return output, lse
 
 
@@ -135,23 +134,25 @@ def attend_backward(
     batch, heads, slots, _ = query.shape
     groups = key.shape[1]
     precise = lse.dtype
-    grad_query = torch.zeros_like(query)
+    grad_query = query.new_zeros(query.shape)
     grad_key = query.new_zeros(batch, groups, slots, key.shape[-1], dtype=precise)
     grad_value = query.new_zeros(batch, groups, slots, value.shape[-1], dtype=precise)
     keys_of, values_of = _reader(key, key_scale, query.dtype), _reader(value, value_scale, query.dtype)
+    # Of queries that see nothing, whose shares are then zero.
+    shift = lse.masked_fill(lse == -torch.inf, torch.inf)
     delta = (grad.to(precise) * output.to(precise)).sum(-1, keepdim=True)
     for row in range(batch):
         places = positions[row][positions[row] >= 0]
-        for chunk in _chunks(first[row], last[row], heads):
-            queries, keys = chunk.queries, chunk.keys
+        for tile in itertools.chain.from_iterable(_tiles(first[row], last[row], KEYS)):
+            queries, keys = tile.queries, tile.keys
             seen = keys_of(row, keys)
-            scores, slope = _scores(query[row, :, queries], seen, chunk.mask, scale, softcap)
-            shares = scores.sub_(lse[row, :, queries, None]).exp_()
+            scores, slope = _scores(query[row, :, queries], seen, tile.mask, scale, softcap)
+            shares = scores.sub_(shift[row, :, queries, None]).exp_()
             grad_rows = _grouped(grad[row, :, queries], groups)
             through = _ungrouped(grad_rows @ values_of(row, keys).transpose(-1, -2), heads).to(precise)
             through = through.sub_(delta[row, :, queries]).mul_(shares)
             through = (through if slope is None else through.mul_(slope)).mul_(scale).to(query.dtype)
-            grad_query[row, :, queries] = _ungrouped(_grouped(through, groups) @ seen, heads)
+            grad_query[row, :, queries] += _ungrouped(_grouped(through, groups) @ seen, heads)
             begin, end = torch.searchsorted(places, torch.tensor([keys.start, keys.stop], dtype=places.dtype)).tolist()
             if begin == end:
                 continue

@@ -1,0 +1,210 @@
+"""Tokens per second and peak bytes of retention policies on one GPU, beside the bound that counting operations gives.
+
+    python tools/bench_gpu.py --model Llama-3-8B --tuning LoRA full --sequences 4096 32768 --output docs/speed.json
+    python tools/bench_gpu.py --cap 24 --model Llama-3-8B --tuning LoRA --output docs/cap.json
+
+Every arm of a row takes the same step (forward, backward, fused AdamW with learning rate 0) on the same weights and
+batch, in one process. The labels are the last tokens of each sequence, a tenth of them; a ratio adds context before
+them, so that exact and selective arms have one loss. The bound of a selective arm is the time of `all` (or, where that
+does not fit, of `checkpoint`) times the operations that each needs: `framework/training/flops.py` says what counts.
+With `--cap` the process may take so many GiB; each arm's longest sequence is found from the peaks of two short ones and
+then run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_step import build_model, draw_batch
+from gpu_cases import MODELS
+from step_cost import Arm, Case
+from torch import Tensor, nn
+
+from framework.data import Batch
+from framework.models.products import matrix_products
+from framework.models.wrapping import unwrapped
+from framework.retention import blocks_of
+from framework.selection import Selection, supervised_positions
+from framework.training.flops import FlopTally
+
+GIB = 2**30
+LABELLED = 0.1
+EXACT = [Arm("all"), Arm("checkpoint"), Arm("best_exact")]
+LORA_RANK = 16
+ROUND = 1024
+"""Tokens that lengths of sequences are multiples of."""
+
+
+def arms_of(ratios: Sequence[float]) -> list[Arm]:
+    """The exact ones, and selective ones with and without retained linears."""
+    return EXACT + [Arm("selective", ratio, retain) for ratio in ratios for retain in (True, False)]
+
+
+def operations(model: nn.Module, arm: Arm, inputs: dict[str, Tensor], selection: Selection | None) -> int:
+    """Floating-point operations that the arm's step needs, recomputation included for those that recompute."""
+    inner = unwrapped(model)
+    policy = "checkpoint" if arm.policy == "best_exact" else arm.policy
+    tally = FlopTally(
+        matrix_products(inner, blocks_of(inner)), policy=policy, retain_linears=arm.retain_linears, kernel="sdpa"
+    )
+    labels = inputs["labels"].cpu()
+    supervised = supervised_positions(labels, causal=True)
+    documents = torch.arange(len(labels))[:, None].expand(labels.shape).contiguous()
+    batch = Batch({"input_ids": labels, "labels": labels}, documents, supervised, int(supervised.sum()))
+    tally.add(batch, selection)
+    return tally.flops().model if arm.policy != "checkpoint" else tally.flops().hardware
+
+
+class Bench:
+    """One model's weights and the arms on them.
+
+    Args:
+        model: in train mode on the device.
+        batch: sequences.
+        sequence: tokens of each.
+        arms: to be measured.
+    """
+
+    def __init__(self, model: nn.Module, batch: int, sequence: int, arms: Sequence[Arm]) -> None:
+        self.model, self.tokens = model, batch * sequence
+        device = next(model.parameters()).device
+        ratios = sorted({LABELLED} | {arm.ratio for arm in arms if arm.policy == "selective"})
+        inputs, selections = draw_batch(
+            batch=batch,
+            sequence=sequence,
+            vocabulary=model.config.vocab_size,
+            ratios=ratios,
+            answers=True,
+            device=device,
+        )
+        self.selections = {
+            ratio: Selection(s.positions.cpu(), s.valid.cpu(), s.probability.cpu(), s.ragged)
+            for ratio, s in selections.items()
+        }
+        self.case = Case(model, inputs, self.selections, arms)
+
+    def measure(self, arm: Arm, steps: int) -> dict[str, Any]:
+        """Seconds, tokens per second and peak bytes, weights and optimiser included, or the error."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            self.case.step(arm)
+            seconds = [self.case.step(arm) for _ in range(steps)]
+        except torch.OutOfMemoryError:
+            self.case.optimizer.zero_grad(set_to_none=True)
+            return {"error": "out of memory"}
+        selection = self.selections.get(arm.ratio) if arm.policy == "selective" else None
+        return {
+            "seconds": statistics.median(seconds),
+            "all_seconds": seconds,
+            "tokens_per_second": self.tokens / statistics.median(seconds),
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+            "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+            "operations": operations(self.model, arm, self.case.inputs, selection),
+        }
+
+
+def speeds(model: nn.Module, batch: int, sequence: int, ratios: Sequence[float], steps: int) -> list[dict[str, Any]]:
+    """A row for each arm, with its bound."""
+    arms = arms_of(ratios)
+    bench = Bench(model, batch, sequence, arms)
+    rows = []
+    for arm in arms:
+        found = {"arm": arm.name, "batch": batch, "sequence": sequence, **bench.measure(arm, steps)}
+        rows.append(found)
+        print(json.dumps(found), flush=True)
+    baseline = next((row for row in rows if "seconds" in row), None)
+    for row in rows:
+        if baseline is not None and "seconds" in row:
+            bound = baseline["seconds"] * row["operations"] / baseline["operations"]
+            row |= {"bound_seconds": bound, "of_bound": bound / row["seconds"], "baseline": baseline["arm"]}
+    return rows
+
+
+def longest(model: nn.Module, arms: Sequence[Arm], cap: int, probes: tuple[int, int]) -> list[dict[str, Any]]:
+    """The longest sequence that each arm takes under a cap, and its speed there.
+
+    Args:
+        model: on the device.
+        arms: to be measured.
+        cap: bytes that the process may take.
+        probes: tokens of two sequences that every arm can take.
+    """
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
+    rows = []
+    for arm in arms:
+        low, high = (Bench(model, 1, tokens, [arm]).measure(arm, 1) for tokens in probes)
+        if "error" in low or "error" in high:
+            rows.append({"arm": arm.name, "error": f"out of memory at {probes}"})
+            continue
+        slope = (high["peak_reserved_bytes"] - low["peak_reserved_bytes"]) / (probes[1] - probes[0])
+        room = cap - high["peak_reserved_bytes"]
+        tokens = math.floor((probes[1] + room / slope) / ROUND) * ROUND
+        found: dict[str, Any] = {"error": "none fits"}
+        for length in (
+            tokens + 2 * ROUND,
+            tokens,
+            round(tokens * 0.95 / ROUND) * ROUND,
+            round(tokens * 0.85 / ROUND) * ROUND,
+        ):
+            found = Bench(model, 1, length, [arm]).measure(arm, 1)
+            if "error" not in found:
+                break
+        rows.append({"arm": arm.name, "sequence": length, **found})
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="Llama-3-8B")
+    parser.add_argument("--tuning", nargs="+", choices=["full", "LoRA"], default=["LoRA", "full"])
+    parser.add_argument("--sequences", nargs="+", type=int, default=[4096, 32768], help="tokens of a sequence")
+    parser.add_argument("--tokens", type=int, default=0, help="of a micro-batch, at least a sequence (default: one)")
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.25, 0.5])
+    parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not")
+    parser.add_argument("--blocks", type=int, help="of the model, instead of its own")
+    parser.add_argument("--cap", type=float, help="GiB that the process may take: find the longest sequences")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file")
+    args = parser.parse_args()
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name(0), "model": args.model, "rows": []}
+    for tuning in args.tuning:
+        depth = args.blocks or MODELS[args.model]["num_hidden_layers"]
+        sizes = MODELS[args.model] | {"max_position_embeddings": 2**20}
+        begun = time.perf_counter()
+        model = build_model(
+            sizes,
+            depth=depth,
+            dtype=torch.bfloat16,
+            device=torch.device("cuda"),
+            adapter_rank=LORA_RANK if tuning == "LoRA" else 0,
+        )
+        print(f"{args.model}, {tuning}: built in {time.perf_counter() - begun:.0f} s", flush=True)
+        if args.cap:
+            arms = [*EXACT, *(Arm("selective", ratio) for ratio in args.ratios)]
+            rows = longest(model, arms, round(args.cap * GIB), (2048, 4096))
+            result["rows"] += [{"tuning": tuning, "cap_gib": args.cap, **row} for row in rows]
+        else:
+            for sequence in args.sequences:
+                rows = speeds(model, max(1, args.tokens // sequence), sequence, args.ratios, args.steps)
+                result["rows"] += [{"tuning": tuning, **row} for row in rows]
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
