@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from framework.retention.visibility import KeyRanges
 from framework.selection import Selection
+
+if TYPE_CHECKING:
+    from framework.retention.formats import Retained
 
 
 class SelectedRows:
@@ -81,6 +85,15 @@ class SelectedRows:
         """Write `rows [1, rows, …]` into `tensor [batch, tokens, …]` in place."""
         tensor[self.sequence, self.position] = rows[0]
 
+    @cached_property
+    def row_of_token(self) -> Tensor:
+        """For each token the number of its row, or -1: int32 `[batch, tokens]`."""
+        places = torch.full((self.batch, self.tokens), -1, dtype=torch.int32, device=self.positions.device)
+        places[self.sequence, self.position] = torch.arange(
+            len(self.sequence), dtype=torch.int32, device=self.positions.device
+        )
+        return places
+
     def take_gradient(self, tensor: Tensor) -> Tensor:
         """Like `take`; zero if nothing is selected."""
         return self.take(tensor) if self.live else torch.zeros_like(self.take(tensor))
@@ -121,18 +134,13 @@ class SelectedRows:
 
 
 class PutRows(torch.autograd.Function):
-    """Write recomputed rows into a retained tensor; gradient flows to these rows.
-
-    The retained tensor `[batch, heads, tokens, size]` is overwritten in place and returned: it has no other user.
-    """
+    """A retained tensor with recomputed rows in the place of its own; gradient flows to these rows."""
 
     @staticmethod
-    def forward(ctx: Any, retained: list[Tensor], selected: SelectedRows, rows: Tensor) -> Tensor:
-        """`rows [1, heads, rows, size]` into the only element of `retained`."""
+    def forward(ctx: Any, retained: Retained, selected: SelectedRows, rows: Tensor) -> Tensor:
+        """`[batch, heads, tokens, size]`, with `rows [1, heads, rows, size]`."""
         ctx.selected = selected
-        (tensor,) = retained
-        selected.put(tensor.transpose(1, 2), rows.transpose(1, 2).to(tensor.dtype))
-        return tensor
+        return retained.restore(rows, selected)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor]:

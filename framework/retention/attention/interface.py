@@ -131,7 +131,7 @@ def _replay(
         output, lse = retained.known
         known = rows.by_sequence(output).transpose(1, 2), rows.by_sequence(lse).transpose(1, 2)
     call = ReplayCall(
-        retained.keys.operands(), retained.values.operands(), first, last, rows.positions, scale, None, known
+        retained.keys.operands(key, rows), retained.values.operands(value, rows), first, last, rows.positions, scale, None, known
     )
     slots = (rows.by_sequence(tensor.transpose(1, 2)).transpose(1, 2) for tensor in (query, key, value))
     return rows.from_sequences(replayed_attention(call, *slots, rows.correction).transpose(1, 2))
@@ -157,8 +157,8 @@ def _replay_by_kernel(
     if rows.correction is not None:
         factor = rows.from_sequences(rows.correction)[:, None, :, None]
         counted_key, counted_value = ScaledGradient.apply(factor, key), ScaledGradient.apply(factor, value)
-    keys = PutRows.apply([retained.keys.restore()], rows, counted_key)
-    values = PutRows.apply([retained.values.restore()], rows, counted_value)
+    keys = PutRows.apply(retained.keys, rows, counted_key)
+    values = PutRows.apply(retained.values, rows, counted_value)
     queries = rows.by_sequence(query.transpose(1, 2)).transpose(1, 2)
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal
