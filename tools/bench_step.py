@@ -24,6 +24,7 @@ from step_cost import Arm, Case, Row, default_arms, measure_cases
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from framework.retention import KV_FORMATS
 from framework.selection import Selection, select
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -200,7 +201,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=2, help="sequences")
     parser.add_argument("--sequence", type=int, default=1024, help="tokens of each")
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.25], help="of the selective arms")
-    parser.add_argument("--kv-formats", nargs="+", default=["model", "int8"], choices=["model", "int8"])
+    parser.add_argument("--kv-formats", nargs="+", default=["model", "int8"], choices=KV_FORMATS)
     parser.add_argument("--answers", action="store_true", help="select a labelled end instead of uniform positions")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds over all arms")
     parser.add_argument("--adapter", type=int, default=0, metavar="RANK", help="LoRA of this rank on all linears")

@@ -35,7 +35,11 @@ SAME_RESULT: tuple[dict[str, Any], ...] = (
 )
 """Changes that leave what is learnt as it is: key -> value, where "auto" is the value that fits and is fastest."""
 
-OTHER_RESULT: tuple[dict[str, Any], ...] = ({"retention.kv_format": "int8"}, {"selection.ratio": AUTO})
+OTHER_RESULT: tuple[dict[str, Any], ...] = (
+    {"retention.kv_format": "int8"},
+    {"retention.kv_format": "int4"},
+    {"selection.ratio": AUTO},
+)
 """Changes of the gradient."""
 
 OTHER_STRATEGY = {"none": "supervised", "supervised": "uniform"}

@@ -105,7 +105,8 @@ def search(
 
     A plan that fits is better, by the objective,
 
-    * `fidelity`: if its gradient is more faithful, which is: if its ratio is larger; then if it is faster;
+    * `fidelity`: if its gradient is more faithful, which is: if its ratio is larger (see `Choice.faithful_ratio` for
+      coarse keys and values); then if it is faster;
     * `balanced`: likewise, among the plans that are at most `options.max_slowdown` times slower than the fastest
       permitted plan with unlimited memory. If none is, as with `speed`;
     * `speed`: if it is faster; then if its ratio is larger. A smaller ratio is always faster, so those below the
@@ -194,12 +195,13 @@ class _Search:
         best: list[tuple[tuple[float, float, int, int], Point]] = []
         for index, candidate in enumerate(self.space):
             # What is not as faithful as the last of enough points needs no bisection.
-            at_least = best[-1][1].choice.ratio if len(best) == self.count else 0.0
+            at_least = best[-1][1].choice.faithful_ratio if len(best) == self.count else 0.0
             ratio = largest_ratio(candidate, partial(self.fits, bound=bound), at_least)
             if ratio is None:
                 continue
             point = self.point(candidate.at(ratio))
-            best.append(((-ratio, point.seconds, self.budget.demand(point.ledger), index), point))
+            key = -point.choice.faithful_ratio, point.seconds, self.budget.demand(point.ledger), index
+            best.append((key, point))
             best = sorted(best, key=lambda entry: entry[0])[: self.count]
         return [point for _, point in best]
 
@@ -217,7 +219,8 @@ class _Search:
             ratio = largest_ratio(self.space[index], partial(self.fits, bound=seconds), self.fast[index].ratio)
             assert ratio is not None
             point = self.point(self.space[index].at(ratio))
-            points.append(((seconds, -ratio, self.budget.demand(point.ledger), index), point))
+            key = seconds, -point.choice.faithful_ratio, self.budget.demand(point.ledger), index
+            points.append((key, point))
         best = [point for _, point in sorted(points, key=lambda entry: entry[0])[: self.count]]
         return best or self.by_fidelity(math.inf)
 
@@ -227,9 +230,9 @@ class _Search:
         def better(choice: Choice) -> bool:
             if chosen is None:
                 return True
-            if by_speed or choice.ratio == chosen.choice.ratio:
+            if by_speed or choice.faithful_ratio == chosen.choice.faithful_ratio:
                 return self.seconds(choice) < chosen.seconds
-            return choice.ratio > chosen.choice.ratio
+            return choice.faithful_ratio > chosen.choice.faithful_ratio
 
         near = Budget(math.floor(self.budget.bytes * NEAR_MISS), self.budget.host_bytes, self.budget.demand)
         whole = [candidate.choice for candidate in self.space]

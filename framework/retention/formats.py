@@ -93,3 +93,4 @@ class Int4(Quantized):
 
 
 KV_FORMATS: dict[str, Callable[[Tensor], Retained]] = {"model": AsIs, "int8": Int8, "int4": Int4}
+"""By the config's `retention.kv_format`; each takes fewer bytes than the one before."""

@@ -42,7 +42,7 @@ def _quantize(
     PACKED: tl.constexpr,
     LARGEST: tl.constexpr,
     TINY: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -50,13 +50,8 @@ def _quantize(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)[None, :]
     exists = row < count
-    if ALIGNED:
-        # What loads of several elements at once need to know, for strides that are not specialised on.
-        batch_stride = tl.multiple_of(batch_stride, 16)
-        head_stride = tl.multiple_of(head_stride, 16)
-        token_stride = tl.multiple_of(token_stride, 16)
     start = row // (heads * tokens) * batch_stride + row // tokens % heads * head_stride + row % tokens * token_stride
-    start = (tensor + start)[:, None]
+    start = (tensor + start * UNIT)[:, None]
     within = exists[:, None] & (column < COLUMNS)
     first = tl.load(start + column, mask=within, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(first), 1)
@@ -92,7 +87,7 @@ def _restore(
     COLUMNS: tl.constexpr,
     PACKED: tl.constexpr,
     REPLACES: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -104,12 +99,10 @@ def _restore(
     paired = exists[:, None] & (column < SIZE - COLUMNS)
     kept, replaced, start = exists, exists, row
     if REPLACES:
-        if ALIGNED:
-            head_stride, row_stride = tl.multiple_of(head_stride, 16), tl.multiple_of(row_stride, 16)
         other = tl.load(row_of_token + row // (heads * tokens) * tokens + row % tokens, mask=exists, other=-1)
         replaced = other >= 0
         kept = exists & (other < 0)
-        start = row // tokens % heads * head_stride + other.to(tl.int64) * row_stride
+        start = (row // tokens % heads * head_stride + other.to(tl.int64) * row_stride) * UNIT
     level = tl.load(levels + row[:, None] * COLUMNS + column, mask=within & kept[:, None], other=0)
     scale = tl.load(scales + row, mask=kept, other=0.0).to(tl.float32)[:, None]
     into = restored + row[:, None] * SIZE + column
@@ -134,7 +127,7 @@ def quantize_into(levels: Tensor, scales: Tensor, tensor: Tensor, bits: int) -> 
     if tensor.stride(-1) != 1:
         tensor = tensor.contiguous()
     _, heads, tokens, size = tensor.shape
-    *strides, _ = tensor.stride()
+    unit, strides = _units(*tensor.stride()[:3])
     launch = _Launch(levels)
     _quantize[launch.grid](
         tensor,
@@ -147,7 +140,7 @@ def quantize_into(levels: Tensor, scales: Tensor, tensor: Tensor, bits: int) -> 
         SIZE=size,
         LARGEST=LARGEST_LEVEL[bits],
         TINY=torch.finfo(scales.dtype).tiny,
-        ALIGNED=_aligned(strides),
+        UNIT=unit,
         **launch.constants,
     )
 
@@ -160,7 +153,7 @@ def restore_into(
     replaces = rows is not None and row_of_token is not None
     if replaces and rows.stride(-1) != 1:
         rows = rows.contiguous()
-    strides = rows.stride()[1:3] if replaces else (0, 0)
+    unit, strides = _units(*(rows.stride()[1:3] if replaces else (0, 0)))
     launch = _Launch(levels)
     _restore[launch.grid](
         restored,
@@ -174,7 +167,7 @@ def restore_into(
         *strides,
         SIZE=size,
         REPLACES=replaces,
-        ALIGNED=_aligned(strides),
+        UNIT=unit,
         **launch.constants,
     )
 
@@ -191,6 +184,10 @@ class _Launch:
         self.constants = {"COLUMNS": columns, "PACKED": levels.dtype is torch.uint8, "ROWS": rows, "WIDTH": width}
 
 
-def _aligned(strides: tuple[int, ...] | list[int]) -> bool:
-    """Whether rows begin where several elements can be loaded at once; the same for batches of all lengths."""
-    return all(stride % 16 == 0 for stride in strides)
+def _units(*strides: int) -> tuple[int, tuple[int, ...]]:
+    """A unit, and strides as multiples of it: a kernel that knows the unit loads several elements at once.
+
+    Batches of all lengths have the same one, since the stride that a length is a factor of has another stride, too.
+    """
+    unit = 16 if all(stride % 16 == 0 for stride in strides) else 1
+    return unit, tuple(stride // unit for stride in strides)

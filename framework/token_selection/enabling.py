@@ -50,7 +50,8 @@ def enable_token_selection(
         strategy: `supervised` (all labelled tokens, and context up to `ratio`), `uniform` or `bernoulli`.
         ratio: selected tokens over non-padding tokens, or `"labelled"`: labelled tokens only.
         retain_linears: keep linear outputs at selected rows, so that the backward pass recomputes no matrix product.
-        kv_format: how keys and values of all tokens are kept, `model` or `int8`.
+        kv_format: how keys and values of all tokens are kept, `model`, `int8` or `int4`; int4 changes the gradient
+            by several hundredths.
         seed: seed of the draws.
         tokentune: with `uniform`, force the first and the last token, as TokenTune does.
         normalization: `supervised`: unbiased, each loss weighted by the inverse of its probability; `selected`: mean

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from framework.config import Config
 from framework.errors import RunError, UserError
+from framework.retention import KV_FORMATS
 from framework.sharding.protocol import Engine
 from framework.training.flops import FlopTally
 from framework.training.memory import CpuMemoryTracker, device_peak_memory
@@ -210,8 +211,9 @@ def options_to_change(config: Config, phase: str = "step") -> list[str]:
             options.append('retention.policy "checkpoint" (same result, a third more work)')
         if retention.retain_linears:
             options.append("retention.retain_linears false (same result, more work)")
-        if selective and retention.kv_format == "model":
-            options.append('retention.kv_format "int8"')
+        if selective:
+            smaller = [*KV_FORMATS][[*KV_FORMATS].index(retention.kv_format) + 1 :]
+            options += [f'retention.kv_format "{kv_format}"' for kv_format in smaller]
         if not selective:
             options.append('selection.strategy "supervised" with retention.policy "selective"')
     options += _sharding_options(config)

@@ -30,7 +30,7 @@ def memory(choice: Choice) -> Ledger:
     elif choice.policy == "checkpoint":
         kept = (32 * choice.micro_batch_size + 64) * MiB
     else:
-        keys = 16 * MiB if choice.kv_format == "model" else 8 * MiB
+        keys = {"model": 16, "int8": 8, "int4": 4}[choice.kv_format] * MiB
         kept = round(choice.micro_batch_size * (keys + linears * choice.ratio))
     gathered = 0 if choice.engine == "single" or stage < 3 else 2 * PARAMETERS // 16
     unsharded = 2 * PARAMETERS if choice.engine == "fsdp" and not choice.reshard_after_forward else 0
@@ -55,7 +55,7 @@ def seconds(choice: Choice) -> float:
     again = {"all": 0.0, "checkpoint": forward}.get(
         choice.policy, 0.0 if choice.retain_linears else forward * choice.ratio
     )
-    quantising = 0.02 * forward if choice.kv_format == "int8" else 0.0
+    quantising = 0.0 if choice.kv_format == "model" else 0.02 * forward
     launches = 0.05 * choice.accumulation
     exchanged = 1.0 if choice.ranks > 1 else 0.0
     if choice.shards_weights:

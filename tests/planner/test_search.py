@@ -28,6 +28,7 @@ class GridPoint(NamedTuple):
     """What a brute force compares."""
 
     ratio: float
+    faithful: float
     peak: int
     seconds: float
 
@@ -56,7 +57,10 @@ def sought(config: Config, ranks: int = 8) -> Sought:
         if candidate.lowest < candidate.choice.ratio:
             ratios |= {step / GRID for step in range(1, GRID) if step / GRID >= candidate.lowest}
         choices = [candidate.at(ratio) for ratio in sorted(ratios)]
-        points += [GridPoint(choice.ratio, TOY.memory(choice).peak, TOY.seconds(choice)) for choice in choices]
+        points += [
+            GridPoint(choice.ratio, choice.faithful_ratio, TOY.memory(choice).peak, TOY.seconds(choice))
+            for choice in choices
+        ]
     return Sought(space, points)
 
 
@@ -84,18 +88,18 @@ def test_no_plan_of_the_grid_is_better(both: Sought, objective: str, max_slowdow
             assert found.within_bound == bool(within)
         faithful = {"balanced": within, "fidelity": fitting, "speed": []}[objective]
         if faithful:
-            best = max(point.ratio for point in faithful)
-            assert best <= chosen.choice.ratio <= best + 1 / GRID
+            best = max(point.faithful for point in faithful)
+            assert best <= chosen.choice.faithful_ratio <= best + 1 / GRID
             if best in (1.0, SHARE):
-                same = [point.seconds for point in faithful if point.ratio == chosen.choice.ratio]
+                same = [point.seconds for point in faithful if point.faithful == chosen.choice.faithful_ratio]
                 assert not same or chosen.seconds <= min(same)
         else:
             labelled = [point for point in fitting if point.ratio >= SHARE]
             if labelled:
                 assert chosen.seconds == min(point.seconds for point in labelled)
             else:
-                best = max(point.ratio for point in fitting)
-                assert best <= chosen.choice.ratio <= best + 1 / GRID
+                best = max(point.faithful for point in fitting)
+                assert best <= chosen.choice.faithful_ratio <= best + 1 / GRID
 
 
 @pytest.mark.parametrize(("max_slowdown", "starts_exact"), [(1.5, False), (2.0, True)])
@@ -105,7 +109,7 @@ def test_as_the_budget_falls_so_does_fidelity(both: Sought, max_slowdown: float,
     assert len(kept) > 8
     ranks = [FIDELITIES.index(choice.fidelity(SHARE)) for choice in kept]
     assert ranks == sorted(ranks)
-    ratios = [choice.ratio for choice in kept]
+    ratios = [choice.faithful_ratio for choice in kept]
     assert ratios == sorted(ratios, reverse=True)
     assert (ratios[0] == 1.0) == starts_exact and ratios[-1] < 1.0
     assert any(SHARE < ratio < 1 for ratio in ratios)
@@ -125,7 +129,7 @@ def test_just_below_what_a_plan_takes_another_is_chosen(both: Sought) -> None:
         after = both.find(chosen.ledger.peak - 1)
         assert after.points == () or after.points[0].choice != chosen.choice
         if after.fits and after.within_bound:
-            assert after.points[0].choice.ratio <= chosen.choice.ratio
+            assert after.points[0].choice.faithful_ratio <= chosen.choice.faithful_ratio
 
 
 def test_exact_is_chosen_if_and_only_if_it_is_within_the_bound() -> None:
@@ -184,6 +188,20 @@ def test_of_equal_plans_the_smaller_and_then_the_simpler_is_chosen(objective: st
     assert (simplest.engine, simplest.policy, simplest.micro_batch_size, simplest.ratio) == ("single", "all", 64, 1.0)
     smallest = chosen(flat(lambda choice: 1 if choice.zero_stage == 2 and choice.policy == "checkpoint" else 2))
     assert (smallest.zero_stage, smallest.policy, smallest.micro_batch_size) == (2, "checkpoint", 64)
+
+
+@pytest.mark.parametrize(("larger", "chosen"), [(0.05, "int8"), (0.2, "int4")])
+def test_coarse_keys_and_values_have_to_be_worth_it(larger: float, chosen: str) -> None:
+    config = open_job(retention__policy="auto", selection__strategy="uniform", training__micro_batch_size=2)
+    space = candidates(config, ranks=8, nodes=1, labelled_share=SHARE)
+    largest = {"model": 0.3, "int8": 0.5, "int4": 0.5 + larger}
+
+    def peak(choice: Choice) -> int:
+        fits = choice.policy == "selective" and choice.ratio <= largest[choice.kv_format]
+        return 1 if fits else 2
+
+    found = search(space, flat(peak), Budget(1), PlannerConfig(objective="fidelity"), labelled_share=SHARE)
+    assert (found.points[0].choice.kv_format, found.points[0].choice.ratio) == (chosen, largest[chosen])
 
 
 def test_speed_takes_a_larger_ratio_where_it_costs_nothing() -> None:
@@ -250,7 +268,7 @@ def test_what_just_missed_would_have_been_chosen_with_a_little_more(both: Sought
         if found.fits and objective == "speed":
             assert missed.seconds < found.points[0].seconds
         if found.fits and found.within_bound and objective != "speed":
-            assert missed.choice.ratio >= found.points[0].choice.ratio
+            assert missed.choice.faithful_ratio >= found.points[0].choice.faithful_ratio
         assert richer.fits
     assert seen >= 2
 
@@ -268,7 +286,7 @@ def test_laws_are_asked_a_few_times_for_each_candidate() -> None:
 
     config = open_job(training__global_batch_size=8 * 5040)
     space = candidates(config, ranks=8, nodes=2, labelled_share=SHARE)
-    assert len(space) == 8 * 6 * 60
+    assert len(space) == 8 * 8 * 60
     for budget, objective in itertools.product((UNLIMITED, 20_000 * MiB), ("balanced", "fidelity", "speed")):
         for seen in calls.values():
             seen.clear()

@@ -16,7 +16,7 @@ from framework.planner.space import SMALLEST_RATIO, candidates
 
 SHARE = 0.25
 
-SELECTIVE = [("selective", linears, kv) for linears in (False, True) for kv in ("model", "int8")]
+SELECTIVE = [("selective", linears, kv) for linears in (False, True) for kv in ("model", "int8", "int4")]
 RETENTIONS = {("all", False, "model"), ("checkpoint", False, "model"), *SELECTIVE}
 STAGES = {("deepspeed", stage, True, 1) for stage in range(4)}
 FSDP = {("fsdp", None, reshard, replicas) for reshard in (True, False) for replicas in (1, 2)}
@@ -48,7 +48,7 @@ def test_everything_open_is_the_whole_product() -> None:
         (2, 4),
         (1, 8),
     }
-    assert len(found) == len({each.choice for each in found}) == 8 * 6 * 4
+    assert len(found) == len({each.choice for each in found}) == 8 * 8 * 4
 
 
 def test_offloading_is_open_with_the_engine() -> None:
@@ -132,6 +132,7 @@ def test_what_is_given_is_fixed_and_rules_are_kept(changes: dict[str, Any], expe
             {(*each, SHARE if each[0] == "selective" else 1, 1) for each in RETENTIONS if each[2] == "model"},
         ),
         ({"retention__kv_format": "int8"}, {(*each, SHARE, 1) for each in SELECTIVE if each[2] == "int8"}),
+        ({"retention__kv_format": "int4"}, {(*each, SHARE, 1) for each in SELECTIVE if each[2] == "int4"}),
         ({"retention__retain_linears": True}, {(*each, SHARE, 1) for each in SELECTIVE if each[1]}),
     ],
 )

@@ -125,7 +125,10 @@ def test_a_kernel_is_compiled_once_for_all_lengths(kernels):
     }
     for kernel, names in varying.items():
         assert set(kernel.kwargs["do_not_specialize"]) == names
-    constants = [
-        kernels._Launch(quantize(drawn(16, torch.bfloat16, tokens), 4)[0]).constants for tokens in (1, 5, 16, 4096)
-    ]
+    lengths = (1, 5, 16, 4096)
+    constants = [kernels._Launch(quantize(drawn(16, torch.bfloat16, n), 4)[0]).constants for n in lengths]
     assert all(each == constants[0] for each in constants)
+    for size, unit in ((16, 16), (24, 1), (7, 1)):
+        for layout in ("tokens", "fused", "heads"):
+            strides = [drawn(size, torch.bfloat16, n, layout).stride()[:3] for n in lengths]
+            assert {kernels._units(*each)[0] for each in strides} == {unit}

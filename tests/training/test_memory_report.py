@@ -166,7 +166,7 @@ def no_space_for(name, plain):
         (
             {
                 "retention__retain_linears": False,
-                "retention__kv_format": "int8",
+                "retention__kv_format": "int4",
                 "optimizer__precision": "pure_bf16",
                 "training__micro_batch_size": 1,
                 "model__adapter": {"kind": "lora", "rank": 2, "alpha": 4.0},
@@ -174,6 +174,12 @@ def no_space_for(name, plain):
             ["data.sequence_length", "PYTORCH_ALLOC_CONF"],
             ["training.micro_batch_size", "retention.", "optimizer.precision", "model.adapter", "selection.strategy"],
         ),
+        (
+            {"retention__kv_format": "int8"},
+            ['retention.kv_format "int4"'],
+            ['retention.kv_format "int8"', 'retention.kv_format "model"'],
+        ),
+        ({}, ['retention.kv_format "int8"', 'retention.kv_format "int4"'], []),
         ({}, ['sharding.engine "fsdp" or "deepspeed" over several devices'], ["sharding.zero_stage", "offload"]),
         (
             {"sharding__engine": "deepspeed", "sharding__zero_stage": 2},

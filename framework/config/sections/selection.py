@@ -45,5 +45,6 @@ class RetentionConfig(Section):
     retain_linears: bool = False
     """With `selective`: also keep the linear layers' outputs at selected rows, so that no product is recomputed."""
 
-    kv_format: Literal["model", "int8"] = "model"
-    """With `selective`: format of the retained keys and values; "model" is the type that the model computes in."""
+    kv_format: Literal["model", "int8", "int4"] = "model"
+    """With `selective`: format of the retained keys and values; "model" is the type that the model computes in. int8
+    changes the gradient by less than a hundredth, int4 by several."""
