@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from framework.config.rules import broken_rules
+from framework.config.rules import CLASSIFICATION, broken_rules
 from framework.config.sections import (
     CheckpointConfig,
     ClusterConfig,
@@ -156,6 +156,15 @@ class Config(Section):
         if ratio is not None:
             return ratio
         return "labelled" if self.selection.strategy == "supervised" else 1.0
+
+    @property
+    def resolved_normalization(self) -> Literal["supervised", "selected"]:
+        """`selection.normalization` with the strategy's default in place of null."""
+        if self.selection.normalization is not None:
+            return self.selection.normalization
+        # A classifier's loss is of its pooled tokens, all of which are selected.
+        biased = self.selection.strategy == "suffix" and self.model.task not in CLASSIFICATION
+        return "selected" if biased else "supervised"
 
     @property
     def mask_probability(self) -> float:

@@ -110,3 +110,15 @@ class Choice:
             accumulation=config.gradient_accumulation(ranks),
             ranks=ranks,
         )
+
+
+def labels_in_loss(choice: Choice, labelled_share: float) -> float:
+    """Tokens that are labelled and selected / all tokens.
+
+    Args:
+        choice: says what is selected.
+        labelled_share: labelled tokens / all tokens of the data; they are taken to be the last of their document.
+    """
+    if choice.strategy in ("none", "supervised"):
+        return labelled_share
+    return min(labelled_share, choice.ratio) if choice.strategy == "suffix" else labelled_share * choice.ratio

@@ -60,7 +60,7 @@ def law_settings(config: Config, family: Family) -> dict[str, Any]:
         "retention": config.retention.model_dump(mode="json"),
         "strategy": config.selection.strategy,
         "tokentune": config.selection.tokentune,
-        "normalization": config.selection.normalization,
+        "normalization": config.resolved_normalization,
         "versions": {name: version(name).partition("+")[0] for name in LIBRARIES},
     }
 

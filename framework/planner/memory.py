@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from math import ceil
 
-from framework.planner.choice import Choice
+from framework.planner.choice import Choice, labels_in_loss
 from framework.planner.course import Course, EngineCourse, Span
 from framework.planner.held import Weights
 from framework.planner.holders import Holders
@@ -65,7 +65,7 @@ class MemoryModel:
         tokens = rows * self._length
         selected = max(choice.ratio, self._labelled) if choice.strategy == "supervised" else choice.ratio
         per_row = min(self._length, ceil(selected * self._length))
-        labels = self._labelled if choice.strategy in ("none", "supervised") else self._labelled * choice.ratio
+        labels = labels_in_loss(choice, self._labelled)
         batch = {
             "batch": rows,
             "tokens": self._length,

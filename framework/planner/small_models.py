@@ -49,8 +49,9 @@ FIXED_FREQUENCIES = ("default", "linear", "llama3", "yarn")
 SHORTER = 3
 """Tokens by which each sequence of a batch is shorter than the one before, so that other numbers are selected."""
 
-PROBED_RATIOS = {"supervised": 0.9, "uniform": 0.6, "bernoulli": 0.6}
-"""Ratios below 1 of small models: with `supervised` above their labelled share, so that some context is selected."""
+PROBED_RATIOS = {"supervised": 0.9, "uniform": 0.6, "bernoulli": 0.6, "suffix": 0.9}
+"""Ratios below 1 of small models: with `supervised` and `suffix` above their labelled share, so that some context is
+selected."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from framework.planner.choice import Choice
+from framework.planner.choice import Choice, labels_in_loss
 from framework.planner.pairs import Pairs
 from framework.sharding.precision import PRECISIONS
 
@@ -168,17 +168,7 @@ class WorkModel:
         # Those that a backward pass goes through, and whether selective retention replays them.
         self._backward = [part for part in ((replayed, True), (unselective, False)) if part[0].count]
         self._differentiated = sum(part.count for part, _ in self._backward)
-        self._pairs = {
-            reach: Pairs.of(
-                reach,
-                kernel=job.kernel,
-                tokens=job.sequence_length,
-                masked=job.masked,
-                document_tokens=job.document_tokens,
-                labelled_share=job.labelled_share,
-            )
-            for reach, *_ in self._all.attention
-        }
+        self._pairs = {reach: self._pairs_of(reach, job.labelled_share) for reach, *_ in self._all.attention}
         self._classes = job.products.head.forward / job.hidden_size
         self._in_blocks = job.parameters - job.outside - job.quantized
 
@@ -195,7 +185,7 @@ class WorkModel:
         """The forward pass; selective retention's record pass."""
         job, traffic = self._job, self._traffic(choice)
         tokens = choice.micro_batch_size * job.sequence_length
-        head = tokens * self._head_share(choice)
+        head = tokens * labels_in_loss(choice, job.labelled_share)
         products, body = job.products.head, job.products.body
         attention, scores = self._attention(self._all, choice, selected=False, passes=1, flash=False)
         moved = tokens * self._row(self._all, traffic.block, traffic.adapter) + scores * traffic.score
@@ -229,7 +219,7 @@ class WorkModel:
         """The backward pass without recomputation."""
         job, traffic = self._job, self._traffic(choice)
         tokens = choice.micro_batch_size * job.sequence_length
-        head = tokens * self._head_share(choice)
+        head = tokens * labels_in_loss(choice, job.labelled_share)
         products, body = job.products.head, job.products.body
         deep = min(1, self._differentiated)
         matrices = (body.forward * deep + body.trained) * tokens + (products.forward * deep + products.trained) * head
@@ -270,11 +260,6 @@ class WorkModel:
             return FULL
         return AUTOCAST if self.under_autocast(choice) else HALF
 
-    def _head_share(self, choice: Choice) -> float:
-        """Rows of logits / all tokens: those that are labelled and selected."""
-        labelled = self._job.labelled_share
-        return labelled * choice.ratio if choice.strategy in ("uniform", "bernoulli") else labelled
-
     def _rows(self, choice: Choice, selected: bool) -> float:
         """All or selected tokens of a micro-batch."""
         tokens = choice.micro_batch_size * self._job.sequence_length
@@ -310,6 +295,17 @@ class WorkModel:
         scores = scores if self._job.kernel == "eager" else 0.0
         return choice.micro_batch_size * total, choice.micro_batch_size * scores
 
+    def _pairs_of(self, reach: Reach, labelled_share: float) -> Pairs:
+        job = self._job
+        return Pairs.of(
+            reach,
+            kernel=job.kernel,
+            tokens=job.sequence_length,
+            masked=job.masked,
+            document_tokens=job.document_tokens,
+            labelled_share=labelled_share,
+        )
+
     def _selected_pairs(self, choice: Choice, reach: Reach) -> float:
         """Pairs of a sequence that a kernel computes for selected queries; `eager` and `sdpa` go through all keys."""
         job, share = self._job, self.selected_share(choice)
@@ -318,6 +314,8 @@ class WorkModel:
         found = self._pairs[reach]
         if choice.strategy in ("uniform", "bernoulli"):
             return share * found.seen
+        if choice.strategy == "suffix":
+            return self._pairs_of(reach, share).labelled
         labelled = job.labelled_share
         context = (share - labelled) / (1 - labelled) if labelled < 1 else 0.0
         return found.labelled + context * (found.seen - found.labelled)

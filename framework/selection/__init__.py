@@ -5,7 +5,7 @@ token belongs to, and answers with a `Selection`.
 """
 
 from framework.selection.selection import Selection
-from framework.selection.strategies import STRATEGIES, check_options, select
+from framework.selection.strategies import STRATEGIES, check_options, normalization_of, select
 from framework.selection.supervision import IGNORED, documents_of, pooled_positions, supervised_positions
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Selection",
     "check_options",
     "documents_of",
+    "normalization_of",
     "pooled_positions",
     "select",
     "supervised_positions",

@@ -78,15 +78,37 @@ def _bernoulli(document: Document) -> Draw:
     return document.random.random(document.tokens) < document.ratio, probability
 
 
-STRATEGIES: dict[str, Strategy] = {"supervised": _supervised, "uniform": _uniform, "bernoulli": _bernoulli}
+def _suffix(document: Document) -> Draw:
+    """A contiguous end. It is no draw, so no weights make up for the labels before it: what is trained is biased."""
+    assert not isinstance(document.ratio, str)
+    count = max(1, round(document.ratio * document.tokens))
+    selected = np.arange(document.tokens) >= document.tokens - count
+    return selected, np.ones(document.tokens, dtype=np.float32)
 
 
-def check_options(strategy: str, ratio: float | str, tokentune: bool = False) -> None:
+STRATEGIES: dict[str, Strategy] = {
+    "supervised": _supervised,
+    "uniform": _uniform,
+    "bernoulli": _bernoulli,
+    "suffix": _suffix,
+}
+
+NORMALIZATIONS = ("supervised", "selected")
+"""The weighted sum over all supervised tokens, or the mean over the selected ones of them."""
+
+
+def normalization_of(strategy: str) -> str:
+    """The normalization of a strategy where none is asked for; `suffix` goes with `selected` alone."""
+    return "selected" if strategy == "suffix" else "supervised"
+
+
+def check_options(strategy: str, ratio: float | str, tokentune: bool = False, normalization: str | None = None) -> None:
     """Refuse combinations that have no meaning.
 
     Raises:
-        ValueError: unknown strategy; a ratio that is not a number in (0, 1]; `"labelled"` with another strategy than
-            `supervised`; `tokentune` with another strategy than `uniform`.
+        ValueError: unknown strategy or normalization; a ratio that is not a number in (0, 1]; `"labelled"` with another
+            strategy than `supervised`; `tokentune` with another strategy than `uniform`; the normalization
+            `supervised` with the strategy `suffix`.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"selection.strategy: {strategy!r} is none of {', '.join(STRATEGIES)}")
@@ -99,6 +121,13 @@ def check_options(strategy: str, ratio: float | str, tokentune: bool = False) ->
         raise ValueError(f"selection.ratio: {ratio} is not in (0, 1]")
     if tokentune and strategy != "uniform":
         raise ValueError(f"selection.tokentune: only the strategy 'uniform' has it, not {strategy!r}")
+    if normalization not in (None, *NORMALIZATIONS):
+        raise ValueError(f"selection.normalization: {normalization!r} is none of {', '.join(NORMALIZATIONS)}")
+    if normalization == "supervised" and strategy == "suffix":
+        raise ValueError(
+            "selection.normalization: 'supervised' makes up for labels that are left out by chance, and the strategy "
+            "'suffix' leaves the same ones out for certain: use 'selected', which is its default"
+        )
 
 
 def select(
@@ -107,7 +136,7 @@ def select(
     """Draw the selection of one batch.
 
     Args:
-        strategy: `supervised`, `uniform` or `bernoulli`.
+        strategy: `supervised`, `uniform`, `bernoulli` or `suffix`.
         ratio: selected tokens over non-padding tokens, in (0, 1], counted per document; or `"labelled"` (strategy
             `supervised`: labelled positions only).
         supervised: bool `[batch, sequence]`, positions whose prediction enters the loss.

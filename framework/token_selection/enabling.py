@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from framework.models.wrapping import unwrapped
 from framework.retention import SelectiveRetention
-from framework.selection import Selection, check_options
+from framework.selection import Selection, check_options, normalization_of
 from framework.token_selection.configs import give_own_configs
 from framework.token_selection.state import TokenSelection
 from framework.token_selection.trainers import refuse_foreign_forward
@@ -31,7 +31,7 @@ def enable_token_selection(
     kv_format: str = "model",
     seed: int = 0,
     tokentune: bool = False,
-    normalization: str = "supervised",
+    normalization: str | None = None,
     correction: float = 0.0,
 ) -> TokenSelection:
     """Make a model's training token-selective, in place.
@@ -47,7 +47,8 @@ def enable_token_selection(
 
     Args:
         model: a Hugging Face causal LM, masked LM or classifier with blocks, or a PEFT model around one.
-        strategy: `supervised` (all labelled tokens, and context up to `ratio`), `uniform` or `bernoulli`.
+        strategy: `supervised` (all labelled tokens, and context up to `ratio`), `uniform`, `bernoulli` or `suffix`
+            (the end of every document, which is biased).
         ratio: selected tokens over non-padding tokens, or `"labelled"`: labelled tokens only.
         retain_linears: keep linear outputs at selected rows, so that the backward pass recomputes no matrix product.
         kv_format: how keys and values of all tokens are kept, `model`, `int8` or `int4`; int4 changes the gradient
@@ -55,7 +56,8 @@ def enable_token_selection(
         seed: seed of the draws.
         tokentune: with `uniform`, force the first and the last token, as TokenTune does.
         normalization: `supervised`: unbiased, each loss weighted by the inverse of its probability; `selected`: mean
-            over the selected supervised tokens, as TokenTune does.
+            over the selected supervised tokens, as TokenTune does. None: `selected` for `suffix`, which has no other,
+            and `supervised` for the rest.
         correction: from 0 to 1, how much of the bias of a causal model's gradient is removed. The gradient that a key
             and its value get from the queries of other tokens is multiplied by 1 + correction · (1/π - 1), π being the
             probability of their token. With 1 and independent draws (`bernoulli`) the mean gradient over all
@@ -68,11 +70,9 @@ def enable_token_selection(
     Raises:
         ValueError: an option has no meaning, the model is of another kind, has no blocks, or is enabled already.
     """
-    check_options(strategy, ratio, tokentune)
+    check_options(strategy, ratio, tokentune, normalization)
     if not 0 <= correction <= 1:
         raise ValueError(f"selection.correction: {correction} is not between 0 and 1")
-    if normalization not in ("supervised", "selected"):
-        raise ValueError(f"selection.normalization: {normalization!r} is neither 'supervised' nor 'selected'")
     inner = unwrapped(model)
     if _ATTRIBUTE in vars(inner):
         raise ValueError(
@@ -91,7 +91,13 @@ def enable_token_selection(
         )
     retention = SelectiveRetention(inner, retain_linears=retain_linears, kv_format=kv_format, correction=correction)
     state = TokenSelection(
-        inner, retention, strategy=strategy, ratio=ratio, seed=seed, tokentune=tokentune, normalization=normalization
+        inner,
+        retention,
+        strategy=strategy,
+        ratio=ratio,
+        seed=seed,
+        tokentune=tokentune,
+        normalization=normalization or normalization_of(strategy),
     )
     give_own_configs(model)
     retention.install()

@@ -53,7 +53,7 @@ class Objective:
                 kv_format=config.retention.kv_format,
                 seed=config.run.seed,
                 tokentune=config.selection.tokentune,
-                normalization=config.selection.normalization,
+                normalization=config.resolved_normalization,
                 correction=config.selection.correction,
             )
             self._fallbacks = enabled.retention.fallbacks
@@ -66,7 +66,7 @@ class Objective:
 
     def denominator(self, batch: Batch, selection: Selection | None) -> int:
         """What a micro-batch adds to the number that the window's loss is divided by."""
-        if selection is None or self._config.selection.normalization == "supervised":
+        if selection is None or self._config.resolved_normalization == "supervised":
             return batch.supervised_tokens
         return int((batch.supervised & selection.mask(batch.supervised.shape[1])).sum())
 

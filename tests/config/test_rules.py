@@ -99,6 +99,20 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
             ["selection.ratio=labelled", "selection.strategy=uniform", "retention.policy=selective"],
             'selection.ratio: "labelled" needs selection.strategy "supervised", which is "uniform"',
         ),
+        (
+            ["selection.strategy=suffix", "retention.policy=selective"],
+            'selection.ratio: missing: selection.strategy "suffix" needs a number in (0, 1], or "auto"',
+        ),
+        (
+            [
+                "selection.strategy=suffix",
+                "selection.ratio=0.5",
+                "selection.normalization=supervised",
+                "retention.policy=selective",
+            ],
+            'selection.normalization: "supervised" makes up for labels that are left out by chance, and '
+            'selection.strategy "suffix" leaves the same ones out for certain: set it to "selected", or leave it out',
+        ),
         (['logging.trackers=["wandb", "wandb"]'], "logging.trackers: names a tracker twice"),
         (
             ['logging.trackers=["tensorboard"]', "logging.project=x"],
@@ -292,13 +306,22 @@ def test_misspelt_key_is_not_blamed_on_the_default_in_its_place(small: Path, pro
 
 
 def test_ratio_one_is_exact_under_any_policy(small: Path) -> None:
-    for strategy in ("supervised", "uniform", "bernoulli"):
+    for strategy in ("supervised", "uniform", "bernoulli", "suffix"):
         config = load_config(small, [f"selection.strategy={strategy}", "selection.ratio=1"])
         assert config.resolved_ratio == 1.0
     assert load_config(small, ["retention.policy=selective"]).resolved_ratio == 1.0
     supervised = ["selection.strategy=supervised", "retention.policy=selective"]
     assert load_config(small, supervised).resolved_ratio == "labelled"
     assert load_config(small, [*supervised, "selection.ratio=0.5"]).resolved_ratio == 0.5
+
+
+def test_the_mean_of_a_suffix_is_over_its_own_labels(small: Path) -> None:
+    suffix = ["selection.strategy=suffix", "selection.ratio=0.5", "retention.policy=selective"]
+    assert load_config(small, suffix).resolved_normalization == "selected"
+    assert load_config(small, [*suffix, "model.task=sequence_classification"]).resolved_normalization == "supervised"
+    uniform = ["selection.strategy=uniform", *suffix[1:]]
+    assert load_config(small, uniform).resolved_normalization == "supervised"
+    assert load_config(small, [*uniform, "selection.normalization=selected"]).resolved_normalization == "selected"
 
 
 def test_train_on_needs_one_source_of_conversations(small: Path) -> None:

@@ -55,7 +55,10 @@ IN_LEDGER: dict[str, list[dict[str, Any]]] = {
     "model.quantization": [{"model.adapter": LORA}, {"model.adapter": LORA, "model.quantization": "nf4"}],
     "data.sequence_length": [{}, {"data.sequence_length": 96}],
     "data.packing": [{}, {"data.packing": True}],
-    "selection.strategy": [{}, {"selection.strategy": "supervised", "retention.policy": "selective"}],
+    "selection.strategy": [
+        {"selection.strategy": "uniform", "retention.policy": "selective", "selection.ratio": 0.5},
+        {"selection.strategy": "suffix", "retention.policy": "selective", "selection.ratio": 0.5},
+    ],
     "selection.ratio": [
         {"selection.strategy": "uniform", "retention.policy": "selective", "selection.ratio": 0.5},
         {"selection.strategy": "uniform", "retention.policy": "selective", "selection.ratio": 0.6},

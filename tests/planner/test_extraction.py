@@ -88,6 +88,7 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
                 "optimizer": {"precision": "pure_bf16"},
             },
         ),
+        (LLAMA, {"retention": SELECTIVE, "selection": {"strategy": "suffix", "ratio": 0.5}}),
         (
             QWEN,
             {"optimizer": {"precision": "pure_bf16"}, "data": {"train": "x", "sequence_length": 96, "packing": True}},
@@ -149,6 +150,7 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
         "gpt2 checkpoint",
         "labelled",
         "ratio LoRA",
+        "suffix",
         "bf16 packed",
         "fsdp",
         "offloaded",

@@ -209,6 +209,10 @@ def test_rows_of_a_selection_follow_the_ratio_and_the_labels():
     assert (below["rows"], below["labels"]) == (512, 512)
     uniform = memory.sizes(replace(supervised, strategy="uniform", ratio=0.25))
     assert (uniform["rows"], uniform["labels"], uniform["batch"], uniform["real"]) == (256, 128, 4, 1024)
+    # Labelled tokens are the last ones.
+    suffix = memory.sizes(replace(supervised, strategy="suffix", ratio=0.25))
+    assert (suffix["rows"], suffix["labels"]) == (256, 256)
+    assert memory.sizes(replace(supervised, strategy="suffix", ratio=0.75))["labels"] == 512
 
 
 @pytest.mark.slow

@@ -125,6 +125,7 @@ def test_what_is_given_is_fixed_and_rules_are_kept(changes: dict[str, Any], expe
             {(*each, SMALLEST_RATIO if each[0] == "selective" else 1, 1) for each in RETENTIONS},
         ),
         ({"selection__strategy": "uniform", "selection__ratio": 0.1}, {(*each, 0.1, 0.1) for each in SELECTIVE}),
+        ({"selection__strategy": "suffix", "selection__ratio": 0.1}, {(*each, 0.1, 0.1) for each in SELECTIVE}),
         ({"selection__strategy": "none", "selection__ratio": ...}, {(*each, 1, 1) for each in RETENTIONS}),
         ({"retention__policy": "selective"}, {("selective", False, "model", SHARE, 1)}),
         (
@@ -157,7 +158,7 @@ def test_a_batch_that_cannot_be_split_is_named() -> None:
         space(open_job(training__micro_batch_size=16))
 
 
-@pytest.mark.parametrize("strategy", ["supervised", "uniform"])
+@pytest.mark.parametrize("strategy", ["supervised", "uniform", "suffix"])
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_every_choice_is_a_valid_config_that_chooses_it(strategy: str, ranks: int) -> None:
     config = open_job(selection__strategy=strategy)

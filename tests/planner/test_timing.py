@@ -168,7 +168,7 @@ def test_faster_hardware_is_never_slower(precision):
     assert helped == set(names)
 
 
-@pytest.mark.parametrize("strategy", ["supervised", "uniform"])
+@pytest.mark.parametrize("strategy", ["supervised", "uniform", "suffix"])
 def test_a_larger_ratio_is_never_faster(strategy):
     model = TimeModel(job(products=attentive(), sequence_length=64, hidden_size=64))
     for choice in every_choice():

@@ -88,7 +88,7 @@ def test_blocks_that_fall_back_are_recomputed_whole(retain):
     assert WorkModel(replace(made, recomputed_whole=frozenset())).flops(choice) < expected
 
 
-@pytest.mark.parametrize("strategy", ["supervised", "uniform"])
+@pytest.mark.parametrize("strategy", ["supervised", "uniform", "suffix"])
 @pytest.mark.parametrize(("ratio", "labelled"), [(0.75, 0.25), (0.125, 0.25), (0.5, 1.0)])
 def test_selected_context_is_counted(strategy, ratio, labelled):
     made = job(products=attentive(), kernel="sdpa", sequence_length=TOKENS, labelled_share=labelled, hidden_size=64)
@@ -97,6 +97,20 @@ def test_selected_context_is_counted(strategy, ratio, labelled):
     # Which of the labelled tokens a uniform selection meets is chance; the closed form has the mean.
     chance = 2 * 3 * made.products.head.forward * TOKENS * 2 * labelled if strategy == "uniform" and labelled < 1 else 0
     assert abs(WorkModel(made).flops(choice) - expected) <= chance
+
+
+@pytest.mark.parametrize("document_tokens", [None, 8])
+def test_the_queries_of_a_suffix_are_the_last(document_tokens):
+    made = job(
+        products=attentive(),
+        kernel="flash_attention_2",
+        sequence_length=TOKENS,
+        document_tokens=document_tokens,
+        labelled_share=0.25,
+        hidden_size=64,
+    )
+    choice = choose(policy="selective", strategy="suffix", ratio=0.5, micro_batch_size=2)
+    assert WorkModel(made).flops(choice) == tallied(made, choice, full_batch(2, document_tokens, 0.25))
 
 
 def test_a_share_that_is_no_whole_number_of_tokens_is_off_by_half_a_token_a_document():

@@ -100,6 +100,18 @@ def test_tokentune_forces_the_ends_within_the_count():
     assert chosen.probability[~inner].eq(1).all()
 
 
+def test_a_suffix_is_the_end_of_every_document_before_its_padding():
+    chosen = draw("suffix", 0.3, [[0] * 10 + [-1] * 2, [1] * 5 + [2] * 7])
+    assert chosen.mask(12).nonzero().tolist() == [[0, 7], [0, 8], [0, 9], [1, 3], [1, 4], [1, 10], [1, 11]]
+    assert chosen.probability.eq(1).all()
+    assert draw("suffix", 0.3, [[0] * 10 + [-1] * 2, [1] * 5 + [2] * 7], seed=1).mask(12).equal(chosen.mask(12))
+
+
+def test_a_suffix_has_one_token_at_least_and_all_at_ratio_one():
+    assert draw("suffix", 0.01, [[0, 0, 0], [1, -1, -1]]).positions.tolist() == [[2], [0]]
+    assert draw("suffix", 1.0, [[0, 0, -1]]).positions.tolist() == [[0, 1]]
+
+
 def test_the_draw_depends_on_seed_and_document_alone():
     rows = torch.tensor([[4] * 12, [9] * 12, [5] * 12])
     whole = draw("uniform", 0.25, rows, seed=3).mask(12)
@@ -122,6 +134,7 @@ def test_nothing_selected_gives_one_filler():
         ({"strategy": "uniform", "ratio": "labelled"}, "selection.ratio: 'labelled'"),
         ({"strategy": "uniform", "ratio": 0.0}, "selection.ratio: 0.0"),
         ({"strategy": "bernoulli", "ratio": 1.5}, "selection.ratio: 1.5"),
+        ({"strategy": "suffix", "ratio": "labelled"}, "selection.ratio: 'labelled'"),
         ({"strategy": "supervised", "ratio": 0.5, "tokentune": True}, "selection.tokentune"),
     ],
 )

@@ -229,6 +229,22 @@ def test_tokentune_normalization_is_the_mean_over_selected_supervised(model, inp
     torch.testing.assert_close(got, chosen.mean())
 
 
+def test_a_suffix_is_the_mean_over_its_own_labels(model, inputs):
+    losses = token_losses(model, inputs)
+    framework.enable_token_selection(model, strategy="suffix", ratio=0.3)
+    got = model(**inputs).loss
+    lengths = inputs["attention_mask"].sum(1)
+    mask = torch.arange(24) >= (lengths - (0.3 * lengths).round())[:, None]
+    chosen = losses[mask & (losses != 0)]
+    assert 0 < len(chosen) < (losses != 0).sum()
+    torch.testing.assert_close(got, chosen.mean())
+
+
+def test_a_suffix_has_no_probabilities_to_weigh_by(model):
+    with pytest.raises(ValueError, match=r"selection\.normalization: 'supervised' makes up for labels"):
+        framework.enable_token_selection(model, strategy="suffix", ratio=0.3, normalization="supervised")
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2", "bert"])
 def test_exact_and_chunked_evaluation_losses_equal_the_plain_model(family):
     model = families.build(family)

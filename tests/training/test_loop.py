@@ -50,6 +50,7 @@ def parts(config):
 
 EXACT = {"selection__strategy": "none", "retention__policy": "all", "retention__retain_linears": False}
 UNIFORM = {"selection__strategy": "uniform", "selection__ratio": 0.5}
+SUFFIX = {"selection__strategy": "suffix", "selection__ratio": 0.4}
 
 
 def test_the_files_of_a_run_and_a_falling_loss(make_config):
@@ -117,9 +118,10 @@ def test_the_first_losses_are_those_of_a_plain_loop(make_config):
         UNIFORM,
         UNIFORM | {"selection__normalization": "selected"},
         {"selection__strategy": "bernoulli", "selection__ratio": 0.4},
+        SUFFIX,
         {"data__packing": True},
     ],
-    ids=["exact", "supervised", "uniform", "selected", "bernoulli", "packing"],
+    ids=["exact", "supervised", "uniform", "selected", "bernoulli", "suffix", "packing"],
 )
 def test_loss_and_gradients_do_not_depend_on_the_split(make_config, changes):
     outcomes = []
@@ -159,8 +161,9 @@ def test_counts_in_the_metrics(make_config):
     assert record["selected_tokens"] == sum(round(length / 2) for length in lengths.tolist())
 
 
-def test_the_mean_over_selected_supervised_tokens(make_config):
-    config = make_config(**UNIFORM, selection__normalization="selected", training__max_steps=1)
+@pytest.mark.parametrize("selection", [UNIFORM | {"selection__normalization": "selected"}, SUFFIX])
+def test_the_mean_over_selected_supervised_tokens(make_config, selection):
+    config = make_config(**selection, training__max_steps=1)
     loss = losses(framework.train(config))[0]
     model, window = parts(config)
     chosen = []

@@ -12,7 +12,7 @@ def _ratio_suits_strategy(strategy: str, ratio: float | str | None) -> tuple[str
     if strategy == "none" and ratio not in (None, 1.0):
         shown = f'"{ratio}"' if ratio == "auto" else ratio
         return "selection.ratio", f'{shown} has no effect with selection.strategy "none": name a strategy'
-    if strategy in ("uniform", "bernoulli") and ratio is None:
+    if strategy in ("uniform", "bernoulli", "suffix") and ratio is None:
         return "selection.ratio", f'missing: selection.strategy "{strategy}" needs a number in (0, 1], or "auto"'
     return None
 
@@ -61,9 +61,19 @@ def _correction_needs_draws(strategy: str, correction: float, task: str) -> tupl
     return None
 
 
+@rule("model.task", "selection.strategy", "selection.normalization")
+def _suffix_is_biased(task: str, strategy: str, normalization: str | None) -> tuple[str, str] | None:
+    if strategy == "suffix" and normalization == "supervised" and task not in CLASSIFICATION:
+        return "selection.normalization", (
+            '"supervised" makes up for labels that are left out by chance, and selection.strategy "suffix" leaves the '
+            'same ones out for certain: set it to "selected", or leave it out'
+        )
+    return None
+
+
 @rule("model.task", "selection.normalization")
-def _one_label_a_sample_needs_no_weights(task: str, normalization: str) -> tuple[str, str] | None:
-    if normalization != "supervised" and task in CLASSIFICATION:
+def _one_label_a_sample_needs_no_weights(task: str, normalization: str | None) -> tuple[str, str] | None:
+    if normalization == "selected" and task in CLASSIFICATION:
         return "selection.normalization", (
             f'"{normalization}" has no effect with model.task "{task}": the pooled token, which alone carries a label, '
             "is always selected"

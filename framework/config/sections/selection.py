@@ -12,20 +12,22 @@ from framework.config.sections.base import Auto, Section
 class SelectionConfig(Section):
     """Which tokens receive gradient. Without this section training is exact."""
 
-    strategy: Literal["none", "supervised", "uniform", "bernoulli"] = "none"
+    strategy: Literal["none", "supervised", "uniform", "bernoulli", "suffix"] = "none"
     """`none`: all tokens, exact. `supervised`: every labelled token, and a share of the context up to `ratio`.
-    `uniform`: a fixed count per sequence, without replacement. `bernoulli`: each token independently."""
+    `uniform`: a fixed count per sequence, without replacement. `bernoulli`: each token independently. `suffix`: the end
+    of every document, which is biased: what comes before is never trained."""
 
     ratio: Annotated[float, Field(gt=0, le=1)] | Literal["labelled", "auto"] | None = None
     """Selected tokens / all tokens that are not padding; "labelled" selects the labelled tokens only. "auto": the
-    planner chooses. Null: 1 for `none`, "labelled" for `supervised`; `uniform` and `bernoulli` need a number."""
+    planner chooses. Null: 1 for `none`, "labelled" for `supervised`; the other strategies need a number."""
 
     tokentune: bool = False
     """With `uniform`: always select the first and the last token, as the reference code of TokenTune does."""
 
-    normalization: Literal["supervised", "selected"] = "supervised"
+    normalization: Literal["supervised", "selected"] | None = None
     """`supervised`: the weighted sum of the selected losses over the count of all supervised tokens. `selected`:
-    TokenTune's mean over the selected supervised tokens."""
+    TokenTune's mean over the selected supervised tokens. Null: `selected` for `suffix`, which has no other, and
+    `supervised` for the rest."""
 
     correction: Annotated[float, Field(ge=0, le=1)] = 0.0
     """How much of the gradient's bias is removed that comes from taking unselected keys and values for constants: what
