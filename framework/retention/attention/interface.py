@@ -131,7 +131,14 @@ def _replay(
         output, lse = retained.known
         known = rows.by_sequence(output).transpose(1, 2), rows.by_sequence(lse).transpose(1, 2)
     call = ReplayCall(
-        retained.keys.operands(key, rows), retained.values.operands(value, rows), first, last, rows.positions, scale, None, known
+        retained.keys.operands(key, rows),
+        retained.values.operands(value, rows),
+        first,
+        last,
+        rows.positions,
+        scale,
+        None,
+        known,
     )
     slots = (rows.by_sequence(tensor.transpose(1, 2)).transpose(1, 2) for tensor in (query, key, value))
     return rows.from_sequences(replayed_attention(call, *slots, rows.correction).transpose(1, 2))
