@@ -23,6 +23,8 @@ from framework.retention.replay_key_programs import key_gradient_program, prepar
 from framework.retention.replay_query_programs import attend_program, query_gradient_program
 
 LARGEST_SIZE = 256
+# Rows of other sizes are not aligned, so that loads of them are slow.
+SIZE_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def attend(
     Head `h` reads the keys of head `h // (heads / kv_heads)`. Strides are free, but the last dimension is contiguous.
 
     Args:
-        query: `[batch, heads, slots, size]`, bfloat16, float16 or float32; size 16 to 256, and so the value's.
+        query: `[batch, heads, slots, size]`, bfloat16, float16 or float32; see `takes_heads`.
             What a slot without keys holds must be finite.
         key: `[batch, kv_heads, tokens, size]` in the query's type, or int8 with a scale.
         value: `[batch, kv_heads, tokens, value_size]`, likewise.
@@ -91,7 +93,7 @@ def attend(
         the natural log-sum-exp of the scores, float32 `[batch, heads, slots]`. A slot without keys has 0 and -inf.
 
     Raises:
-        ValueError: a head is larger than 256.
+        ValueError: `takes_heads` says no.
     """
     batch, heads, slots, size = query.shape
     value_size = value.shape[-1]
@@ -154,7 +156,7 @@ def attend_backward(
         Gradients of `query`, `selected_key` and `selected_value`, in their shapes, types and layouts.
 
     Raises:
-        ValueError: a head is larger than 256.
+        ValueError: `takes_heads` says no.
     """
     factors = {"scale": scale, "softcap": softcap}
     grad = _rows(grad)
@@ -173,8 +175,9 @@ class Prepared:
     """What both gradient kernels read.
 
     Attributes:
-        shift: log-sum-exp over log 2, infinite where a slot sees no key, float32 `[batch, heads, slots]`.
-        delta: sum of gradient times output, float32 `[batch, heads, slots]`.
+        shift: log-sum-exp over log 2, infinite where a slot sees no key, float32 `[batch, heads, padded]` with the
+            slots of whole tiles.
+        delta: sum of gradient times output, likewise.
         bounds: int32 `[batch, 4, tiles]`, what tiles of queries see; see `prepare_program`.
     """
 
@@ -186,8 +189,8 @@ class Prepared:
 def prepare(grad: Tensor, output: Tensor, lse: Tensor, first: Tensor, last: Tensor, queries: int) -> Prepared:
     """The first step of `attend_backward`, with tiles of so many queries."""
     batch, heads, slots, value_size = grad.shape
-    shift, delta = lse.new_empty(2, batch, heads, slots)
     tiles = triton.cdiv(slots, queries)
+    shift, delta = lse.new_empty(2, batch, heads, tiles * queries)
     bounds = first.new_empty(batch, 4, tiles)
     output = _rows(output)
     with _device_of(grad):
@@ -223,7 +226,7 @@ def query_gradient(
         query_gradient_program[triton.cdiv(slots, tile.queries), batch * heads](
             grad, query, key, value, key_scale, value_scale, first.contiguous(), last.contiguous(),
             prepared.shift, prepared.delta, target, *map(_strides, (grad, query, key, value, target)),
-            slots, key.shape[2], scale, factor, cap_slope,
+            slots, prepared.shift.shape[-1], key.shape[2], scale, factor, cap_slope,
             HEADS=heads, GROUP=heads // key.shape[1], SIZE=size, VALUE_SIZE=value.shape[-1], **_options(tile),
         )  # fmt: skip
     return target
@@ -245,6 +248,7 @@ def key_gradients(
     """The part of `attend_backward` that reads selected keys only; `prepared` with tiles of this kernel's queries."""
     batch, kv_heads, slots, size = selected_key.shape
     tile = tile_of("key_gradients", query, selected_value)
+    assert prepared.shift.shape[-1] == triton.cdiv(slots, tile.queries) * tile.queries
     factor, cap_slope = _score_factors(scale, softcap)
     query, selected_key, selected_value = _rows(query), _rows(selected_key), _rows(selected_value)
     grad_key, grad_value = torch.empty_like(selected_key), torch.empty_like(selected_value)
@@ -261,16 +265,24 @@ def key_gradients(
     return grad_key, grad_value
 
 
+def takes_heads(*sizes: int) -> bool:
+    """Whether the kernels take heads whose queries and values have these sizes."""
+    return all(size % SIZE_STEP == 0 and size <= LARGEST_SIZE for size in sizes)
+
+
 def tile_of(kernel: str, query: Tensor, value: Tensor) -> Tile:
     """The kernel's tile for these heads.
 
     Raises:
-        ValueError: a head is larger than 256.
+        ValueError: the kernels do not take their size.
     """
-    size = max(query.shape[-1], value.shape[-1])
-    if size > LARGEST_SIZE:
-        raise ValueError(f"the replay's attention kernels take heads of size up to {LARGEST_SIZE}, not {size}")
-    return FLOAT32_TILE if query.dtype == torch.float32 else TILES[kernel, max(64, triton.next_power_of_2(size))]
+    sizes = query.shape[-1], value.shape[-1]
+    if not takes_heads(*sizes):
+        raise ValueError(
+            f"the replay's attention kernels take heads of multiples of {SIZE_STEP} up to {LARGEST_SIZE}, "
+            f"not of {' and '.join(map(str, sizes))}"
+        )
+    return FLOAT32_TILE if query.dtype == torch.float32 else TILES[kernel, max(64, triton.next_power_of_2(max(sizes)))]
 
 
 def _options(tile: Tile) -> dict[str, int]:

@@ -27,8 +27,9 @@ def prepare_program(
     """What the gradient programs read of one tile of queries of one head.
 
     `shift`: the log-sum-exp in units of log 2, infinite for queries that see nothing, whose weights are then 0.
-    `delta`: the sum of `grad * output` over a row. `bounds [batch, 4, tiles]`: the least first and the greatest last
-    key of a tile of queries, then the greatest first and the least last key.
+    `delta`: the sum of `grad * output` over a row. Both `[batch, heads, tiles * QUERIES]`: with whole tiles, loads of
+    them are aligned and need no mask. `bounds [batch, 4, tiles]`: the least first and the greatest last key of a tile
+    of queries, then the greatest first and the least last key.
     """
     tile = tl.program_id(0)
     batch_head = tl.program_id(1).to(tl.int64)
@@ -37,15 +38,15 @@ def prepare_program(
     rows = start + tl.arange(0, QUERIES)
     low, high = load_intervals(first + batch * slots, last + batch * slots, start, slots, QUERIES)
     sees = low <= high
-    offsets = batch_head * slots + rows
-    sum_log = tl.load(lse + offsets, mask=sees, other=0.0)
-    tl.store(shift + offsets, tl.where(sees, sum_log * LOG2_E, float("inf")), mask=rows < slots)
+    offsets = batch_head * tl.num_programs(0) * QUERIES + rows
+    sum_log = tl.load(lse + batch_head * slots + rows, mask=sees, other=0.0)
+    tl.store(shift + offsets, tl.where(sees, sum_log * LOG2_E, float("inf")))
 
     grad += batch * grad_strides[0] + head * grad_strides[1]
     output += batch * output_strides[0] + head * output_strides[1]
     grads = load_rows(grad, start, grad_strides[2], slots, QUERIES, VALUE_SIZE, True).to(tl.float32)
     outputs = load_rows(output, start, output_strides[2], slots, QUERIES, VALUE_SIZE, True).to(tl.float32)
-    tl.store(delta + offsets, tl.where(sees, tl.sum(grads * outputs, 1), 0.0), mask=rows < slots)
+    tl.store(delta + offsets, tl.where(sees, tl.sum(grads * outputs, 1), 0.0))
 
     if head == 0:
         tiles = tl.num_programs(0)
@@ -98,12 +99,8 @@ def _gradient_tile(
     rows = start + tl.arange(0, QUERIES)
     query = load_rows(queries[0], start, queries[1], slots, QUERIES, SIZE, MASKED)
     grad = load_rows(grads[0], start, grads[1], slots, QUERIES, VALUE_SIZE, MASKED)
-    if MASKED:
-        shifts = tl.load(shift + rows, mask=rows < slots, other=float("inf"))
-        deltas = tl.load(delta + rows, mask=rows < slots, other=0.0)
-    else:
-        shifts = tl.load(shift + rows)
-        deltas = tl.load(delta + rows)
+    shifts = tl.load(shift + rows)
+    deltas = tl.load(delta + rows)
     scores = scores_of(key, query, cap_slope)
     weights = tl.exp2(scores * factor - shifts[None, :])
     if MASKED:
@@ -144,12 +141,13 @@ def key_gradient_program(
     positions = tl.load(position + batch * slots + rows, mask=rows < slots, other=-1)
     grad += batch * grad_strides[0] + kv_head * GROUP * grad_strides[1]
     query += batch * query_strides[0] + kv_head * GROUP * query_strides[1]
-    shift += batch_head * GROUP * slots
-    delta += batch_head * GROUP * slots
+    tiles = tl.cdiv(slots, QUERIES)
+    padded = tiles * QUERIES
+    shift += batch_head * GROUP * padded
+    delta += batch_head * GROUP * padded
 
     key_sums = tl.zeros([KEYS, triton.next_power_of_2(SIZE)], tl.float32)
     value_sums = tl.zeros([KEYS, triton.next_power_of_2(VALUE_SIZE)], tl.float32)
-    tiles = tl.cdiv(slots, QUERIES)
     lowest = tl.min(tl.where(positions >= 0, positions, NOWHERE))
     begin, full_begin, full_end, end = _query_tiles(bounds + batch * 4 * tiles, tiles, lowest, tl.max(positions))
     for index in range(0, (full_end - full_begin) * GROUP):
@@ -158,7 +156,7 @@ def key_gradient_program(
         grads = (grad + head * grad_strides[1], grad_strides[2])
         key_sums, value_sums = _gradient_tile(
             key_sums, value_sums, tile, keys, values, positions, queries, grads,
-            shift + head * slots, delta + head * slots, first, last,
+            shift + head * padded, delta + head * padded, first, last,
             factor, cap_slope, slots, SIZE, VALUE_SIZE, QUERIES, False,
         )  # fmt: skip
     for index in range(0, (full_begin - begin + end - full_end) * GROUP):
@@ -168,7 +166,7 @@ def key_gradient_program(
         grads = (grad + head * grad_strides[1], grad_strides[2])
         key_sums, value_sums = _gradient_tile(
             key_sums, value_sums, tile, keys, values, positions, queries, grads,
-            shift + head * slots, delta + head * slots, first, last,
+            shift + head * padded, delta + head * padded, first, last,
             factor, cap_slope, slots, SIZE, VALUE_SIZE, QUERIES, True,
         )  # fmt: skip
 

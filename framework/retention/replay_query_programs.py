@@ -114,15 +114,18 @@ def _gradient_tile(
     return tl.dot(grad_scores.to(query.dtype), key, sums, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["slots", "tokens"])
+@triton.jit(do_not_specialize=["slots", "padded", "tokens"])
 def query_gradient_program(
     grad, query, key, value, key_scale, value_scale, first, last, shift, delta, grad_query,
     grad_strides, query_strides, key_strides, value_strides, grad_query_strides,
-    slots, tokens, scale, factor, cap_slope,
+    slots, padded, tokens, scale, factor, cap_slope,
     HEADS: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one tile of queries of one head: three products for each tile of keys."""
+    """Gradient of one tile of queries of one head: three products for each tile of keys.
+
+    `shift`, `delta` `[batch, heads, padded]`: see `prepare_program`.
+    """
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     batch_head = tl.program_id(1).to(tl.int64)
     batch, head = batch_head // HEADS, batch_head % HEADS
@@ -138,8 +141,8 @@ def query_gradient_program(
     grads = load_rows(grads, start, grad_strides[2], slots, QUERIES, VALUE_SIZE, True)
     low, high = load_intervals(first + batch * slots, last + batch * slots, start, slots, QUERIES)
     rows = start + tl.arange(0, QUERIES)
-    shifts = tl.load(shift + batch_head * slots + rows, mask=rows < slots, other=float("inf"))
-    deltas = tl.load(delta + batch_head * slots + rows, mask=rows < slots, other=0.0)
+    shifts = tl.load(shift + batch_head * padded + rows, mask=rows < slots, other=float("inf"))
+    deltas = tl.load(delta + batch_head * padded + rows, mask=rows < slots, other=0.0)
 
     sums = tl.zeros([QUERIES, triton.next_power_of_2(SIZE)], tl.float32)
     begin, full_begin, full_end, end = key_tiles(low, high, KEYS)

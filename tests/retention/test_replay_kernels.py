@@ -76,15 +76,15 @@ def alternating(_, position):
 
 
 PROBLEMS = {
-    "causal": problem(100, [scattered(100, 40), scattered(100, 40, seed=1)], causal),
-    "fillers": problem(100, [scattered(100, 40, fillers=25), scattered(100, 40)], causal),
-    "nothing selected": problem(100, [scattered(100, 40, fillers=40), scattered(100, 40)], causal),
+    "causal": problem(100, [scattered(100, 40)], causal),
+    "fillers": problem(70, [scattered(70, 24, fillers=15), scattered(70, 24)], causal),
+    "nothing selected": problem(70, [scattered(70, 24, fillers=24), scattered(70, 24)], causal),
     "whole sequence": problem(70, [torch.arange(70)], causal),
-    "suffix": problem(130, [torch.arange(90, 130)], causal),
-    "sliding window": problem(150, [scattered(150, 75)], lambda _, p: (max(0, p - 69), p)),
-    "packed documents": problem(150, [scattered(150, 75)], packed(0, 11, 60, 64, 135)),
-    "bidirectional": problem(100, [scattered(80, 45), scattered(37, 45, fillers=10)], padded(80, 37)),
-    "out of order": problem(100, [scattered(100, 64)], alternating),
+    "suffix": problem(130, [torch.arange(98, 130)], causal),
+    "sliding window": problem(150, [scattered(150, 60)], lambda _, p: (max(0, p - 69), p)),
+    "packed documents": problem(130, [scattered(130, 50)], packed(0, 11, 50, 64, 115)),
+    "bidirectional": problem(100, [scattered(80, 35), scattered(37, 35, fillers=10)], padded(80, 37)),
+    "out of order": problem(100, [scattered(100, 48)], alternating),
 }
 
 
@@ -147,7 +147,7 @@ def error(actual, expected):
 
 
 def check(
-    p, *, heads=2, kv_heads=1, size=64, value_size=None, dtype=torch.float32, softcap=None, int8=False, spread=1.0
+    p, *, heads=1, kv_heads=1, size=64, value_size=None, dtype=torch.float32, softcap=None, int8=False, spread=1.0
 ):
     """Compare all results; returns the kernels' inputs and results."""
     value_size = value_size or size
@@ -194,9 +194,9 @@ def test_head_sizes(size, value_size):
     check(PROBLEMS["fillers"], size=size, value_size=value_size)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2), (3, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
 def test_grouped_heads(heads, kv_heads):
-    check(PROBLEMS["packed documents"], heads=heads, kv_heads=kv_heads, size=32)
+    check(PROBLEMS["fillers"], heads=heads, kv_heads=kv_heads, size=32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -206,7 +206,7 @@ def test_sixteen_bits(dtype, int8):
 
 
 def test_int8_keys_and_values_in_float32():
-    check(PROBLEMS["fillers"], int8=True, kv_heads=2)
+    check(PROBLEMS["fillers"], int8=True, heads=2, kv_heads=2)
 
 
 @pytest.mark.parametrize("softcap", [2.0, 30.0])
@@ -229,7 +229,7 @@ def test_output_and_log_sum_exp_of_another_kernel():
 
 
 def test_gradients_keep_layouts_and_may_come_expanded():
-    p = PROBLEMS["causal"]
+    p = PROBLEMS["fillers"]
     query, _, matrices, selected, output, lse, _, options = check(p)
     first, last, position = (tensor.to(DEVICE) for tensor in (p.first, p.last, p.position))
     arguments = (query, *matrices, output, lse, first, last, *selected, position)
@@ -246,8 +246,9 @@ def test_default_tiles(monkeypatch):
     check(problem(300, [scattered(300, 200)], causal), heads=1, dtype=torch.bfloat16)
 
 
-def test_larger_heads_are_refused():
-    query = torch.zeros(1, 1, 1, 320)
+@pytest.mark.parametrize("size", [40, 320])
+def test_other_sizes_are_refused(size):
+    query = torch.zeros(1, 1, 1, size)
     bounds = torch.zeros(1, 1, dtype=torch.int32)
-    with pytest.raises(ValueError, match="256"):
+    with pytest.raises(ValueError, match=f"multiples of 16 up to 256, not of {size} and {size}"):
         attend(query, query, query, bounds, bounds, scale=1.0)
