@@ -1,17 +1,16 @@
 """The replay's attention kernels against dense attention in float64."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from interpreted_triton import INTERPRETED, mend
+from replay_problems import Inputs, Problem, by_kernels, causal, dense, packed, padded, scattered, window
 
-from framework.retention import replay_kernels
-from framework.retention.replay_kernels import Tile, attend, attend_backward
+from framework.retention import replay_kernels, replay_key_programs
+from framework.retention.replay_kernels import Tile, attend
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# Largest error over largest magnitude. What is rounded to 16 bits: weights, their gradients and the results.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+# Largest error over largest magnitude. Weights, their gradients and the results are rounded to 16 bits.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,149 +32,43 @@ def set_tiles(monkeypatch, tile):
     monkeypatch.setattr(replay_kernels, "TILES", dict.fromkeys(replay_kernels.TILES, tile))
 
 
-@dataclass
-class Problem:
-    """Inputs of the kernels; `position`, `first`, `last` `[batch, slots]`."""
-
-    tokens: int
-    position: torch.Tensor
-    first: torch.Tensor
-    last: torch.Tensor
-
-
-def scattered(tokens, slots, fillers=0, seed=0):
-    """Sorted positions without repetition, then fillers."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(tokens, generator=generator)[: slots - fillers].sort().values
-    return torch.cat([chosen, torch.full((fillers,), -1)])
-
-
-def problem(tokens, rows, interval):
-    """A problem with positions `rows`, one row a sequence; `interval(sequence, position)` says what a token sees."""
-    position = torch.stack(rows)
-    seen = [[interval(b, p) if p >= 0 else (1, 0) for p in row] for b, row in enumerate(position.tolist())]
-    bounds = torch.tensor(seen, dtype=torch.int32)
-    return Problem(tokens, position.int(), bounds[..., 0].contiguous(), bounds[..., 1].contiguous())
-
-
-def causal(_, position):
-    return 0, position
-
-
-def packed(*starts):
-    return lambda _, position: (max(s for s in starts if s <= position), position)
-
-
-def padded(*lengths):
-    return lambda sequence, _: (0, lengths[sequence] - 1)
-
-
-def alternating(_, position):
+def out_of_order(_, position):
     """Intervals that are not in the order of the positions."""
     return (0, position) if position % 3 else (position // 2, 99)
 
 
 PROBLEMS = {
-    "causal": problem(100, [scattered(100, 40)], causal),
-    "fillers": problem(70, [scattered(70, 24, fillers=15), scattered(70, 24)], causal),
-    "nothing selected": problem(70, [scattered(70, 24, fillers=24), scattered(70, 24)], causal),
-    "whole sequence": problem(70, [torch.arange(70)], causal),
-    "suffix": problem(130, [torch.arange(98, 130)], causal),
-    "sliding window": problem(150, [scattered(150, 60)], lambda _, p: (max(0, p - 69), p)),
-    "packed documents": problem(130, [scattered(130, 50)], packed(0, 11, 50, 64, 115)),
-    "bidirectional": problem(100, [scattered(80, 35), scattered(37, 35, fillers=10)], padded(80, 37)),
-    "out of order": problem(100, [scattered(100, 48)], alternating),
+    "causal": Problem.of(100, [scattered(100, 40)], causal),
+    "fillers": Problem.of(70, [scattered(70, 24, fillers=15), scattered(70, 24)], causal),
+    "nothing selected": Problem.of(70, [scattered(70, 24, fillers=24), scattered(70, 24)], causal),
+    "whole sequence": Problem.of(70, [torch.arange(70)], causal),
+    "suffix": Problem.of(130, [torch.arange(98, 130)], causal),
+    "sliding window": Problem.of(150, [scattered(150, 60)], window(70)),
+    "packed documents": Problem.of(130, [scattered(130, 50)], packed(0, 11, 50, 64, 115)),
+    "bidirectional": Problem.of(100, [scattered(80, 35), scattered(37, 35, fillers=10)], padded(80, 37)),
+    "out of order": Problem.of(100, [scattered(100, 48)], out_of_order),
 }
 
 
-def draw(p, *, heads, kv_heads, size, value_size, dtype, int8=False, spread=1.0):
-    """Query, gradient of the output, keys and values with their scales, all on the device."""
-    generator = torch.Generator().manual_seed(0)
-    batch, slots = p.position.shape
-
-    def normal(*shape):
-        return spread * torch.randn(*shape, generator=generator)
-
-    # Strided as a model's projections are.
-    query = normal(batch, slots, heads, size).to(DEVICE, dtype).transpose(1, 2)
-    grad = normal(batch, slots, heads, value_size).to(DEVICE, dtype).transpose(1, 2)
-    matrices, scales = [], []
-    for width in (size, value_size):
-        matrix = normal(batch, kv_heads, p.tokens, width).to(DEVICE)
-        if int8:
-            scales.append(matrix.abs().amax(-1, keepdim=True) / 127)
-            matrices.append((matrix / scales[-1]).round().to(torch.int8))
-        else:
-            scales.append(None)
-            matrices.append(matrix.to(dtype))
-    return query, grad, matrices, scales
-
-
-def take(matrix, position):
-    """`[batch, kv_heads, tokens, size]` at the positions, with some row in fillers."""
-    index = position.clamp(min=0).long()[:, None, :, None].to(matrix.device)
-    return matrix.gather(2, index.expand(-1, matrix.shape[1], -1, matrix.shape[-1]))
-
-
-def reference(p, query, grad, key, value, scale, softcap=None):
-    """Output, log-sum-exp and gradients by autograd on all scores, in float64."""
-    query, grad, key, value = (tensor.double().cpu() for tensor in (query, grad, key, value))
-    query.requires_grad_()
-    rows = [take(matrix, p.position).requires_grad_() for matrix in (key, value)]
-    group = query.shape[1] // key.shape[1]
-    full = []
-    for matrix, selected in zip((key, value), rows, strict=True):
-        matrix = matrix.clone()
-        for b, slots in enumerate(p.position >= 0):
-            matrix[b, :, p.position[b, slots].long()] = selected[b][:, slots]
-        full.append(matrix.repeat_interleave(group, 1))
-    scores = scale * query @ full[0].mT
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    positions = torch.arange(p.tokens)
-    seen = (p.first[..., None] <= positions) & (positions <= p.last[..., None])
-    scores = scores.masked_fill(~seen[:, None], -torch.inf)
-    sees = seen.any(-1)[:, None, :, None]
-    weights = torch.where(sees, torch.where(sees, scores, 0.0).softmax(-1), 0.0)
-    output = weights @ full[1]
-    gradients = torch.autograd.grad(output, [query, *rows], grad)
-    return output.detach(), scores.logsumexp(-1).detach(), gradients
-
-
-def error(actual, expected):
-    return ((actual.double().cpu() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
-
-
-def check(
-    p, *, heads=1, kv_heads=1, size=64, value_size=None, dtype=torch.float32, softcap=None, int8=False, spread=1.0
-):
-    """Compare all results; returns the kernels' inputs and results."""
-    value_size = value_size or size
-    query, grad, matrices, scales = draw(
-        p, heads=heads, kv_heads=kv_heads, size=size, value_size=value_size, dtype=dtype, int8=int8, spread=spread
-    )
-    exact = [m if s is None else (m * s).to(dtype) for m, s in zip(matrices, scales, strict=True)]
-    scale = size**-0.5
-    output, lse, gradients = reference(p, query, grad, *exact, scale, softcap)
-    first, last, position = (tensor.to(DEVICE) for tensor in (p.first, p.last, p.position))
-    options = {"scale": scale, "softcap": softcap, "key_scale": scales[0], "value_scale": scales[1]}
-    got, got_lse = attend(query, *matrices, first, last, **options)
-    selected = [take(matrix, position) for matrix in exact]
-    got_gradients = attend_backward(grad, query, *matrices, got, got_lse, first, last, *selected, position, **options)
-    tolerance = TOLERANCE[dtype]
-    assert got.dtype == dtype and got.shape == output.shape and error(got, output) < tolerance
-    assert got_lse.dtype == torch.float32
-    finite = torch.isfinite(lse)
-    assert torch.equal(torch.isfinite(got_lse.cpu()), finite) and torch.all(got_lse.cpu()[~finite] == -torch.inf)
-    torch.testing.assert_close(got_lse.cpu()[finite].double(), lse[finite], rtol=tolerance, atol=tolerance)
-    for name, actual, expected in zip(("query", "key", "value"), got_gradients, gradients, strict=True):
-        assert actual.dtype == dtype and actual.shape == expected.shape
-        assert error(actual, expected) < tolerance, name
-    for results in (got, got_gradients[0]):
-        assert torch.all(results.transpose(1, 2)[(p.first > p.last).to(DEVICE)] == 0)
-    for results in got_gradients[1:]:
-        assert torch.all(results.transpose(1, 2)[(p.position < 0).to(DEVICE)] == 0)
-    return query, grad, matrices, selected, got, got_lse, got_gradients, options
+def check(problem, dtype=torch.float32, **options):
+    """Compare all results; returns the problem, its inputs and the kernels' results."""
+    problem = problem.to(DEVICE)
+    inputs = Inputs.draw(problem, dtype=dtype, **options)
+    expected, actual = dense(problem, inputs), by_kernels(problem, inputs)
+    for name, right in vars(expected).items():
+        left = getattr(actual, name)
+        assert left.shape == right.shape and left.dtype == (torch.float32 if name == "lse" else dtype), name
+    assert max(actual.errors(expected).values()) < TOLERANCE[dtype], actual.errors(expected)
+    blind, unselected = problem.first > problem.last, problem.position < 0
+    assert torch.all(actual.lse.transpose(1, 2)[blind] == -torch.inf)
+    for result, zero in (
+        ("output", blind),
+        ("grad_query", blind),
+        ("grad_key", unselected),
+        ("grad_value", unselected),
+    ):
+        assert torch.all(getattr(actual, result).transpose(1, 2)[zero] == 0), result
+    return problem, inputs, actual
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -216,34 +109,28 @@ def test_soft_cap(softcap):
 
 
 def test_output_and_log_sum_exp_of_another_kernel():
-    p = PROBLEMS["suffix"]
-    query, grad, matrices, selected, _, _, expected, options = check(p)
-    output, lse, _ = reference(p, query, grad, *matrices, options["scale"])
-    # As a gathered copy of all rows' is strided.
-    lse = lse.float().to(DEVICE).mT.contiguous().mT
-    first, last, position = (tensor.to(DEVICE) for tensor in (p.first, p.last, p.position))
-    output = output.float().to(DEVICE)
-    actual = attend_backward(grad, query, *matrices, output, lse, first, last, *selected, position, **options)
-    for one, other in zip(actual, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    problem, inputs, ours = check(PROBLEMS["suffix"], heads=2)
+    others = dense(problem, inputs)
+    # Rows that were gathered from those of all tokens are strided like this.
+    lse = others.lse.float().mT.contiguous().mT
+    gradients = inputs.backward(problem, others.output.float(), lse)
+    for actual, expected in zip(gradients, (ours.grad_query, ours.grad_key, ours.grad_value), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_keep_layouts_and_may_come_expanded():
-    p = PROBLEMS["fillers"]
-    query, _, matrices, selected, output, lse, _, options = check(p)
-    first, last, position = (tensor.to(DEVICE) for tensor in (p.first, p.last, p.position))
-    arguments = (query, *matrices, output, lse, first, last, *selected, position)
-    ones = torch.ones_like(output)
-    expected = attend_backward(ones, *arguments, **options)
-    actual = attend_backward(ones[:1, :1, :1, :1].expand_as(ones), *arguments, **options)
+def test_layouts_are_kept_and_gradients_may_come_expanded():
+    problem, inputs, ours = check(PROBLEMS["fillers"])
+    ones = torch.ones_like(ours.output)
+    expected = inputs.backward(problem, ours.output, ours.lse, ones)
+    actual = inputs.backward(problem, ours.output, ours.lse, ones[:1, :1, :1, :1].expand_as(ones))
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one, other)
-    assert actual[0].stride() == query.stride() and output.transpose(1, 2).is_contiguous()
+    assert ours.output.transpose(1, 2).is_contiguous() and ours.grad_query.stride() == inputs.query.stride()
 
 
 def test_default_tiles(monkeypatch):
     monkeypatch.undo()
-    check(problem(300, [scattered(300, 200)], causal), heads=1, dtype=torch.bfloat16)
+    check(Problem.of(300, [scattered(300, 200)], causal), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("size", [40, 320])
@@ -252,3 +139,9 @@ def test_other_sizes_are_refused(size):
     bounds = torch.zeros(1, 1, dtype=torch.int32)
     with pytest.raises(ValueError, match=f"multiples of 16 up to 256, not of {size} and {size}"):
         attend(query, query, query, bounds, bounds, scale=1.0)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a compiled kernel keeps its constants")
+def test_bounds_of_many_tiles_are_looked_at_in_turn(monkeypatch):
+    monkeypatch.setattr(replay_key_programs, "_SCAN", 2)
+    check(PROBLEMS["sliding window"])
