@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, get_args
+from typing import Any
 
-from framework.config import Config, RetentionConfig
+from framework.config import Config
 from framework.errors import UserError
 from framework.planner.choice import Choice
 from framework.planner.overrides import OFFLOAD, is_open, overrides, with_overrides
@@ -17,7 +17,8 @@ ENGINES = ("single", "fsdp", "deepspeed")
 
 POLICIES = ("all", "checkpoint", "selective")
 
-KV_FORMATS: tuple[str, ...] = get_args(RetentionConfig.model_fields["kv_format"].annotation)
+KV_FORMATS = ("model", "int8", "int4")
+"""Those that are chosen among; "recompute" computes more than it saves where heads share keys."""
 
 OFFLOADS = ((False, False), (True, True))
 """What is on the host with FSDP2 where that is open: optimiser and weights."""

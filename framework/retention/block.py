@@ -9,6 +9,7 @@ an unselected token is a constant.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
-from framework.retention.block_pass import BlockPass, Phase
-from framework.retention.randomness import ReplayedRandomness
+from framework.retention.block_pass import AllKeysFound, BlockPass, Phase
+from framework.retention.randomness import ReplayedRandomness, generator_states, set_generator_states
 from framework.retention.rows import SelectedRows
 
 
@@ -60,11 +61,34 @@ class BlockCall:
     current: BlockPass
     random: bool
     autocast: AutocastState
+    generators: list[Tensor] | None = None
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether the input of all tokens is kept, from which the replay gets keys and values again."""
+        return self.current.kv_format == "recompute"
 
     def record(self, hidden: Tensor) -> Any:
         """The block's output for all tokens, without a graph."""
+        if self.keeps_input and self.random:
+            self.generators = generator_states(hidden.device)
         with record_function(f"record {self.name}"), torch.no_grad(), self._pass(Phase.RECORD):
             return self.function(hidden, *self.others)
+
+    def find_keys(self, hidden: Tensor) -> None:
+        """Get keys and values of all tokens again, by a record pass that ends with the last of them."""
+        kept = self.current.attention
+        if not kept:
+            return
+        again = dataclasses.replace(self, current=BlockPass(self.current.rows, wanted=len(kept)))
+        devices = [hidden.device] if hidden.is_cuda else []
+        with torch.random.fork_rng(devices=devices, enabled=self.generators is not None):
+            if self.generators is not None:
+                set_generator_states(hidden.device, self.generators)
+            with contextlib.suppress(AllKeysFound):
+                again.record(hidden)
+        for mine, found in zip(kept, again.current.attention, strict=True):
+            mine.keys, mine.values = found.keys, found.values
 
     def replay(self, rows: Tensor) -> Tensor:
         """The block's output for `rows [1, rows, width]`, of the same shape, with a graph if enabled."""
@@ -114,7 +138,8 @@ class SelectiveBlock(torch.autograd.Function):
         """
         output = call.record(hidden)
         ctx.call = call
-        ctx.rows = call.current.rows.take(hidden)
+        ctx.rows = None if call.keeps_input else call.current.rows.take(hidden)
+        ctx.save_for_backward(hidden if call.keeps_input else None)
         ctx.parameters = parameters
         return output
 
@@ -125,8 +150,12 @@ class SelectiveBlock(torch.autograd.Function):
             raise RuntimeError("a token-selective block back-propagates once: its retained tensors are gone")
         call, ctx.call = ctx.call, None
         selected = call.current.rows
-        rows = ctx.rows.requires_grad_(ctx.needs_input_grad[2])
-        ctx.rows = None
+        rows, ctx.rows = ctx.rows, None
+        if call.keeps_input:
+            (hidden,) = ctx.saved_tensors
+            call.find_keys(hidden)
+            rows = selected.take(hidden)
+        rows.requires_grad_(ctx.needs_input_grad[2])
         with torch.enable_grad():
             output = call.replay(rows)
         grad_rows, grad_parameters = None, [None] * len(ctx.parameters)

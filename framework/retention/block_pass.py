@@ -17,6 +17,10 @@ from framework.retention.rows import SelectedRows
 from framework.retention.visibility import KeyRanges
 
 
+class AllKeysFound(Exception):  # not an error: it ends a record pass that has what it was for
+    """Keys and values of all attention calls are known."""
+
+
 class Phase(Enum):
     """The pass that a block is in."""
 
@@ -45,7 +49,10 @@ class RetainedAttention:
 
 @dataclass
 class BlockPass:
-    """One block's way from its record pass to its replay. Calls are matched in order, per module for linears."""
+    """One block's way from its record pass to its replay. Calls are matched in order, per module for linears.
+
+    `wanted` is the number of attention calls after which a record pass for their keys and values alone ends.
+    """
 
     rows: SelectedRows
     kv_format: str = "model"
@@ -54,6 +61,17 @@ class BlockPass:
     attention: deque[RetainedAttention] = field(default_factory=deque)
     linears: defaultdict[nn.Module, deque[Tensor | None]] = field(default_factory=lambda: defaultdict(deque))
     random: deque[Tensor] = field(default_factory=deque)
+    wanted: int | None = None
+
+    def keep(self, attention: RetainedAttention) -> None:
+        """Add an attention call of the record pass, before its output is computed.
+
+        Raises:
+            AllKeysFound: it was the last one that is wanted.
+        """
+        self.attention.append(attention)
+        if len(self.attention) == self.wanted:
+            raise AllKeysFound
 
     @contextlib.contextmanager
     def running(self, phase: Phase) -> Iterator[None]:

@@ -92,5 +92,17 @@ class Int4(Quantized):
     bits = 4
 
 
-KV_FORMATS: dict[str, Callable[[Tensor], Retained]] = {"model": AsIs, "int8": Int8, "int4": Int4}
+class Recomputed(AsIs):
+    """Nothing: the block's input is kept instead, and the tensor is put in when it is known again."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        del tensor
+
+
+KV_FORMATS: dict[str, Callable[[Tensor], Retained]] = {
+    "model": AsIs,
+    "int8": Int8,
+    "int4": Int4,
+    "recompute": Recomputed,
+}
 """By the config's `retention.kv_format`; each takes fewer bytes than the one before."""

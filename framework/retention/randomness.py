@@ -35,6 +35,13 @@ def generator_states(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state(), *on_device]
 
 
+def set_generator_states(device: torch.device, states: list[Tensor]) -> None:
+    """Set what `generator_states` gave."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
 class ReplayedRandomness(TorchFunctionMode):
     """Keeps the noise of every draw in the record pass and uses its selected rows in the replay.
 

@@ -50,7 +50,7 @@ TILES: dict[tuple[str, int], Tile] = {
     ("attend", 128): Tile(128, 64, 8, 3),
     ("attend", 256): Tile(128, 64, 8, 2),
     ("query_gradient", 64): Tile(128, 64, 8, 3),
-    ("query_gradient", 128): Tile(128, 64, 8, 2),
+    ("query_gradient", 128): Tile(128, 64, 8, 3),
     ("query_gradient", 256): Tile(64, 64, 4, 2),
     ("key_gradients", 64): Tile(64, 128, 8, 3),
     ("key_gradients", 128): Tile(64, 128, 8, 2),

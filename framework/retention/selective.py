@@ -43,7 +43,8 @@ class SelectiveRetention:
     Args:
         model: the Hugging Face model; changed in place.
         retain_linears: keep the linears' outputs at selected rows, so that the replay multiplies no matrices.
-        kv_format: how keys and values of all tokens are kept: `model` (as they are), `int8` or `int4`.
+        kv_format: how keys and values of all tokens are kept: `model` (as they are), `int8`, `int4` or
+            `recompute` (not: the block's input is).
         correction: see `SelectedRows`.
 
     Raises:

@@ -8,6 +8,7 @@ the function what attention needs: two integers a query.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class KeyRanges:
     everything: bool = False
 
     @classmethod
+    @functools.lru_cache(maxsize=16)
     def all_keys(cls, tokens: int, device: torch.device, *, causal: bool) -> KeyRanges:
         """Every key, or with `causal` those up to the query."""
         place = torch.arange(tokens, dtype=torch.int32, device=device)[None]

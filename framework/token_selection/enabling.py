@@ -52,7 +52,7 @@ def enable_token_selection(
         ratio: selected tokens over non-padding tokens, or `"labelled"`: labelled tokens only.
         retain_linears: keep linear outputs at selected rows, so that the backward pass recomputes no matrix product.
         kv_format: how keys and values of all tokens are kept, `model`, `int8` or `int4`; int4 changes the gradient
-            by several hundredths.
+            by several hundredths. `recompute` keeps the blocks' inputs, and computes keys and values again.
         seed: seed of the draws.
         tokentune: with `uniform`, force the first and the last token, as TokenTune does.
         normalization: `supervised`: unbiased, each loss weighted by the inverse of its probability; `selected`: mean

@@ -47,6 +47,7 @@ class RetentionConfig(Section):
     retain_linears: bool = False
     """With `selective`: also keep the linear layers' outputs at selected rows, so that no product is recomputed."""
 
-    kv_format: Literal["model", "int8", "int4"] = "model"
+    kv_format: Literal["model", "int8", "int4", "recompute"] = "model"
     """With `selective`: format of the retained keys and values; "model" is the type that the model computes in. int8
-    changes the gradient by less than a hundredth, int4 by several."""
+    changes the gradient by less than a hundredth, int4 by several. "recompute" keeps the block's input instead, and
+    computes keys and values of all tokens again: fewer bytes than "model" where every head has keys of its own."""

@@ -80,15 +80,16 @@ def _selective_attention(
     ranges = _ranges(name, module, attention_mask, key, kwargs)
     keep = KV_FORMATS[current.kv_format]
     if ranges is None:
-        output, weights = kernel(module, query, key, value, _native(attention_mask), **kwargs)
-        current.attention.append(RetainedAttention(keep(key), keep(value), mask=_native(attention_mask)))
-        return output, weights
+        mask = _native(attention_mask)
+        current.keep(RetainedAttention(keep(key), keep(value), mask=mask))
+        return kernel(module, query, key, value, mask, **kwargs)
     query, key, value = _autocast(query), _autocast(key), _autocast(value)
+    retained = RetainedAttention(keep(key), keep(value), ranges=ranges)
+    current.keep(retained)
     output, lse = attend_all(query, key, value, ranges, scale)
-    output, known = output.transpose(1, 2), None
+    output = output.transpose(1, 2)
     if current.retain_linears:
-        known = current.rows.take(output), current.rows.take(lse.transpose(1, 2))
-    current.attention.append(RetainedAttention(keep(key), keep(value), ranges=ranges, known=known))
+        retained.known = current.rows.take(output), current.rows.take(lse.transpose(1, 2))
     return output, None
 
 
