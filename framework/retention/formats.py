@@ -105,4 +105,4 @@ KV_FORMATS: dict[str, Callable[[Tensor], Retained]] = {
     "int4": Int4,
     "recompute": Recomputed,
 }
-"""By the config's `retention.kv_format`; each takes fewer bytes than the one before."""
+"""By the config's `retention.kv_format`."""
