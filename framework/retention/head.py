@@ -20,6 +20,20 @@ from framework.retention.blocks import backbone_of, blocks_of
 
 
 @contextlib.contextmanager
+def forward_in_place(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within this context a module has another forward; its hooks stay at work around it."""
+    previous = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if previous is None:
+            del module.forward
+        else:
+            module.forward = previous
+
+
+@contextlib.contextmanager
 def head_rows(model: PreTrainedModel, index: Tensor) -> Iterator[None]:
     """Within this context the model's final norm and head see chosen rows only; its logits are `[1, rows, width]`.
 
@@ -148,19 +162,11 @@ class _Chunking:
         Not a call of the model, whose hooks are at work around this one.
         """
         known = _with_hidden(output, rows[None])
-        chain = backbone_of(self.model).chain
-        previous = [vars(module).get("forward") for module in chain]
-        for module in chain:
-            module.forward = lambda *_, **__: known
-        try:
-            ids = torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device)
+        ids = torch.zeros(1, len(rows), dtype=torch.int64, device=rows.device)
+        with contextlib.ExitStack() as stack:
+            for module in backbone_of(self.model).chain:
+                stack.enter_context(forward_in_place(module, lambda *_, **__: known))
             return self.model.forward(input_ids=ids).logits[0]
-        finally:
-            for module, forward in zip(chain, previous, strict=True):
-                if forward is None:
-                    del module.forward
-                else:
-                    module.forward = forward
 
 
 @torch.no_grad()

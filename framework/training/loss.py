@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto as auto
 
 from framework.models.wrapping import unwrapped
-from framework.retention import head_in_chunks, head_rows
+from framework.retention import forward_in_place, head_in_chunks, head_rows, output_layer_of
 from framework.selection import Selection, supervised_positions
+from framework.training.fused_loss import fused_loss
 
 
 class LossKind(Enum):
@@ -121,9 +122,22 @@ def exact_loss(model: nn.Module, inputs: dict[str, Any], count: Tensor | float) 
     if kind is LossKind.POOLED:
         return rows_loss(_class_logits(model, arguments), inputs["labels"]) / count
     index, targets, _ = selected_supervised_rows(inputs["labels"], kind, None)
-    with head_rows(inner, index):
-        logits = model(**arguments, use_cache=False).logits[0]
-    return rows_loss(logits, targets) / count
+    layer = output_layer_of(inner)
+    if layer is None:
+        with head_rows(inner, index):
+            logits = model(**arguments, use_cache=False).logits[0]
+        return rows_loss(logits, targets) / count
+    plain = inner.forward
+
+    # The model returns the loss, so that engines see it leave.
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with fused_loss(inner, layer, index, targets, None, count) as fused:
+            output = plain(*args, **kwargs)
+        return fused.put_into(output)
+
+    with forward_in_place(inner, forward):
+        loss: Tensor = model(**arguments, use_cache=False).loss
+    return loss
 
 
 def _class_logits(model: nn.Module, arguments: dict[str, Any]) -> Tensor:
