@@ -33,17 +33,19 @@ def enable_token_selection(
     tokentune: bool = False,
     normalization: str | None = None,
     correction: float = 0.0,
+    fused_loss: bool = False,
 ) -> TokenSelection:
     """Make a model's training token-selective, in place.
 
     In train mode with labels, the forward value is the ordinary one, `loss` is Σ loss · weight over the selected
     supervised tokens divided by the batch's supervised tokens (or by `num_items_in_batch`), `logits` are those of the
-    selected supervised tokens, `[1, rows, vocabulary]`, and `loss.backward()` sends gradient through selected tokens
-    only. Gradients of parameters go to `.grad` by `backward()`; `torch.autograd.grad` over parameters is not supported.
-    In eval mode and under `no_grad` the model behaves as before. Classifiers with one label a sequence keep
-    their own loss, and the token that they pool is always selected; where they pool by a mean, `supervised` selects
-    all that enter it, which is all. The model gets a config of its own, a copy, and keeps it: other models over the
-    same object stay as they are. Position in the order of transforms: after adapters, before sharding.
+    selected supervised tokens, `[1, rows, vocabulary]`, or None with `fused_loss`, and `loss.backward()` sends gradient
+    through selected tokens only. Gradients of parameters go to `.grad` by `backward()`; `torch.autograd.grad` over
+    parameters is not supported. In eval mode and under `no_grad` the model behaves as before. Classifiers with one
+    label a sequence keep their own loss, and the token that they pool is always selected; where they pool by a mean,
+    `supervised` selects all that enter it, which is all. The model gets a config of its own, a copy, and keeps it:
+    other models over the same object stay as they are. Position in the order of transforms: after adapters, before
+    sharding.
 
     Args:
         model: a Hugging Face causal LM, masked LM or classifier with blocks, or a PEFT model around one.
@@ -63,6 +65,9 @@ def enable_token_selection(
             probability of their token. With 1 and independent draws (`bernoulli`) the mean gradient over all
             selections is the ordinary one: a gradient's path moves to earlier tokens only, so it enters each token
             at most once. Draws without replacement are independent up to their fixed count. The price is variance.
+        fused_loss: take the loss inside of the head, some rows at a time, so that no more logits than theirs ever
+            exist. `logits` is then None, and a loss has one backward pass. A head that is quantised, has an adapter or
+            is no plain linear layer makes logits all the same. Classifiers with one label a sequence do without.
 
     Returns:
         The state that is now on the model.
@@ -98,6 +103,7 @@ def enable_token_selection(
         seed=seed,
         tokentune=tokentune,
         normalization=normalization or normalization_of(strategy),
+        fused_loss=fused_loss,
     )
     give_own_configs(model)
     retention.install()

@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from framework.models.head import pooling_of
-from framework.retention import SelectiveRetention, head_rows
+from framework.retention import SelectiveRetention, head_rows, output_layer_of
 from framework.selection import (
     IGNORED,
     Selection,
@@ -23,6 +23,7 @@ from framework.selection import (
     supervised_positions,
 )
 from framework.token_selection.trainers import FUSED_HEAD, refuse_foreign_arguments
+from framework.training.fused_loss import fused_loss
 from framework.training.loss import LossKind, loss_kind, rows_loss, selected_supervised_rows
 
 
@@ -45,11 +46,12 @@ class TokenSelection:
         seed: int,
         tokentune: bool,
         normalization: str,
+        fused_loss: bool,
     ) -> None:
         self.retention = retention
         self.kind = loss_kind(model)
         self.strategy, self.ratio, self.seed, self.tokentune = strategy, ratio, seed, tokentune
-        self.normalization = normalization
+        self.normalization, self.fused_loss = normalization, fused_loss
         self.fixed: Selection | None = None
         self.mean_over_fixed = False
         self.drawn = 0
@@ -104,20 +106,25 @@ class TokenSelection:
         return inputs
 
     def _token_level(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Any:
-        """Σ loss · weight over selected supervised rows / count; logits of these rows only."""
+        """Σ loss · weight over selected supervised rows / count; logits of these rows only, or none."""
         labels, count = inputs.pop("labels"), inputs.pop("num_items_in_batch", None)
         supervised = supervised_positions(labels, causal=self.kind is LossKind.CAUSAL)
         selection = self._selection(supervised, inputs)
         index, targets, probability = selected_supervised_rows(labels, self.kind, selection.to(labels.device))
         weights = 1 / probability if self.normalization == "supervised" and probability is not None else None
+        if count is None:
+            count = len(index) if weights is None or self.mean_over_fixed else supervised.sum()
+        count = count.clamp(min=1) if torch.is_tensor(count) else max(1, count)
+        layer = output_layer_of(model) if self.fused_loss else None
+        if layer is not None:
+            with self.retention.selecting(selection), fused_loss(model, layer, index, targets, weights, count) as fused:
+                output = self.plain_forward(**inputs)
+            return fused.put_into(output)
         with self.retention.selecting(selection), head_rows(model, index):
             output = self.plain_forward(**inputs)
         is_tuple = isinstance(output, tuple)
         logits = output[0] if is_tuple else output.logits
-        loss = rows_loss(logits[0], targets, weights)
-        if count is None:
-            count = len(index) if weights is None or self.mean_over_fixed else supervised.sum()
-        loss = loss / (count.clamp(min=1) if torch.is_tensor(count) else max(1, count))
+        loss = rows_loss(logits[0], targets, weights) / count
         return (loss, *output) if is_tuple else type(output)(**{"loss": loss, **output})
 
     def _pooled(self, model: PreTrainedModel, inputs: dict[str, Any]) -> Any:

@@ -55,6 +55,7 @@ class Objective:
                 tokentune=config.selection.tokentune,
                 normalization=config.resolved_normalization,
                 correction=config.selection.correction,
+                fused_loss=True,
             )
             self._fallbacks = enabled.retention.fallbacks
         elif config.retention.policy == "checkpoint":

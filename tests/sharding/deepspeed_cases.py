@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+from unittest import mock
 
 import peft
 import torch
@@ -16,10 +17,13 @@ from framework.retention import apply_checkpointing
 from framework.selection import Selection
 from framework.sharding.fragments import Fragment
 from framework.token_selection import enable_token_selection, fixed_selection
+from framework.training import fused_loss
 from framework.training.loss import evaluation_loss, exact_loss
 from framework.training.optimizer import StochasticAdamW
 
 RANKS, ACCUMULATION, CLIP = 2, 2, 0.7
+CHUNK_ROWS = 3
+"""Rows whose logits exist at one time, so that there are several chunks."""
 SEQUENCES, TOKENS, PROMPT = 2, 16, 6
 SUPERVISED = RANKS * ACCUMULATION * SEQUENCES * (TOKENS - PROMPT)
 CONFIG = dict(
@@ -62,7 +66,7 @@ class Case:
         if self.policy == "checkpoint":
             apply_checkpointing(inner)
         elif self.policy == "selective":
-            enable_token_selection(model, strategy="supervised", retain_linears=True, kv_format="int8")
+            enable_token_selection(model, strategy="supervised", retain_linears=True, kv_format="int8", fused_loss=True)
         return model.train()
 
     def loss(self, model: nn.Module, step: int, micro: int, rank: int) -> Tensor:
@@ -159,6 +163,7 @@ def evaluation(model: nn.Module) -> float:
     return loss
 
 
+@mock.patch.object(fused_loss, "CHUNK_ROWS", CHUNK_ROWS)
 def reference(case: Case) -> Reference:
     """A case in one process."""
     model = case.build()

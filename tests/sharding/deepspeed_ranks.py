@@ -15,12 +15,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from deepspeed_cases import ACCUMULATION, CLIP, RANKS, Case, Memory, adamw, evaluation, options, stochastic
+from deepspeed_cases import ACCUMULATION, CHUNK_ROWS, CLIP, RANKS, Case, Memory, adamw, evaluation, options, stochastic
 from torch import Tensor, nn
 
 from framework.errors import UserError
 from framework.sharding.deepspeed import DeepSpeedEngine
 from framework.sharding.ranks import Place, Ranks, joined_ranks
+from framework.training import fused_loss
 
 STAGES = (0, 1, 2, 3)
 OFFLOAD = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
@@ -288,6 +289,7 @@ def main(directory: Path) -> None:
     torch.set_num_threads(1)
     # A name of transformers' own, of which it warns itself.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    fused_loss.CHUNK_ROWS = CHUNK_ROWS
     with joined_ranks(Place.of_environment(), timeout_seconds=120) as ranks:
         found = run(ranks, directory)
         torch.save(found, directory / f"{ranks.world_size}-{ranks.rank}.pt")

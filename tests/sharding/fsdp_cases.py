@@ -143,7 +143,8 @@ def retain(model: nn.Module, case: Case) -> None:
     if case.policy == "checkpoint":
         apply_checkpointing(unwrapped(model))
     elif case.policy == "selective":
-        framework.enable_token_selection(model, retain_linears=case.retain_linears, kv_format=case.kv_format)
+        options = {"retain_linears": case.retain_linears, "kv_format": case.kv_format}
+        framework.enable_token_selection(model, **options, fused_loss=True)
 
 
 def windows(first: int = 0, last: int = STEPS, size: int = MICRO_BATCHES):
