@@ -91,7 +91,7 @@ class FlopTally:
         retain_linears: the config's `retention.retain_linears`.
         kernel: the config's `model.attention`. `eager` computes every pair of the batch's tensors; `sdpa` does too
             where it is given a mask, which transformers leaves out for batches without padding, packing or a window
-            that matters; other kernels are taken to compute no pair in vain.
+            that matters, and which selective blocks do without; other kernels are taken to compute no pair in vain.
 
     Attributes:
         batch: the last micro-batch, for messages.
@@ -136,10 +136,18 @@ class FlopTally:
             seen, queries, both = seen_pairs(batch.documents, chosen, reach)
             executed, replayed = shape.numel() * shape[1], shape[0] * slots * shape[1]
             limit = min(reach.window or shape[1], reach.chunk or shape[1])
+            triangle = shape[0] * shape[1] * (shape[1] + 1) // 2
             if self.kernel not in ("eager", "sdpa"):
                 executed, replayed = seen, queries
+            elif self.kernel == "sdpa" and self.policy == "selective":
+                # Selective blocks take no mask: padding after causal rows changes nothing, and packed padding is one
+                # more document.
+                packed = batch.documents.where(real, int(batch.documents.max()) + 1)
+                padded = "attention_mask" in batch.inputs and reach.causal and limit >= shape[1]
+                executed = triangle if padded else seen_pairs(packed, chosen, reach)[0]
+                replayed = queries
             elif self.kernel == "sdpa" and not masked and reach.causal and limit >= shape[1]:
-                executed = shape[0] * shape[1] * (shape[1] + 1) // 2
+                executed = triangle
                 replayed = executed if selection is None else replayed
             self._pairs[reach] += Pairs(seen, queries, both, executed, replayed)
 
@@ -180,7 +188,9 @@ class FlopTally:
         if not block.differentiated:
             return total
         again, again_pairs = (rows.replayed, pairs.replayed) if selective else (rows.executed, pairs.executed)
-        total += (products.forward + products.trained) * again + 2 * pair * again_pairs
+        # A replay that is not the kernel's own has gradients of selected keys and values only.
+        keys_pairs = pairs.both if selective and self.kernel != "eager" else again_pairs
+        total += (products.forward + products.trained) * again + pair * (again_pairs + keys_pairs)
         if self.kernel != "eager" and block.attention is not None:
             # Fused kernels keep no scores: their backward pass computes them once more (arXiv 2307.08691, 2.3.2).
             total += block.attention.heads * block.attention.key_size * again_pairs
@@ -188,7 +198,8 @@ class FlopTally:
             total += products.forward * again + pair * again_pairs
         elif selective:
             kept = products.linear if self.retain_linears else 0
-            total += (products.forward - kept) * again + pair * again_pairs
+            known = self.retain_linears and self.kernel != "eager"
+            total += (products.forward - kept) * again + pair * (0 if known else again_pairs)
         return total
 
     def _pairs_of(self, block: BlockProducts) -> tuple[Pairs, int]:

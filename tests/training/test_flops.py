@@ -40,8 +40,33 @@ def backward_formula(grad, query, key, value, *_, out_shape=None, **__):
     return sdpa_backward_flop_count(grad, query, by_query_heads(query, key), by_query_heads(query, value))
 
 
-# torch counts neither of these on the CPU; the formulas are its own, those of the kernels on CUDA.
+def visible_pairs(first, last):
+    return int((last - first + 1).clamp(min=0).sum())
+
+
+def attend_formula(query, key, value, key_scale, value_scale, first, last, *_, out_val=None, **__):
+    return 2 * visible_pairs(first, last) * query.shape[1] * (query.shape[-1] + value.shape[-1])
+
+
+def attend_backward_formula(
+    grad, query, key, value, key_scale, value_scale, output, lse, first, last, selected_key, selected_value, positions,
+    *_, out_val=None, **__,
+):  # fmt: skip
+    """Scores, and the gradients of shares and queries, for keys that a query sees; two more for selected ones."""
+    seen = (first[..., None] <= positions[:, None]) & (positions[:, None] <= last[..., None])
+    both = int((seen & (positions[:, None] >= 0)).sum())
+    size, value_size = query.shape[-1], value.shape[-1]
+    by_query = visible_pairs(first, last) * (2 * size + value_size)
+    return 2 * query.shape[1] * (by_query + both * (size + value_size))
+
+
+# Given tensors, not their shapes.
+attend_formula._get_raw = attend_backward_formula._get_raw = True
+
+# torch counts none of these on the CPU; two formulas are its own, those of the kernels on CUDA.
 CPU_ATTENTION = {
+    torch.ops.selectrain.attend: attend_formula,
+    torch.ops.selectrain.attend_backward: attend_backward_formula,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: forward_formula,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward_formula,
 }
