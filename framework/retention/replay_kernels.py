@@ -158,7 +158,7 @@ def attend_backward(
     Raises:
         ValueError: `takes_heads` says no.
     """
-    factors = {"scale": scale, "softcap": softcap}
+    factors: dict[str, Any] = {"scale": scale, "softcap": softcap}
     grad = _rows(grad)
     prepared = prepare(grad, output, lse, first, last, tile_of("key_gradients", query, value).queries)
     grad_query = query_gradient(
@@ -304,7 +304,7 @@ def _scales(scales: Tensor | None, levels: Tensor) -> Tensor | None:
     return None if scales is None else scales.contiguous()
 
 
-def _strides(tensor: Tensor) -> tuple[int, int, int]:
+def _strides(tensor: Tensor) -> tuple[int, ...]:
     return tensor.stride()[:3]
 
 
