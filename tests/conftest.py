@@ -27,6 +27,9 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+# What launchers set. Ranks are processes of their own, or undo it.
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 TINY_SPECIAL_TOKENS = ["<pad>", "<bos>", "<end>", "<user>", "<assistant>", "<unk>"]
 
 TINY_CHAT_TEMPLATE = (
@@ -71,6 +74,17 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("XDG_CACHE_HOME", str(path))
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("profiles")))
         yield path
+
+
+@pytest.fixture(autouse=True)
+def no_rank_left() -> Iterator[None]:
+    """Fail a test that leaves its process a rank of something, which libraries would believe in later tests."""
+    yield
+    left = [name for name in RANK_VARIABLES if os.environ.pop(name, None) is not None]
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        left.append("a process group")
+    assert not left, f"left behind: {', '.join(left)}"
 
 
 @pytest.fixture

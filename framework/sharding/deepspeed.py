@@ -63,7 +63,7 @@ class DeepSpeedEngine:
         self._dtype = _HELD_DTYPES.get(precision, torch.float32) if self._stage > 0 else None
         self._sum_dtype = _SUM_DTYPES.get(precision, torch.float32)
         self._scale = _loss_scale(options["fp16"]) if self._precision.loss_scaling else None
-        self._deepspeed = deepspeed_package(ranks, self.device, options)
+        self._deepspeed = deepspeed_package(self.device, options)
         saves_memory = options["zero_optimization"].get("memory_efficient_linear", True)
         self._linear = linear_of_zero3 if self.sharded and saves_memory else nullcontext
 

@@ -14,14 +14,12 @@ import torch
 import torch.distributed as dist
 
 from framework.errors import UserError
-from framework.sharding.ranks import Ranks
 
 
-def deepspeed_package(ranks: Ranks, device: torch.device, options: dict[str, Any]) -> Any:
+def deepspeed_package(device: torch.device, options: dict[str, Any]) -> Any:
     """The package, quiet, for this device and without compiling anything.
 
     Args:
-        ranks: connected.
         device: that computes.
         options: DeepSpeed's JSON.
 
@@ -30,8 +28,6 @@ def deepspeed_package(ranks: Ranks, device: torch.device, options: dict[str, Any
     """
     # DeepSpeed chooses its device by what the machine has, and warns where that is none.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    # What launchers set; a process that was started without one is alone on its machine.
-    os.environ.setdefault("LOCAL_RANK", str(ranks.place.local_rank))
     try:
         import deepspeed
         from deepspeed.accelerator import get_accelerator

@@ -114,6 +114,8 @@ def joined_ranks(place: Place, *, timeout_seconds: int, needed: bool = True) -> 
     with an error. After an error the connections are left as they are, to be closed by the end of the process: taking
     them down in order needs the others, which may be gone.
 
+    Within it `LOCAL_RANK` says the place, too, where no launcher has set it: DeepSpeed reads it at any time.
+
     Args:
         place: of this process.
         timeout_seconds: for every exchange.
@@ -127,7 +129,8 @@ def joined_ranks(place: Place, *, timeout_seconds: int, needed: bool = True) -> 
         _connect(place, timeout)
     ranks = Ranks(place, dist.new_group(backend="gloo", timeout=timeout))
     try:
-        yield ranks
+        with _local_rank_said(place):
+            yield ranks
         # Whoever leaves first would close connections that others still read from.
         ranks.barrier()
     except BaseException:
@@ -136,6 +139,19 @@ def joined_ranks(place: Place, *, timeout_seconds: int, needed: bool = True) -> 
         raise
     if not found:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _local_rank_said(place: Place) -> Iterator[None]:
+    """Say it as launchers do, and no longer than needed: what is in the environment later is taken for a launch."""
+    if "LOCAL_RANK" in os.environ:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = str(place.local_rank)
+    try:
+        yield
+    finally:
+        del os.environ["LOCAL_RANK"]
 
 
 def _connect(place: Place, timeout: timedelta) -> None:

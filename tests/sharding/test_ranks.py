@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -87,7 +88,9 @@ def test_one_process_talks_to_nobody():
 def test_an_engine_that_shards_works_in_one_process_too():
     with joined_ranks(Place(), timeout_seconds=10) as ranks:
         assert dist.get_world_size() == 1 and ranks.sum([5]) == [5]
-    assert not dist.is_initialized()
+        # DeepSpeed reads it, and Accelerate would take it for a launch afterwards.
+        assert os.environ["LOCAL_RANK"] == "0"
+    assert not dist.is_initialized() and "LOCAL_RANK" not in os.environ
     with joined_ranks(Place(), timeout_seconds=10, needed=False) as ranks:
         assert not dist.is_initialized() and ranks.sum([5]) == [5]
 
