@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
-from slurm_lab import Lab, LabError, Settings, can_crash
+from slurm_cluster import Lab, can_crash
+from slurm_files import LabError, Settings
 from slurm_runs import Runs
 
 REQUIRED = "SELECTRAIN_REQUIRE_SLURM"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import forked
-from slurm_lab import Lab
+from slurm_cluster import Lab
 from small_run import small_run
 
 from framework.cluster.files import JobFiles, Start
