@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from changed_settings import change
 from small_run import small_run
 from torch.distributed.run import get_args_parser
 
@@ -30,9 +31,7 @@ def config(tmp_path: Path, tiny_tokenizer_path: Path) -> Callable[..., str]:
         settings = small_run(home, tiny_tokenizer_path) | {"sharding": {"engine": "fsdp"}}
         settings["hardware"] = {"gpus_per_node": 2}
         settings["training"]["micro_batch_size"] = 1
-        for key, value in changes.items():
-            section, key = key.split("__")
-            settings.setdefault(section, {})[key] = value
+        change(settings, changes)
         path = home / "config.json"
         path.write_text(json.dumps(settings))
         return str(path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from changed_settings import change
+
 from framework.config import Config
 
 OPEN: dict[str, dict[str, Any]] = {
@@ -22,11 +24,5 @@ OPEN: dict[str, dict[str, Any]] = {
 def open_job(**changes: Any) -> Config:
     """The job, with changes given as `section__key=value`; `...` leaves the key out."""
     settings = {section: dict(keys) for section, keys in OPEN.items()}
-    for name, value in changes.items():
-        section, key = name.split("__")
-        keys = settings.setdefault(section, {})
-        if value is ...:
-            del keys[key]
-        else:
-            keys[key] = value
+    change(settings, changes)
     return Config.model_validate(settings)

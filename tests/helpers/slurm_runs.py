@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import forked
+from changed_settings import change
 from slurm_cluster import Lab
 from small_run import small_run
 
@@ -55,9 +56,7 @@ class Runs:
         if step_seconds:
             (home / "sitecustomize.py").write_text(SLOW.format(seconds=step_seconds))
             settings["cluster"]["setup"] = [f"export PYTHONPATH={shlex.quote(str(home))}"]
-        for key, value in changes.items():
-            section, key = key.split("__")
-            settings.setdefault(section, {})[key] = value
+        change(settings, changes)
         path = home / "config.json"
         path.write_text(json.dumps(settings))
         return path
@@ -124,9 +123,7 @@ class Runs:
         settings = json.loads(config.read_text())
         settings["run"]["output_dir"] = str(config.parent / "alone")
         settings["sharding"] = {"engine": "single"}
-        for key, value in changes.items():
-            section, key = key.split("__")
-            settings[section][key] = value
+        change(settings, changes)
         alone = config.with_name("alone.json")
         alone.write_text(json.dumps(settings))
         ended = forked.fork_script(self.directory, forked.TRAIN, ["--config", str(alone)]).wait()

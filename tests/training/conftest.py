@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from changed_settings import change
 from small_run import small_run
 from task_runs import MODELS as TASK_MODELS
 from task_runs import SELECTIONS, write_data
@@ -26,9 +27,7 @@ def write_config(settings: dict[str, Any], tmp_path: Path) -> Callable[..., Path
     """Write the settings, with changes given as `section__key=value`, to a file."""
 
     def write(**changes: Any) -> Path:
-        for name, value in changes.items():
-            section, key = name.split("__")
-            settings.setdefault(section, {})[key] = value
+        change(settings, changes)
         path = tmp_path / "config.json"
         path.write_text(json.dumps(settings))
         return path
