@@ -5,8 +5,10 @@
 
 Every arm of a row takes the same step (forward, backward, fused AdamW with learning rate 0) on the same weights and
 batch, in one process. The labels are the last tokens of each sequence, a tenth of them; a ratio adds context before
-them, so that exact and selective arms have one loss. The bound of a selective arm is the time of `all` (or, where that
-does not fit, of `checkpoint`) times the operations that each needs: `framework/training/flops.py` says what counts.
+them, so that exact and selective arms have one loss. The bound of an arm is the time of forward and backward pass of
+`all` (or, where that does not fit, of `checkpoint`) times the operations that the arm needs over those that this one
+runs, plus the optimiser's time, which is measured by itself: `framework/training/flops.py` says what counts.
+`best_exact` is `tools/best_exact.py`, with cuDNN's attention.
 With `--cap` the process may take so many GiB; each arm's longest sequence is found from the peaks of two short ones and
 then run.
 """
@@ -14,6 +16,7 @@ then run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import math
@@ -28,6 +31,7 @@ from bench_step import build_model, draw_batch
 from gpu_cases import MODELS
 from step_cost import Arm, Case
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from framework.data import Batch
 from framework.models.products import matrix_products
@@ -61,7 +65,8 @@ def operations(model: nn.Module, arm: Arm, inputs: dict[str, Tensor], selection:
     documents = torch.arange(len(labels))[:, None].expand(labels.shape).contiguous()
     batch = Batch({"input_ids": labels, "labels": labels}, documents, supervised, int(supervised.sum()))
     tally.add(batch, selection)
-    return tally.flops().model if arm.policy != "checkpoint" else tally.flops().hardware
+    flops = tally.flops()
+    return flops.hardware if policy == "checkpoint" else flops.model
 
 
 class Bench:
@@ -92,14 +97,37 @@ class Bench:
         }
         self.case = Case(model, inputs, self.selections, arms)
 
+    def optimizer_seconds(self) -> float:
+        """The median time of the optimiser's step, with gradients of zero."""
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        seconds = []
+        for _ in range(4):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            self.case.optimizer.step()
+            torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begun)
+        self.case.optimizer.zero_grad(set_to_none=True)
+        return statistics.median(seconds[1:])
+
+    def profile(self, arm: Arm) -> str:
+        """Where the device's time of one step goes, by operator."""
+        self.case.step(arm)
+        kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=kinds) as profiler:
+            self.case.step(arm)
+        return profiler.key_averages().table(sort_by="self_cuda_time_total", row_limit=45, max_name_column_width=60)
+
     def measure(self, arm: Arm, steps: int) -> dict[str, Any]:
         """Seconds, tokens per second and peak bytes, weights and optimiser included, or the error."""
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         try:
-            self.case.step(arm)
-            seconds = [self.case.step(arm) for _ in range(steps)]
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if arm.policy == "best_exact" else contextlib.nullcontext():
+                self.case.step(arm)
+                seconds = [self.case.step(arm) for _ in range(steps)]
         except torch.OutOfMemoryError:
             self.case.optimizer.zero_grad(set_to_none=True)
             return {"error": "out of memory"}
@@ -114,7 +142,9 @@ class Bench:
         }
 
 
-def speeds(model: nn.Module, batch: int, sequence: int, ratios: Sequence[float], steps: int) -> list[dict[str, Any]]:
+def speeds(
+    model: nn.Module, batch: int, sequence: int, ratios: Sequence[float], steps: int, *, profile: bool
+) -> list[dict[str, Any]]:
     """A row for each arm, with its bound."""
     arms = arms_of(ratios)
     bench = Bench(model, batch, sequence, arms)
@@ -123,10 +153,15 @@ def speeds(model: nn.Module, batch: int, sequence: int, ratios: Sequence[float],
         found = {"arm": arm.name, "batch": batch, "sequence": sequence, **bench.measure(arm, steps)}
         rows.append(found)
         print(json.dumps(found), flush=True)
+        if profile and arm.policy == "selective":
+            print(bench.profile(arm), flush=True)
     baseline = next((row for row in rows if "seconds" in row), None)
+    optimizer = bench.optimizer_seconds()
     for row in rows:
         if baseline is not None and "seconds" in row:
-            bound = baseline["seconds"] * row["operations"] / baseline["operations"]
+            share = row["operations"] / baseline["operations"]
+            bound = (baseline["seconds"] - optimizer) * share + optimizer
+            row |= {"optimizer_seconds": optimizer, "of_operations": share}
             row |= {"bound_seconds": bound, "of_bound": bound / row["seconds"], "baseline": baseline["arm"]}
     return rows
 
@@ -177,6 +212,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not")
     parser.add_argument("--blocks", type=int, help="of the model, instead of its own")
     parser.add_argument("--cap", type=float, help="GiB that the process may take: find the longest sequences")
+    parser.add_argument("--profile", action="store_true", help="print where the time of the selective arms goes")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     args = parser.parse_args()
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(0), "model": args.model, "rows": []}
@@ -198,7 +234,9 @@ def main() -> None:
             result["rows"] += [{"tuning": tuning, "cap_gib": args.cap, **row} for row in rows]
         else:
             for sequence in args.sequences:
-                rows = speeds(model, max(1, args.tokens // sequence), sequence, args.ratios, args.steps)
+                rows = speeds(
+                    model, max(1, args.tokens // sequence), sequence, args.ratios, args.steps, profile=args.profile
+                )
                 result["rows"] += [{"tuning": tuning, **row} for row in rows]
         args.output.write_text(json.dumps(result, indent=1) + "\n")
         del model

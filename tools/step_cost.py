@@ -110,7 +110,7 @@ def arm_model(model: nn.Module, arm: Arm) -> nn.Module:
         apply_best_checkpointing(unwrapped(result))
     elif arm.policy == "selective":
         options = {"retain_linears": arm.retain_linears, "kv_format": arm.kv_format}
-        enable_token_selection(result, strategy="uniform", ratio=arm.ratio, **options)
+        enable_token_selection(result, strategy="uniform", ratio=arm.ratio, fused_loss=True, **options)
     return result
 
 
