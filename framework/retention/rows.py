@@ -53,8 +53,9 @@ class SelectedRows:
         slot = valid.cumsum(1)[sequence, place] - 1
         self.host_positions = torch.full((self.batch, self.slots), -1, dtype=torch.int64)
         self.host_positions[sequence, slot] = position
-        self.sequence, self.position, self.slot = (
-            index.to(device, non_blocking=True) for index in (sequence, position, sequence * self.slots + slot)
+        self.sequence, self.position, self.slot, self.token = (
+            index.to(device, non_blocking=True)
+            for index in (sequence, position, sequence * self.slots + slot, sequence * tokens + position)
         )
         self.positions = self.host_positions.to(device, torch.int32, non_blocking=True)
         self.correction: Tensor | None = None
@@ -79,11 +80,18 @@ class SelectedRows:
 
     def take(self, tensor: Tensor) -> Tensor:
         """`[batch, tokens, …]` to `[1, rows, …]`, a copy."""
+        if tensor.is_contiguous():
+            # A GPU copies whole rows here, and single elements where it is given two indices.
+            flat = tensor.view(self.batch * self.tokens, -1)
+            return flat.index_select(0, self.token).view(1, -1, *tensor.shape[2:])
         return tensor[self.sequence, self.position][None]
 
     def put(self, tensor: Tensor, rows: Tensor) -> None:
         """Write `rows [1, rows, …]` into `tensor [batch, tokens, …]` in place."""
-        tensor[self.sequence, self.position] = rows[0]
+        if tensor.is_contiguous():
+            tensor.flatten(0, 1).index_copy_(0, self.token, rows[0].to(tensor.dtype))
+        else:
+            tensor[self.sequence, self.position] = rows[0]
 
     @cached_property
     def row_of_token(self) -> Tensor:
