@@ -26,6 +26,7 @@ from framework.config.sections import (
     ShardingConfig,
     TrainingConfig,
 )
+from framework.linear_names import Retained
 
 RESULT_NEUTRAL_SECTIONS = frozenset({"checkpoint", "logging", "hardware", "planner", "cluster"})
 """Sections that say how a run is watched, saved or described, and leave its losses as they are."""
@@ -40,6 +41,7 @@ RESULT_NEUTRAL_KEYS = {
 PLANNED_KEYS = (
     "selection.ratio",
     "retention.policy",
+    "retention.retain_linears",
     "sharding.engine",
     "sharding.zero_stage",
     "training.micro_batch_size",
@@ -165,6 +167,13 @@ class Config(Section):
         # A classifier's loss is of its pooled tokens, all of which are selected.
         biased = self.selection.strategy == "suffix" and self.model.task not in CLASSIFICATION
         return "selected" if biased else "supervised"
+
+    @property
+    def retained_linears(self) -> Retained:
+        """`retention.retain_linears` of a config in which it is not open."""
+        chosen = self.retention.retain_linears
+        assert chosen != "auto", "retention.retain_linears is open"
+        return chosen if isinstance(chosen, bool) else tuple(chosen)
 
     @property
     def mask_probability(self) -> float:

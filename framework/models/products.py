@@ -12,7 +12,7 @@ loha, lokr, shira and vera, among others) count none of their own.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from framework.retention.linears import PackedLinear
+from framework.linear_names import retains
+from framework.retention.linears import linear_paths
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,13 @@ class Products:
     Attributes:
         forward: of all of them.
         trained: of those that receive a gradient.
-        linear: of those that are linear layers whose outputs can be retained; the others are routers, and the experts
-            that a row is routed to.
     """
 
     forward: int = 0
     trained: int = 0
-    linear: int = 0
 
     def __add__(self, other: Products) -> Products:
-        return Products(self.forward + other.forward, self.trained + other.trained, self.linear + other.linear)
+        return Products(self.forward + other.forward, self.trained + other.trained)
 
 
 class Reach(NamedTuple):
@@ -83,6 +81,20 @@ class Attention:
         return self.heads * (self.key_size + self.value_size)
 
 
+class LinearLayer(NamedTuple):
+    """A linear layer whose output can be retained.
+
+    Attributes:
+        path: within its block, see `framework.linear_names`.
+        inputs: elements of a row that it is given.
+        outputs: elements of a row that it gives.
+    """
+
+    path: str
+    inputs: int
+    outputs: int
+
+
 @dataclass(frozen=True)
 class BlockProducts:
     """One block.
@@ -92,12 +104,19 @@ class BlockProducts:
         products: of a row.
         attention: None for a block that mixes tokens in another way.
         differentiated: it or anything below it is trained, so that the backward pass goes through it.
+        linears: those of the matrices that are linear layers whose outputs can be retained; the others are routers, and
+            the experts that a row is routed to.
     """
 
     name: str
     products: Products
     attention: Attention | None
     differentiated: bool
+    linears: tuple[LinearLayer, ...] = ()
+
+    def retained(self, chosen: bool | Collection[str]) -> int:
+        """Multiply-adds of a row in those linear layers that `retention.retain_linears` means."""
+        return sum(each.inputs * each.outputs for each in self.linears if retains(chosen, each.path))
 
 
 @dataclass(frozen=True)
@@ -136,8 +155,10 @@ def matrix_products(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> 
     counted = []
     for index, (name, block) in enumerate(blocks.items()):
         differentiated = differentiated or any(p.requires_grad for p in block.parameters())
-        products = of(_active_modules(block))
-        counted.append(BlockProducts(name, products, _attention(block, config, index), differentiated))
+        modules = list(_active_modules(block))
+        paths = linear_paths(block)
+        linears = tuple(_linear(module, paths[module]) for module in modules if module in paths)
+        counted.append(BlockProducts(name, of(modules), _attention(block, config, index), differentiated, linears))
     return ModelProducts(
         blocks=tuple(counted),
         body=of(module for module in active if id(module) in body_modules),
@@ -153,16 +174,22 @@ def _active_modules(module: nn.Module) -> Iterator[nn.Module]:
             yield from _active_modules(child)
 
 
+def _linear(module: nn.Module, path: str) -> LinearLayer:
+    if isinstance(module, Conv1D):
+        return LinearLayer(path, *module.weight.shape)
+    assert isinstance(module, nn.Linear)
+    return LinearLayer(path, module.in_features, module.out_features)
+
+
 def _products(module: nn.Module, experts_per_token: int) -> Products:
     """Of the module's own parameters."""
     if isinstance(module, nn.Linear):
         # A quantised weight has another shape than the matrix that it stands for.
         size = module.in_features * module.out_features
-        retainable = type(module) is nn.Linear or isinstance(module, PackedLinear)
-        return Products(size, size * module.weight.requires_grad, size * retainable)
+        return Products(size, size * module.weight.requires_grad)
     if isinstance(module, Conv1D):
         size = module.weight.numel()
-        return Products(size, size * module.weight.requires_grad, size)
+        return Products(size, size * module.weight.requires_grad)
     if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
         return Products()
     found = Products()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from framework.config import Config
+from framework.linear_names import Retained
 
 Fidelity = Literal["exact", "context detached", "tokens dropped"]
 
@@ -28,7 +29,7 @@ class Choice:
         offload_optimizer: the optimiser's state is on the host.
         offload_parameters: weights are on the host between uses.
         policy: `all`, `checkpoint` or `selective`.
-        retain_linears: as with `selective`.
+        retain_linears: as with `selective`: all, none, or those of these names.
         kv_format: as with `selective`.
         strategy: of the selection.
         ratio: selected tokens / all tokens, as a number; 1 for an exact gradient.
@@ -44,7 +45,7 @@ class Choice:
     offload_optimizer: bool
     offload_parameters: bool
     policy: str
-    retain_linears: bool
+    retain_linears: Retained
     kv_format: str
     strategy: str
     ratio: float
@@ -102,7 +103,7 @@ class Choice:
             offload_optimizer=sharding.offload_optimizer,
             offload_parameters=sharding.offload_parameters,
             policy=retention.policy,
-            retain_linears=retention.retain_linears,
+            retain_linears=config.retained_linears,
             kv_format=retention.kv_format,
             strategy=config.selection.strategy,
             ratio=labelled_share if ratio == "labelled" else ratio,

@@ -55,10 +55,11 @@ def overrides(config: Config, choice: Choice, labelled_share: float) -> dict[str
     ratio: float | str = choice.ratio
     if choice.strategy == "supervised" and choice.ratio < 1 and choice.ratio == labelled_share:
         ratio = LABELLED
+    linears = choice.retain_linears
     values = {
         "selection.ratio": ratio,
         "retention.policy": choice.policy,
-        "retention.retain_linears": choice.retain_linears,
+        "retention.retain_linears": linears if isinstance(linears, bool) else [*linears],
         "retention.kv_format": choice.kv_format,
         "sharding.engine": choice.engine,
         "sharding.zero_stage": choice.zero_stage,

@@ -183,10 +183,10 @@ def sharding_words(choice: Choice) -> str:
 
 
 def retention_words(choice: Choice) -> str:
-    """Such as "selective, linears, int8"."""
+    """Such as "selective, linears, int8", or "selective, down_proj+o_proj"."""
     parts = [choice.policy]
-    if choice.retain_linears:
-        parts.append("linears")
+    if linears := choice.retain_linears:
+        parts.append("linears" if isinstance(linears, bool) else "+".join(linears))
     if choice.kv_format != "model":
         parts.append(choice.kv_format)
     return ", ".join(parts)

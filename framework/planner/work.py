@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+from framework.linear_names import Retained
 from framework.planner.choice import Choice, labels_in_loss
 from framework.planner.pairs import Pairs
 from framework.sharding.precision import PRECISIONS
@@ -137,18 +138,25 @@ class _Blocks:
     """Sums over blocks: multiply-adds per row, and per query-key pair by reach."""
 
     def __init__(self, blocks: Iterable[BlockProducts]) -> None:
-        self.count = self.forward = self.trained = self.linear = 0
+        self.count = self.forward = self.trained = 0
+        self._blocks = [*blocks]
+        self._retained: dict[Retained, int] = {}
         pairs: dict[Reach, tuple[int, int, int]] = {}
-        for block in blocks:
+        for block in self._blocks:
             self.count += 1
             self.forward += block.products.forward
             self.trained += block.products.trained
-            self.linear += block.products.linear
             if (attention := block.attention) is not None:
                 pair, score, heads = pairs.get(attention.reach, (0, 0, 0))
                 score += attention.heads * attention.key_size
                 pairs[attention.reach] = pair + attention.pair, score, heads + attention.heads
         self.attention = [(reach, *sums) for reach, sums in pairs.items()]
+
+    def retained(self, chosen: Retained) -> int:
+        """Multiply-adds of a row in layers whose outputs are retained."""
+        if chosen not in self._retained:
+            self._retained[chosen] = sum(block.retained(chosen) for block in self._blocks)
+        return self._retained[chosen]
 
 
 class WorkModel:
@@ -205,14 +213,13 @@ class WorkModel:
         for blocks, replayed in self._backward:
             selected = replayed and choice.policy == "selective"
             rows = self._rows(choice, selected)
-            forward = blocks.forward - (blocks.linear if selected and choice.retain_linears else 0)
+            forward = blocks.forward - (blocks.retained(choice.retain_linears) if selected else 0)
             attention, scores = self._attention(blocks, choice, selected=selected, passes=1, flash=False)
             matrices, pairs, read = matrices + forward * rows, pairs + attention, read + forward
             moved += rows * self._row(blocks, traffic.block, traffic.adapter) + scores * traffic.score
         if self.under_autocast(choice):
             moved += CAST * self._in_blocks
-        if not (choice.policy == "selective" and choice.retain_linears):
-            moved += self._unpacking()
+        moved += self._unpacking() * (1 - self._retained_share(choice))
         return Work(2 * matrices, 2 * pairs, self._width * read, moved, self._differentiated * self._job.kernels)
 
     def backward(self, choice: Choice) -> Work:
@@ -270,6 +277,12 @@ class WorkModel:
         rank = self._job.adapter_rank
         adapted = blocks.trained / (2 * rank) if rank else 0
         return blocks.count * self._job.hidden_size * block + adapted * adapter
+
+    def _retained_share(self, choice: Choice) -> float:
+        """Of the products with linear layers, those that no replay computes."""
+        if choice.policy != "selective" or not choice.retain_linears:
+            return 0.0
+        return self._all.retained(choice.retain_linears) / self._all.retained(True) if self._all.retained(True) else 1.0
 
     def _unpacking(self) -> float:
         """Bytes to make the matrices of NF4 weights: codes are read, 16 bits or what computes are written."""

@@ -6,7 +6,7 @@ a function whose backward is the linear's own, so that a replay costs norms, act
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from framework.linear_names import check_names, retains
 from framework.retention.block_pass import BlockPass, Phase, current_pass
 
 
@@ -45,6 +46,8 @@ class KnownOutput(torch.autograd.Function):
         if needs_x:
             matrix = weight.to(grad.dtype)
             grad_x = (grad @ (matrix if ctx.transposed else matrix.T)).to(ctx.x_dtype)
+            # Under autocast a copy, which need not be there beside the weight's gradient.
+            del matrix
         if needs_weight:
             rows = x.flatten(0, -2)
             grad_weight = (flat.T @ rows if ctx.transposed else rows.T @ flat).to(weight.dtype)
@@ -112,8 +115,13 @@ def _through_pass(
 class PackedLinear(nn.Linear):
     """A linear layer whose frozen matrix is held in a form of its own, such as codes of 4 bits.
 
-    Its `weight` is what holds that form. It takes part in retained linears by itself.
+    Its `weight` is what holds that form.
+
+    Attributes:
+        retained: whether it keeps its output's selected rows while a block is recorded that retains linears.
     """
+
+    retained = False
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The matrix `[out_features, in_features]`, made anew by every call."""
@@ -123,7 +131,7 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """`input [..., in_features]` to `[..., out_features]`."""
         current = current_pass()
-        if current is None or not current.retain_linears:
+        if current is None or not current.retain_linears or not self.retained:
             return self._product(input)
         return _through_pass(current, self, input, self._product, lambda known: self._product(input, known))
 
@@ -165,13 +173,52 @@ RETAINED_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: RetainedL
 PLAIN_CLASSES = {retained: plain for plain, retained in RETAINED_CLASSES.items()}
 
 
-def retain_linears(block: nn.Module) -> None:
-    """Let every plain linear inside a block keep its outputs. Others do so by themselves (`PackedLinear`) or not."""
-    for module in block.modules():
-        module.__class__ = RETAINED_CLASSES.get(type(module), type(module))
+def linear_paths(block: nn.Module) -> dict[nn.Module, str]:
+    """The linear layers inside a block whose outputs can be kept, with their paths (see `framework.linear_names`).
+
+    Paths are those of the model without its adapter: `self_attn.q_proj` is the layer that an adapter is put on, and
+    `self_attn.q_proj.lora_A` a matrix of the adapter, whatever it is called.
+    """
+    kinds = (*RETAINED_CLASSES, *PLAIN_CLASSES)
+    return {
+        module: path for module, path in _paths(block, ()) if type(module) in kinds or isinstance(module, PackedLinear)
+    }
+
+
+def _paths(module: nn.Module, path: tuple[str, ...]) -> Iterator[tuple[nn.Module, str]]:
+    yield module, ".".join(path)
+    for name, child in module.named_children():
+        # PEFT wraps a layer under this name, and has its matrices by the names of adapters.
+        own = name == "base_layer" or isinstance(module, nn.ModuleDict)
+        yield from _paths(child, path if own else (*path, name))
+
+
+def check_retained(blocks: Iterable[nn.Module], chosen: bool | Collection[str]) -> None:
+    """Make sure that there is a linear layer of every chosen name.
+
+    Raises:
+        UserError: a block has none that is called so, nor has another one.
+    """
+    check_names(chosen, [path for block in blocks for path in linear_paths(block).values()])
+
+
+def retain_linears(block: nn.Module, chosen: bool | Collection[str] = True) -> None:
+    """Let linear layers inside a block keep their outputs; those of other classes than ours know are recomputed.
+
+    Args:
+        block: changed in place.
+        chosen: which, as in the config's `retention.retain_linears`.
+    """
+    for module, path in linear_paths(block).items():
+        if retains(chosen, path):
+            if isinstance(module, PackedLinear):
+                module.retained = True
+            module.__class__ = RETAINED_CLASSES.get(type(module), type(module))
 
 
 def release_linears(block: nn.Module) -> None:
     """Undo `retain_linears`."""
     for module in block.modules():
+        if isinstance(module, PackedLinear):
+            module.retained = False
         module.__class__ = PLAIN_CLASSES.get(type(module), type(module))

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import logging
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, Never
 
@@ -20,7 +20,7 @@ from framework.retention.attention import KERNELS, register_attention, selective
 from framework.retention.block import SelectiveBlock, block_of, map_first_output, selective_call
 from framework.retention.blocks import blocks_of
 from framework.retention.formats import KV_FORMATS
-from framework.retention.linears import release_linears, retain_linears
+from framework.retention.linears import check_retained, release_linears, retain_linears
 from framework.retention.locality import try_block
 from framework.retention.randomness import draws_in_blocks
 from framework.retention.rows import KeepGradientRows, SelectedRows
@@ -42,17 +42,19 @@ class SelectiveRetention:
 
     Args:
         model: the Hugging Face model; changed in place.
-        retain_linears: keep the linears' outputs at selected rows, so that the replay multiplies no matrices.
+        retain_linears: keep the linears' outputs at selected rows, so that the replay multiplies no matrices; of all of
+            them, of none, or of those with these names (see `framework.linear_names`).
         kv_format: how keys and values of all tokens are kept: `model` (as they are), `int8`, `int4` or
             `recompute` (not: the block's input is).
         correction: see `SelectedRows`.
 
     Raises:
-        ValueError: no blocks; unknown `kv_format`; an attention implementation that cannot be replayed.
+        ValueError: no blocks; unknown `kv_format`; a name that no linear layer has; an attention implementation that
+            cannot be replayed.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, retain_linears: bool, kv_format: str, correction: float = 0.0
+        self, model: PreTrainedModel, *, retain_linears: bool | Collection[str], kv_format: str, correction: float = 0.0
     ) -> None:
         if kv_format not in KV_FORMATS:
             raise ValueError(f"retention.kv_format: {kv_format!r} is none of {', '.join(KV_FORMATS)}")
@@ -65,6 +67,7 @@ class SelectiveRetention:
             )
         self.model = model
         self.blocks = blocks_of(model)
+        check_retained(self.blocks.values(), retain_linears)
         self.seam = Seam(model, self.blocks)
         self.retain_linears, self.kv_format, self.correction = retain_linears, kv_format, correction
         self.selection: Selection | Callable[[Tensor], Selection] | None = None
@@ -94,9 +97,8 @@ class SelectiveRetention:
         self.model.set_attn_implementation(selective_name(self.kernel))
         parts = (module for module in self.model.modules() if isinstance(module, PreTrainedModel))
         self._switched = [part for part in parts if part.config._attn_implementation == selective_name(self.kernel)]
-        if self.retain_linears:
-            for block in self.blocks.values():
-                retain_linears(block)
+        for block in self.blocks.values():
+            retain_linears(block, self.retain_linears)
 
     def remove(self) -> None:
         """Give the model back as it was."""
@@ -186,7 +188,7 @@ class SelectiveRetention:
             others,
             rows,
             name=name,
-            retain_linears=self.retain_linears,
+            retain_linears=bool(self.retain_linears),
             kv_format=self.kv_format,
             random=self._random,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from peft import PeftModel
@@ -27,7 +27,7 @@ def enable_token_selection(
     model: nn.Module,
     strategy: str = "supervised",
     ratio: float | str = "labelled",
-    retain_linears: bool = True,
+    retain_linears: bool | Collection[str] = True,
     kv_format: str = "model",
     seed: int = 0,
     tokentune: bool = False,
@@ -52,7 +52,8 @@ def enable_token_selection(
         strategy: `supervised` (all labelled tokens, and context up to `ratio`), `uniform`, `bernoulli` or `suffix`
             (the end of every document, which is biased).
         ratio: selected tokens over non-padding tokens, or `"labelled"`: labelled tokens only.
-        retain_linears: keep linear outputs at selected rows, so that the backward pass recomputes no matrix product.
+        retain_linears: keep linear outputs at selected rows, so that the backward pass recomputes no matrix product; a
+            list of names within a block, such as `["down_proj", "self_attn.o_proj"]`, keeps those alone.
         kv_format: how keys and values of all tokens are kept, `model`, `int8` or `int4`; int4 changes the gradient
             by several hundredths. `recompute` keeps the blocks' inputs, and computes keys and values again.
         seed: seed of the draws.

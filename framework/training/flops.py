@@ -18,7 +18,7 @@ the last product where no later operator needs it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +98,9 @@ class FlopTally:
         selection: its selection.
     """
 
-    def __init__(self, products: ModelProducts, *, policy: str, retain_linears: bool, kernel: str) -> None:
+    def __init__(
+        self, products: ModelProducts, *, policy: str, retain_linears: bool | Collection[str], kernel: str
+    ) -> None:
         self.products, self.policy, self.retain_linears, self.kernel = products, policy, retain_linears, kernel
         self.batch: Batch | None = None
         self.selection: Selection | None = None
@@ -197,8 +199,8 @@ class FlopTally:
         if self.policy == "checkpoint" or exact:
             total += products.forward * again + pair * again_pairs
         elif selective:
-            kept = products.linear if self.retain_linears else 0
-            known = self.retain_linears and self.kernel != "eager"
+            kept = block.retained(self.retain_linears)
+            known = bool(self.retain_linears) and self.kernel != "eager"
             total += (products.forward - kept) * again + pair * (0 if known else again_pairs)
         return total
 

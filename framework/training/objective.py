@@ -40,7 +40,7 @@ class Objective:
         self.tally = FlopTally(
             matrix_products(inner, blocks_of(inner)),
             policy=config.retention.policy,
-            retain_linears=config.retention.retain_linears,
+            retain_linears=config.retained_linears,
             kernel=config.model.attention,
         )
         if config.retention.policy == "selective":
@@ -49,7 +49,7 @@ class Objective:
                 model,
                 strategy=strategy,
                 ratio=ratio,
-                retain_linears=config.retention.retain_linears,
+                retain_linears=config.retained_linears,
                 kv_format=config.retention.kv_format,
                 seed=config.run.seed,
                 tokentune=config.selection.tokentune,

@@ -13,6 +13,7 @@ from framework.data import shares_of, show_images, show_samples
 from framework.data.images import processed_shape
 from framework.data.masking import Masking
 from framework.hub import local_directory
+from framework.linear_names import Retained
 from framework.models import (
     Architecture,
     check_compatibility,
@@ -21,6 +22,9 @@ from framework.models import (
     configured_tokenizer,
     tokenizer_source,
 )
+from framework.models.wrapping import unwrapped
+from framework.retention import blocks_of
+from framework.retention.linears import check_retained
 from framework.sharding.deepspeed_config import OwnOptions
 from framework.sharding.engines import engine_options, model_sizes
 from framework.sharding.precision import PRECISIONS
@@ -52,6 +56,8 @@ def dry_run(config: Config, ranks: int | None = None, own_options: OwnOptions | 
     optimizer_bytes: list[int] = []
 
     def examine(built: nn.Module) -> None:
+        if config.retention.policy == "selective":
+            check_retained(blocks_of(unwrapped(built)).values(), config.retained_linears)
         groups.extend(describe_groups(parameter_groups(built, config.optimizer), config.optimizer.learning_rate))
         if config.optimizer.name == "adamw_8bit":
             trained = (parameter for parameter in built.parameters() if parameter.requires_grad)
@@ -82,7 +88,7 @@ def dry_run(config: Config, ranks: int | None = None, own_options: OwnOptions | 
         f"steps          {training.max_steps or f'{training.epochs:g} epochs; data.train says how many steps'}",
         f"selection      {config.selection.strategy}, ratio {config.resolved_ratio}: {fidelity_class(config)}",
         f"retention      {config.retention.policy}"
-        + (", linear outputs retained" if config.retention.retain_linears else "")
+        + _linears(config.retained_linears)
         + (f", keys and values in {config.retention.kv_format}" if config.retention.policy == "selective" else ""),
         f"engine         {_engine(config)}, precision {config.optimizer.precision}: "
         f"weights {_weights(config)}, computation {PRECISIONS[config.optimizer.precision].autocast or 'the same'}",
@@ -203,6 +209,12 @@ def _checked_architecture(config: Config, examine: Callable[[nn.Module], None]) 
     if model.task == "masked_lm" and tokenizer is not None:
         Masking.of_tokenizer(tokenizer, probability=config.mask_probability, seed=config.run.seed)
     return architecture, missing
+
+
+def _linears(chosen: Retained) -> str:
+    if not chosen:
+        return ""
+    return ", linear outputs retained" if chosen is True else f", outputs of {', '.join(chosen)} retained"
 
 
 def _length(config: Config, architecture: Architecture) -> str:

@@ -138,6 +138,10 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
             'selection.ratio 1.0 leaves tokens out: set retention.policy "selective", or selection.strategy "none"',
         ),
         (
+            ['retention.retain_linears=["down_proj"]', "retention.policy=checkpoint"],
+            'retention.retain_linears: needs retention.policy "selective", which is "checkpoint"',
+        ),
+        (
             ["retention.kv_format=int8", "retention.policy=checkpoint"],
             'retention.kv_format: "int8" needs retention.policy "selective", which is "checkpoint"',
         ),
@@ -349,6 +353,7 @@ def test_a_masked_lm_hides_fifteen_percent_unless_told(small: Path) -> None:
     [
         "selection.ratio",
         "retention.policy",
+        "retention.retain_linears",
         "sharding.engine",
         "sharding.zero_stage",
         "training.micro_batch_size",
@@ -357,6 +362,7 @@ def test_a_masked_lm_hides_fifteen_percent_unless_told(small: Path) -> None:
 def test_auto_leaves_a_key_to_the_planner(small: Path, key: str) -> None:
     others = {
         "selection.ratio": ["selection.strategy=uniform", "retention.policy=selective"],
+        "retention.retain_linears": ["retention.policy=selective"],
         "sharding.zero_stage": ["sharding.engine=deepspeed"],
     }
     config = load_config(small, [*others.get(key, ()), f"{key}=auto"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from framework.models.products import Attention, BlockProducts, ModelProducts, Products
+from framework.models.products import Attention, BlockProducts, LinearLayer, ModelProducts, Products
 from framework.planner.choice import Choice
 from framework.planner.rates import Rates
 from framework.planner.work import Job
@@ -28,9 +28,10 @@ CHOICE = Choice(
 )
 
 # Four blocks of a million weights without attention, which see a token each; embedding and head of half a million.
-BLOCKS = tuple(BlockProducts(f"block{i}", Products(10**6, 10**6, 10**6), None, True) for i in range(4))
+LINEARS = (LinearLayer("mlp.down", 2000, 300), LinearLayer("mlp.up", 500, 800))
+BLOCKS = tuple(BlockProducts(f"block{i}", Products(10**6, 10**6), None, True, LINEARS) for i in range(4))
 JOB = Job(
-    products=ModelProducts(BLOCKS, Products(), Products(500_000, 500_000, 500_000)),
+    products=ModelProducts(BLOCKS, Products(), Products(500_000, 500_000)),
     parameters=5_000_000,
     trainable=5_000_000,
     outside=1_000_000,
@@ -83,5 +84,10 @@ def attentive() -> ModelProducts:
         Attention(4, 8, 8, window=50),
         None,
     ]
-    blocks = [BlockProducts(f"b{i}", Products(1000 + i, 10 + i, 900), kind, i > 0) for i, kind in enumerate(kinds)]
-    return ModelProducts(tuple(blocks), Products(70, 7, 60), Products(64 * 96, 64 * 96, 64 * 96))
+    blocks = [
+        BlockProducts(
+            f"b{i}", Products(1000 + i, 10 + i), kind, i > 0, (LinearLayer("up", 20, 30), LinearLayer("down", 30, 10))
+        )
+        for i, kind in enumerate(kinds)
+    ]
+    return ModelProducts(tuple(blocks), Products(70, 7), Products(64 * 96, 64 * 96))

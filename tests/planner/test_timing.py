@@ -69,6 +69,9 @@ def test_what_is_recomputed():
     assert model.step(choose(**selected), rates()).recomputation == pytest.approx((products + elementwise) / 2)
     retained = model.step(choose(retain_linears=True, **selected), rates())
     assert retained.recomputation == pytest.approx(elementwise / 2)
+    # Of a block's million weights it has 600,000.
+    one = model.step(choose(retain_linears=("down",), **selected), rates())
+    assert one.recomputation == pytest.approx((0.4 * products + elementwise) / 2)
 
 
 @pytest.mark.parametrize(

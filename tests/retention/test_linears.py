@@ -6,7 +6,13 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import framework
-from framework.retention.linears import KnownOutput
+from framework.config import AdapterConfig
+from framework.errors import UserError
+from framework.linear_names import retains
+from framework.models.adapters import add_adapter
+from framework.models.wrapping import unwrapped
+from framework.retention import blocks_of
+from framework.retention.linears import KnownOutput, RetainedLinear, linear_paths
 from framework.selection import Selection
 
 
@@ -65,7 +71,8 @@ def test_units_of_matrix_work(families, steps, family):
     framework.retention.apply_checkpointing(model)
     measured["checkpoint"] = matrix_flops(model, inputs, ordinary) - heads
     model._set_gradient_checkpointing(enable=False)
-    for retain_linears in (False, True):
+    widest = ("down_proj",) if family == "llama" else ("mlp.c_proj",)
+    for retain_linears in (False, True, widest):
         framework.enable_token_selection(model, retain_linears=retain_linears)
         selective(model, inputs).backward()  # blocks are tried on their first input
         measured[retain_linears] = matrix_flops(model, inputs, selective) - heads
@@ -74,6 +81,47 @@ def test_units_of_matrix_work(families, steps, family):
     assert 3.7 < measured["checkpoint"] / unit <= 4
     assert measured[False] / unit == pytest.approx(1 + 3 * ratio)
     assert measured[True] / unit == pytest.approx(1 + 2 * ratio)
+    layers = [module for name, module in model.named_modules() if name.endswith(widest)]
+    products = sum(module.weight.numel() for module in layers)
+    assert measured[False] - measured[widest] == 2 * products * chosen.numel()
+
+
+@pytest.mark.parametrize("names", [["down_proj"], ["self_attn.o_proj", "q_proj"], ["lora_B", "up_proj"]])
+def test_some_layers_are_retained_with_the_same_gradients(families, steps, names):
+    model = families.build("llama")
+    if "lora_B" in names:
+        settings = {"kind": "lora", "rank": 4, "alpha": 8.0}
+        model = add_adapter(model, AdapterConfig(**settings), task="causal_lm").double().train()
+    inputs = families.sample_inputs(unwrapped(model))
+    chosen = steps.positions(model, inputs)
+    _, want, _ = steps.selective(model, inputs, chosen, retain_linears=True)
+    state = framework.enable_token_selection(model, retain_linears=names)
+    paths = [linear_paths(block) for block in state.retention.blocks.values()]
+    kept = {path for each in paths for module, path in each.items() if isinstance(module, RetainedLinear)}
+    assert kept == {path for path in paths[0].values() if retains(names, path)} and 0 < len(kept) < len(paths[0])
+    framework.disable_token_selection(model)
+    assert not any(isinstance(module, RetainedLinear) for module in model.modules())
+    _, got, _ = steps.selective(model, inputs, chosen, retain_linears=names)
+    assert steps.worst_error(got, want) < 1e-12
+
+
+def test_layers_have_their_names_without_an_adapter(families):
+    plain = families.build("llama")
+    names = [*linear_paths(blocks_of(plain)["model.layers.0"]).values()]
+    assert names == [*(f"self_attn.{each}_proj" for each in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    settings = {"kind": "lora", "rank": 4, "alpha": 8.0, "target_modules": ["q_proj"]}
+    model = unwrapped(add_adapter(plain, AdapterConfig(**settings), task="causal_lm"))
+    adapted = {*linear_paths(blocks_of(model)["model.layers.0"]).values()}
+    assert adapted == {*names, "self_attn.q_proj.lora_A", "self_attn.q_proj.lora_B"}
+
+
+def test_a_name_that_no_layer_has_is_refused_with_those_that_there_are(families):
+    with pytest.raises(UserError) as caught:
+        framework.enable_token_selection(families.build("gpt2"), retain_linears=["c_fc", "down_proj"])
+    assert str(caught.value) == (
+        "retention.retain_linears: no linear layer in the model's blocks is called 'down_proj'; there are c_attn, "
+        "attn.c_proj, c_fc, mlp.c_proj"
+    )
 
 
 def test_no_row_is_spent_on_ragged_selections(families, steps):

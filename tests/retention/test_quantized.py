@@ -46,7 +46,7 @@ def test_gradients_are_those_of_the_reference(families, steps, retain_linears, f
     assert steps.worst_error(got, want) < tolerance
 
 
-@pytest.mark.parametrize(("retain_linears", "uses"), [(False, 3), (True, 2)])
+@pytest.mark.parametrize(("retain_linears", "uses"), [(False, {3}), (True, {2}), (["o_proj", "mlp.down_proj"], {2, 3})])
 def test_the_replay_of_retained_linears_needs_no_matrix(families, steps, monkeypatch, retain_linears, uses):
     """A matrix is made in the record pass and for the input's gradient, and in the replay only where it multiplies."""
     model = adapted(families)
@@ -73,5 +73,6 @@ def test_the_replay_of_retained_linears_needs_no_matrix(families, steps, monkeyp
         made.count(layer)
         for name, layer in model.get_base_model().named_modules()
         if layer in layers and name not in first
-    } == {uses}
-    assert {made.count(model.get_base_model().get_submodule(name)) for name in first} <= {uses, uses - 1}
+    } == uses
+    counts = {made.count(model.get_base_model().get_submodule(name)) for name in first}
+    assert counts <= uses | {each - 1 for each in uses}

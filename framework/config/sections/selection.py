@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from framework.config.sections.base import Auto, Section
+from framework.config.sections.base import Auto, NonEmpty, Section
 
 
 class SelectionConfig(Section):
@@ -44,8 +44,10 @@ class RetentionConfig(Section):
     the selected rows and the keys and values of all, the selected rows are replayed. "auto": the planner chooses, and
     with it whichever of the keys below is not given."""
 
-    retain_linears: bool = False
-    """With `selective`: also keep the linear layers' outputs at selected rows, so that no product is recomputed."""
+    retain_linears: bool | Auto | Annotated[list[NonEmpty], Field(min_length=1)] = False
+    """With `selective`: also keep the linear layers' outputs at selected rows, so that no product is recomputed. A list
+    of names within a block, such as `["down_proj", "self_attn.o_proj"]`, keeps those alone: the wider a layer's input,
+    the more time its output saves for the memory that it takes. "auto": the planner chooses how many, in this order."""
 
     kv_format: Literal["model", "int8", "int4", "recompute"] = "model"
     """With `selective`: format of the retained keys and values; "model" is the type that the model computes in. int8
