@@ -25,7 +25,7 @@ OTHER_ENGINE: dict[str, Any] = {"sharding.engine": AUTO, "sharding.zero_stage": 
 
 SAME_RESULT: tuple[dict[str, Any], ...] = (
     {"training.micro_batch_size": AUTO},
-    {"retention.retain_linears": False},
+    {"retention.retain_linears": AUTO},
     {"retention.policy": "checkpoint"},
     {"sharding.zero_stage": AUTO},
     {"sharding.reshard_after_forward": True},
@@ -211,7 +211,7 @@ def fastest(config: Config, laws: Laws, budget: Budget, ranks: int, nodes: int, 
         labelled_share: labelled tokens / all tokens of the data.
     """
     try:
-        space = candidates(config, ranks=ranks, nodes=nodes, labelled_share=labelled_share)
+        space = candidates(config, ranks=ranks, nodes=nodes, labelled_share=labelled_share, linears=laws.linears)
     except UserError:
         return None
     if not (space := [*laws.known(space)]):

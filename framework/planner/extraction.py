@@ -25,7 +25,7 @@ from framework.planner.symbols import batch_symbols
 from framework.planner.uncomputed import Uncomputed
 from framework.training.objective import draw_selection
 
-RECORDING = 4
+RECORDING = 5
 """Counts changes of what a recording says of a step: laws of other numbers are not looked at."""
 
 LIBRARIES = ("torch", "transformers", "peft")
@@ -153,7 +153,7 @@ def _fitted_part(fit: Fitter, parts: tuple[RecordedPart, ...], block: int) -> Pa
         raise UnknownSizeError(f"{name}: models of different sizes use their modules in different orders")
     stretches = []
     for recorded in zip(*(part.stretches for part in parts), strict=True):
-        if len({tuple((change.bytes > 0, change.repeated) for change in changes) for changes in recorded}) > 1:
+        if len({tuple((change.bytes > 0, *change[1:]) for change in changes) for changes in recorded}) > 1:
             raise UnknownSizeError(f"{name}: models of different sizes allocate in different orders")
         try:
             stretches.append(stretch_of([_fitted(fit, changes) for changes in zip(*recorded, strict=True)]))
@@ -165,4 +165,7 @@ def _fitted_part(fit: Fitter, parts: tuple[RecordedPart, ...], block: int) -> Pa
 
 def _fitted(fit: Fitter, changes: tuple[Change, ...]) -> Polynomial:
     found = fit([change.bytes for change in changes])
-    return found.times(MIDDLES) if changes[0].repeated else found
+    _, repeated, factor = changes[0]
+    if factor is not None:
+        found = found.times(factor)
+    return found.times(MIDDLES) if repeated else found

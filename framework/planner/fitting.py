@@ -9,7 +9,8 @@ from itertools import combinations, product
 import numpy as np
 
 from framework.planner.law import Stretch
-from framework.planner.polynomials import Polynomial, Sizes
+from framework.planner.options import COMPUTED, RETAINED
+from framework.planner.polynomials import Monomial, Polynomial, Sizes
 
 TOKENS = (
     (),
@@ -190,26 +191,46 @@ class Fitter:
 def stretch_of(changes: Sequence[Polynomial]) -> Stretch:
     """A stretch from its allocations, in order; frees are negative.
 
-    Peaks that another one is never below are left out: those none of whose coefficients is above the other's.
+    Peaks that another one is never below are left out: those none of whose coefficients is above the other's, for
+    layers that are retained and for layers that are computed.
     """
-    monomials = sorted({monomial for change in changes for monomial in change.terms})
-    places = {monomial: place for place, monomial in enumerate(monomials)}
-    steps = np.zeros((len(changes) + 1, len(monomials)), dtype=np.int64)
+    names = sorted({monomial for change in changes for monomial in change.terms})
+    split = {name: _split(name) for name in names}
+    layers = sorted({layer for layer, _, _ in split.values() if layer})
+    sizes = sorted({rest for _, _, rest in split.values()})
+    places = {
+        name: ((1 + 2 * layers.index(layer) + computed) if layer else 0, sizes.index(rest))
+        for name, (layer, computed, rest) in split.items()
+    }
+    steps = np.zeros((len(changes) + 1, 1 + 2 * len(layers), len(sizes)), dtype=np.int64)
     for row, change in enumerate(changes, start=1):
-        for monomial, coefficient in change.terms.items():
-            steps[row, places[monomial]] = coefficient * _NEARLY_DENOMINATOR
+        for name, coefficient in change.terms.items():
+            steps[row, *places[name]] = coefficient * _NEARLY_DENOMINATOR
     levels = steps.cumsum(axis=0)
+    _, first = np.unique(levels.reshape(len(levels), -1), axis=0, return_index=True)
+    distinct = levels[first]
     # A level that another is never below comes after it, whatever the sizes.
-    ordered = sorted({*map(tuple, levels.tolist())}, key=lambda level: (-sum(level), level))
-    peaks = np.empty((0, len(monomials)), dtype=np.int64)
-    for level in ordered:
-        if not (peaks >= level).all(axis=1).any():
-            peaks = np.vstack((peaks, level))
+    sums = distinct.sum(axis=(1, 2)) + distinct[:, 0].sum(axis=1)
+    peaks = np.empty((0, *levels.shape[1:]), dtype=np.int64)
+    for level in distinct[np.argsort(-sums, kind="stable")]:
+        above = peaks - level
+        if not (above[:, 0] + np.minimum(above[:, 1::2], above[:, 2::2]).sum(axis=1) >= 0).all(axis=1).any():
+            peaks = np.concatenate((peaks, level[None]))
 
     def polynomial(level: np.ndarray) -> Polynomial:
-        return Polynomial({m: Fraction(int(c), _NEARLY_DENOMINATOR) for m, c in zip(monomials, level, strict=True)})
+        return Polynomial({name: Fraction(int(level[place]), _NEARLY_DENOMINATOR) for name, place in places.items()})
 
     return Stretch(polynomial(levels[-1]), tuple(map(polynomial, peaks)))
+
+
+def _split(monomial: Monomial) -> tuple[str, bool, Monomial]:
+    """The layer that a monomial is of, if any, whether it is of its computation, and the other factors."""
+    for symbol in monomial:
+        for prefix in (RETAINED, COMPUTED):
+            if symbol.startswith(prefix):
+                rest = tuple(other for other in monomial if other != symbol)
+                return symbol.removeprefix(prefix), prefix == COMPUTED, rest
+    return "", False, monomial
 
 
 def _rational(value: float) -> Fraction | None:

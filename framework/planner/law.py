@@ -142,6 +142,11 @@ class StepLaw:
         return _Tables(parts | {(STEP, STEP): self.step})
 
     @cached_property
+    def symbols(self) -> frozenset[str]:
+        """All that its polynomials are in."""
+        return frozenset(symbol for monomial in self._tables.monomials for symbol in monomial)
+
+    @cached_property
     def marks(self) -> tuple[tuple[Mark, ...], ...]:
         """Of every part of the passes, in their order: laws that differ in other things may have the same."""
         return tuple(part.marks for parts in self.passes.values() for part in parts.values())
@@ -177,11 +182,11 @@ class _Tables:
                 peaks += [Polynomial(), *stretch.peaks]
             self.rows[key] = range(begin, len(nets))
         monomials = {monomial for polynomial in (*nets, *peaks) for monomial in polynomial.terms}
-        self._monomials: list[Monomial] = sorted(monomials)
+        self.monomials: list[Monomial] = sorted(monomials)
         self._nets, self._peaks = self._matrix(nets), self._matrix(peaks)
 
     def _matrix(self, polynomials: Sequence[Polynomial]) -> np.ndarray:
-        columns = {monomial: column for column, monomial in enumerate(self._monomials)}
+        columns = {monomial: column for column, monomial in enumerate(self.monomials)}
         matrix = np.zeros((len(polynomials), len(columns)))
         for row, polynomial in enumerate(polynomials):
             for monomial, coefficient in polynomial.terms.items():
@@ -189,7 +194,7 @@ class _Tables:
         return matrix
 
     def values(self, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
-        values = np.array([math.prod(sizes[symbol] for symbol in monomial) for monomial in self._monomials])
+        values = np.array([math.prod(sizes[symbol] for symbol in monomial) for monomial in self.monomials])
         return self._nets @ values, np.maximum.reduceat(self._peaks @ values, self._first_peaks)
 
 

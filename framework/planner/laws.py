@@ -42,6 +42,8 @@ _CODE = (
     "law",
     "marks",
     "naming",
+    "option_marks",
+    "options",
     "recorder",
     "recording",
     "small_models",

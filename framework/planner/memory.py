@@ -11,6 +11,7 @@ from framework.planner.held import Weights
 from framework.planner.holders import Holders
 from framework.planner.law import StepLaw, trace_of
 from framework.planner.ledger import Ledger, Term, everywhere
+from framework.planner.options import option_sizes
 
 LawOf = Callable[[Choice], StepLaw]
 
@@ -56,6 +57,7 @@ class MemoryModel:
         self._length, self._labelled = sequence_length, labelled_share
         self._engines: dict[tuple[object, ...], tuple[EngineCourse, dict[str, int], int]] = {}
         self._courses: dict[tuple[object, ...], tuple[Course, dict[str, int], int]] = {}
+        self._known_options: dict[tuple[object, ...], dict[str, float]] = {}
         if adapter_rank is not None:
             self._symbols["rank"] = adapter_rank
 
@@ -80,7 +82,7 @@ class MemoryModel:
     def spans(self, choice: Choice) -> list[Span]:
         """The step's parts in order, with all that the worst rank holds."""
         course, held, _ = self._course(choice)
-        sizes = self.sizes(choice)
+        sizes = self.sizes(choice) | self._options(choice)
         between = sum(held.values())
         return [Span(span.part, between + span.start, between + span.peak) for span in course.spans(sizes)]
 
@@ -96,6 +98,7 @@ class MemoryModel:
             sizes: of all symbols.
         """
         course, held, host = self._course(choice)
+        sizes = {**sizes, **self._options(choice)}
         terms = [everywhere(name, size) for name, size in held.items()]
         engine = _engine_words(choice)
         for phase, moment in course.highest(sizes).items():
@@ -104,6 +107,14 @@ class MemoryModel:
                 if size:
                     terms.append(Term(name, round(size), frozenset({phase})))
         return Ledger(tuple(terms), host)
+
+    def _options(self, choice: Choice) -> dict[str, float]:
+        """Symbols of a choice's law that stand for what it keeps."""
+        law = self._law_of(choice)
+        key = id(law), choice.retain_linears, choice.kv_format
+        if key not in self._known_options:
+            self._known_options[key] = option_sizes(choice, law.symbols)
+        return self._known_options[key]
 
     def _course(self, choice: Choice) -> tuple[Course, dict[str, int], int]:
         law = self._law_of(choice)

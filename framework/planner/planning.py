@@ -19,7 +19,7 @@ from framework.models.configured import base_config, configured_empty_model
 from framework.models.products import matrix_products
 from framework.models.quantization import quantized_elements
 from framework.models.wrapping import unwrapped
-from framework.planner.changes import Change, MoreRanks
+from framework.planner.changes import AUTO, Change, MoreRanks
 from framework.planner.choice import Choice
 from framework.planner.hardware import Cluster
 from framework.planner.holders import Holders
@@ -27,6 +27,7 @@ from framework.planner.kinds import config_of_law, kind_of
 from framework.planner.law import StepLaw
 from framework.planner.laws import NoLaw, laws_of
 from framework.planner.ledger import Ledger
+from framework.planner.linears import retention_order
 from framework.planner.memory import MemoryModel
 from framework.planner.naming import weights_of
 from framework.planner.plan import Plan, launch_line, plan_json
@@ -40,7 +41,7 @@ from framework.planner.symbols import model_symbols
 from framework.planner.timing import TimeModel
 from framework.planner.work import KERNELS_OF_A_BLOCK, Job
 from framework.retention import blocks_of
-from framework.retention.linears import PackedLinear
+from framework.retention.linears import PackedLinear, check_retained
 from framework.sharding.deepspeed_config import OwnOptions, bucket_sizes
 from framework.sharding.engines import engine_options, model_sizes
 from framework.training.parameter_groups import parameter_groups
@@ -152,6 +153,9 @@ class PlannedJob:
             adapter_rank=rank,
         )
         self.time = TimeModel(self._job(model, rank))
+        self.linears = retention_order(self.time.job.products)
+        blocks = blocks_of(unwrapped(model)).values()
+        check_retained(blocks, [] if config.retention.retain_linears == AUTO else config.retained_linears)
 
     def _job(self, model: nn.Module, adapter_rank: int | None) -> Job:
         inner, config = unwrapped(model), self.config
@@ -210,7 +214,9 @@ class PlannedJob:
         Raises:
             UserError: nothing.
         """
-        space = candidates(self.config, ranks=ranks, nodes=nodes, labelled_share=self.labelled_share)
+        space = candidates(
+            self.config, ranks=ranks, nodes=nodes, labelled_share=self.labelled_share, linears=self.linears
+        )
         if self._own is not None:
             # Where it contradicts all of them, it is refused when the engine is made.
             space = [each for each in space if self._is_permitted(each.choice)] or space
@@ -274,6 +280,7 @@ class PlannedJob:
             lambda choice: self.memory(choice).with_workspaces(profile.workspace_bytes),
             lambda choice: self.time.step(choice, rates).total,
             self.recorded,
+            self.linears,
         )
 
     def plan(

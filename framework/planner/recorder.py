@@ -26,10 +26,12 @@ class Change(NamedTuple):
     Attributes:
         bytes: negative for what is freed.
         repeated: a part that is no block's frees what the middle block has made: so it does with every block like it.
+        factor: a symbol that the bytes are to be multiplied by; see `framework.planner.options`.
     """
 
     bytes: int
     repeated: bool
+    factor: str | None = None
 
 
 @dataclass
@@ -66,6 +68,9 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]  # torch's mo
         # Keys of what the middle block has made.
         self._of_middle: set[int] = set()
         self._counter = count()
+        # Where the allocation of what is live was written, and the factors of what has one.
+        self._written: dict[int, tuple[list[Change], int]] = {}
+        self._factors: dict[int, str] = {}
         # Births of what was freed since the last allocation: libraries free what is in tables in no order of theirs.
         self._freed: list[int] = []
 
@@ -94,6 +99,26 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]  # torch's mo
             part.stretches[-1].append(Change(-size, False))
             part.engine[-1].append(size)
         part.stretches.append([])
+
+    def scale(self, tensor: Tensor, factor: str) -> None:
+        """What a tensor takes is to be multiplied by a symbol, from its allocation until it is freed."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._written:
+            stretch, place = self._written[key]
+            stretch[place] = stretch[place]._replace(factor=factor)
+            self._factors[key] = factor
+
+    def complete(self, tensor: Tensor, factor: str) -> None:
+        """From here on a scaled tensor is there whatever the sizes: what was not of it, a symbol says, is made now."""
+        key = tensor.untyped_storage()._cdata
+        if self._factors.pop(key, None) is not None:
+            self.assume(self._live[key][1], factor)
+
+    def assume(self, size: int, factor: str) -> None:
+        """So many bytes, a symbol says, are allocated now, or freed if negative; they are not in this recording."""
+        if self.parts:
+            self._freed.clear()
+            self.parts[-1].stretches[-1].append(Change(size, False, factor))
 
     def own(self) -> None:
         """What is live now is the engine's, with all that becomes of it."""
@@ -144,7 +169,10 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]  # torch's mo
         repeated = False
         if size < 0 and key in self._of_middle and part is not None:
             repeated = part.name in _NO_BLOCK or self._after_blocks
+        factor = self._factors.get(key)
         if key not in self._live:
+            self._written.pop(key, None)
+            self._factors.pop(key, None)
             self._engines.discard(key)
             self._of_middle.discard(key)
             del self._births[key]
@@ -153,7 +181,10 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]  # torch's mo
             if engines:
                 part.engine[-1].append(size)
             else:
-                self._write(part.stretches[-1], Change(size, repeated), birth)
+                stretch = part.stretches[-1]
+                if size > 0:
+                    self._written[key] = stretch, len(stretch)
+                self._write(stretch, Change(size, repeated, factor), birth)
 
     def _write(self, stretch: list[Change], change: Change, birth: int) -> None:
         """Append a change to a stretch; what is freed at once is in the order in which it was made."""

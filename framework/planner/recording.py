@@ -22,6 +22,7 @@ from framework.planner.host_memory import HostRecorder, offloaded, offloading
 from framework.planner.law import BLOCKS, PARTS, STEP, places_of
 from framework.planner.marks import END_OF_PASS, Mark
 from framework.planner.naming import Naming
+from framework.planner.option_marks import options_of
 from framework.planner.recorder import RecordedPart, Recorder
 from framework.planner.symbols import model_symbols
 from framework.retention import blocks_of
@@ -91,7 +92,13 @@ def _recorded(config: Config, batch: Batch, ranks: Ranks, micro_batches: int, re
             recorder.own()
         start = recorder.current
         recorder.reset_peak()
-        with _Borders(engine.model, recorder), marks_of(engine, recorder, naming), _collected(), recorder:
+        with (
+            _Borders(engine.model, recorder),
+            marks_of(engine, recorder, naming),
+            options_of(engine.model, recorder),
+            _collected(),
+            recorder,
+        ):
             recorder.begin(PARTS[0])
             train_window(_Announcing(engine, recorder, micro_batches), ranks, objective, window, rate, norm)
     # What is freed from here on is no part of the step.

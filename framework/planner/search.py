@@ -31,11 +31,13 @@ class Laws:
         memory: its ledger.
         seconds: its time for one optimiser step.
         known: those of some candidates that the other two know.
+        linears: names of linear layers, in the order in which to retain them.
     """
 
     memory: Callable[[Choice], Ledger]
     seconds: Callable[[Choice], float]
     known: Callable[[Sequence[Candidate]], Sequence[Candidate]] = lambda space: space
+    linears: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

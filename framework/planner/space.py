@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from framework.config import Config
 from framework.errors import UserError
+from framework.linear_names import Retained
 from framework.planner.choice import Choice
 from framework.planner.overrides import OFFLOAD, is_open, overrides, with_overrides
 
@@ -52,7 +53,9 @@ class Candidate:
         return self.choice if ratio == self.choice.ratio else replace(self.choice, ratio=ratio)
 
 
-def candidates(config: Config, *, ranks: int, nodes: int, labelled_share: float) -> list[Candidate]:
+def candidates(
+    config: Config, *, ranks: int, nodes: int, labelled_share: float, linears: Sequence[str] = ()
+) -> list[Candidate]:
     """All candidates of a config: what it gives is fixed, what is open (see `is_open`) takes every value.
 
     A free ratio goes from `SMALLEST_RATIO`, or with the strategy `supervised`, which
@@ -64,6 +67,7 @@ def candidates(config: Config, *, ranks: int, nodes: int, labelled_share: float)
         ranks: number of processes.
         nodes: number of machines that they are on.
         labelled_share: labelled tokens / all tokens of the data.
+        linears: names of linear layers; where that is open, the first ones up to any of them may be retained.
 
     Returns:
         The candidates, the simplest first: by engine as in `ENGINES`, by ZeRO stage, by what is on the host, by policy
@@ -74,7 +78,8 @@ def candidates(config: Config, *, ranks: int, nodes: int, labelled_share: float)
     """
     splits = _batch_splits(config, ranks)
     found: list[Candidate] = []
-    for sharding, (lowest, retention) in product(_shardings(config, ranks, nodes), _retentions(config, labelled_share)):
+    retentions = _retentions(config, labelled_share, linears)
+    for sharding, (lowest, retention) in product(_shardings(config, ranks, nodes), retentions):
         alike = [
             Candidate(
                 Choice(
@@ -154,17 +159,26 @@ def _stage(config: Config) -> int:
     return stage if isinstance(stage, int) else 3
 
 
-def _retentions(config: Config, labelled_share: float) -> Iterator[tuple[float, dict[str, Any]]]:
+def _retentions(config: Config, labelled_share: float, names: Sequence[str]) -> Iterator[tuple[float, dict[str, Any]]]:
     """The lowest ratio, and fields of a choice that say what is kept for which rows; the rules have not seen them."""
     given = config.retention
     for policy in POLICIES if given.policy == "auto" else (given.policy,):
         selective = policy == "selective"
-        linears = (False, True) if selective and is_open(config, "retention.retain_linears") else ()
+        linears = _linears(config, names if selective else None)
         formats = KV_FORMATS if selective and is_open(config, "retention.kv_format") else ()
         lowest, highest = _ratios(config, policy, labelled_share)
-        # What is open has its default in the config.
-        for retain, kv_format in product(linears or (given.retain_linears,), formats or (given.kv_format,)):
+        # An open format has its default in the config.
+        for retain, kv_format in product(linears, formats or (given.kv_format,)):
             yield lowest, {"policy": policy, "retain_linears": retain, "kv_format": kv_format, "ratio": highest}
+
+
+def _linears(config: Config, names: Sequence[str] | None) -> Sequence[Retained]:
+    """Of which linear layers outputs can be retained, the fewest first; names are None where of none."""
+    if not is_open(config, "retention.retain_linears"):
+        return [config.retained_linears]
+    if names is None:
+        return [False]
+    return [False, *(tuple(names[:count]) for count in range(1, len(names))), True]
 
 
 def _ratios(config: Config, policy: str, labelled_share: float) -> tuple[float, float]:

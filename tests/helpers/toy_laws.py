@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from framework.linear_names import retains
 from framework.planner.choice import Choice
 from framework.planner.ledger import Ledger, during, everywhere
 from framework.planner.search import Laws
@@ -14,6 +15,14 @@ PARAMETERS = 1_000 * MiB
 FLOPS = 64.0
 """Of a forward pass over the whole batch, in seconds of one rank."""
 
+LINEARS = {"wide": (16, 0.5), "middle": (32, 0.3), "narrow": (48, 0.2)}
+"""What linear layers take in a sequence at a ratio of 1, in MiB, and their part of a forward pass."""
+
+
+def retained(choice: Choice) -> list[tuple[int, float]]:
+    """Of `LINEARS`, those whose outputs a choice retains."""
+    return [costs for name, costs in LINEARS.items() if retains(choice.retain_linears, name)]
+
 
 def memory(choice: Choice) -> Ledger:
     """States by what is sharded, activations by policy and ratio, and logits of the selected tokens."""
@@ -24,7 +33,7 @@ def memory(choice: Choice) -> Ledger:
     optimizer = 8 * PARAMETERS // (shards if stage >= 1 else 1)
     host = optimizer if choice.offload_optimizer else 0
     tokens = choice.micro_batch_size * 1024
-    full, linears = 512 * MiB, 128 * MiB if choice.retain_linears else 32 * MiB
+    full, linears = 512 * MiB, (32 + sum(size for size, _ in retained(choice))) * MiB
     if choice.policy == "all":
         kept = full * choice.micro_batch_size
     elif choice.policy == "checkpoint":
@@ -53,7 +62,7 @@ def seconds(choice: Choice) -> float:
     forward = FLOPS / choice.ranks
     backward = 2 * forward * (choice.ratio if choice.policy == "selective" else 1.0)
     again = {"all": 0.0, "checkpoint": forward}.get(
-        choice.policy, 0.0 if choice.retain_linears else forward * choice.ratio
+        choice.policy, forward * choice.ratio * (1 - sum(share for _, share in retained(choice)))
     )
     quantising = 0.0 if choice.kv_format == "model" else 0.02 * forward
     launches = 0.05 * choice.accumulation
@@ -65,4 +74,4 @@ def seconds(choice: Choice) -> float:
     return forward + backward + again + quantising + launches + exchanged + host
 
 
-TOY = Laws(memory, seconds)
+TOY = Laws(memory, seconds, linears=tuple(LINEARS))

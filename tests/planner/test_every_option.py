@@ -85,6 +85,8 @@ IN_LEDGER: dict[str, list[dict[str, Any]]] = {
     "retention.retain_linears": [
         {"retention.policy": "selective"},
         {"retention.policy": "selective", "retention.retain_linears": True},
+        {"retention.policy": "selective", "retention.retain_linears": ["down_proj"]},
+        {"retention.policy": "selective", "retention.retain_linears": ["down_proj", "self_attn.o_proj"]},
     ],
     "retention.kv_format": [
         {"retention.policy": "selective"},

@@ -16,6 +16,7 @@ from framework.planner.choice import Choice
 from framework.planner.extraction import extract_law, job_symbols, law_key, law_settings, selection_sizes
 from framework.planner.fake_ranks import first_of
 from framework.planner.holders import Holders
+from framework.planner.kinds import config_of_law, kind_of
 from framework.planner.laws import shipped_laws
 from framework.planner.memory import MemoryModel
 from framework.planner.naming import weights_of
@@ -137,6 +138,43 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
         (
             LLAMA,
             {
+                "retention": {"policy": "selective", "retain_linears": ["down_proj", "o_proj"], "kv_format": "int4"},
+                "selection": LABELLED | {"ratio": 0.9},
+                "adapter": LORA | {"target_modules": "all-linear"},
+                "optimizer": {"precision": "pure_bf16"},
+            },
+        ),
+        (
+            QWEN,
+            {
+                "sharding": {"engine": "fsdp"},
+                "retention": {"policy": "selective", "retain_linears": ["mlp.down_proj", "q_proj"]},
+                "selection": LABELLED | {"ratio": 0.9},
+                "optimizer": {"precision": "fp32_master"},
+            },
+        ),
+        (
+            LLAMA,
+            {
+                "sharding": {"engine": "fsdp"},
+                "retention": {"policy": "selective", "kv_format": "int4"},
+                "selection": LABELLED | {"ratio": 0.9},
+                "optimizer": {"precision": "fp32_master"},
+            },
+        ),
+        (
+            LLAMA,
+            {
+                "quantization": "nf4",
+                "adapter": LORA | {"target_modules": ["q_proj", "down_proj"]},
+                "retention": {"policy": "selective", "retain_linears": ["down_proj"]},
+                "selection": LABELLED,
+                "optimizer": {"precision": "fp32_master"},
+            },
+        ),
+        (
+            LLAMA,
+            {
                 "quantization": "nf4",
                 "adapter": LORA | {"target_modules": ["q_proj", "down_proj"]},
                 "sharding": {"engine": "fsdp"},
@@ -157,15 +195,20 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
         "hybrid",
         "NF4 autocast",
         "ZeRO 3",
+        "some linears LoRA int4",
+        "some linears fsdp",
+        "no linears fsdp int4",
+        "some linears NF4 autocast",
         "NF4 fsdp",
     ],
 )
 def test_a_deeper_and_wider_step_takes_what_the_law_says(model, sections, request):
     config = config_of(model, **sections)
     family = Family(read_model_config(None, model))
-    law = extract_law(config, family)
+    kind = config_of_law(config, kind_of(Choice.of(config, config.described_ranks, 1.0)))
+    law = extract_law(kind, family)
     if request.node.callspec.id in SHIPPED:
-        assert shipped_laws(family.model_type)[law_key(law_settings(config, family))]["law"] == law.to_json()
+        assert shipped_laws(family.model_type)[law_key(law_settings(kind, family))]["law"] == law.to_json()
     run, recording, sizes = measured(config)
     model = configured_empty_model(run, None)
     weights = weights_of(model, parameter_groups(model, run.optimizer))

@@ -50,7 +50,8 @@ class Sought:
 
 
 def sought(config: Config, ranks: int = 8) -> Sought:
-    space = candidates(config, ranks=ranks, nodes=2 if ranks > 1 else 1, labelled_share=SHARE)
+    nodes = 2 if ranks > 1 else 1
+    space = candidates(config, ranks=ranks, nodes=nodes, labelled_share=SHARE, linears=TOY.linears)
     points = []
     for candidate in space:
         ratios = {candidate.lowest, candidate.choice.ratio}
@@ -202,6 +203,24 @@ def test_coarse_keys_and_values_have_to_be_worth_it(larger: float, chosen: str) 
 
     found = search(space, flat(peak), Budget(1), PlannerConfig(objective="fidelity"), labelled_share=SHARE)
     assert (found.points[0].choice.kv_format, found.points[0].choice.ratio) == (chosen, largest[chosen])
+
+
+def test_memory_is_spent_on_as_many_linear_layers_as_fit() -> None:
+    config = open_job(
+        selection__ratio=0.5,
+        retention__policy="selective",
+        retention__retain_linears="auto",
+        sharding__engine="fsdp",
+        sharding__zero_stage=...,
+        training__micro_batch_size=8,
+    )
+    plans = sought(config)
+    chosen = []
+    for candidate in sorted(plans.space, key=lambda each: TOY.memory(each.choice).peak):
+        point = plans.find(TOY.memory(candidate.choice).peak).points[0]
+        assert point.choice == candidate.choice
+        chosen.append(point.choice.retain_linears)
+    assert chosen == [False, ("wide",), ("wide", "middle"), True]
 
 
 def test_speed_takes_a_larger_ratio_where_it_costs_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +23,8 @@ STAGES = {("deepspeed", stage, True, 1) for stage in range(4)}
 FSDP = {("fsdp", None, reshard, replicas) for reshard in (True, False) for replicas in (1, 2)}
 
 
-def space(config: Config, ranks: int = 8, nodes: int = 2) -> list[Any]:
-    return candidates(config, ranks=ranks, nodes=nodes, labelled_share=SHARE)
+def space(config: Config, ranks: int = 8, nodes: int = 2, linears: Sequence[str] = ()) -> list[Any]:
+    return candidates(config, ranks=ranks, nodes=nodes, labelled_share=SHARE, linears=linears)
 
 
 def shardings(config: Config, **keywords: int) -> set[tuple[Any, ...]]:
@@ -49,6 +50,33 @@ def test_everything_open_is_the_whole_product() -> None:
         (1, 8),
     }
     assert len(found) == len({each.choice for each in found}) == 8 * 8 * 4
+
+
+def test_the_first_linear_layers_up_to_any_may_be_retained() -> None:
+    names = ("down_proj", "o_proj", "k_proj")
+    retained = [False, names[:1], names[:2], True]
+    found = space(open_job(), linears=names)
+    assert len(found) == len({each.choice for each in found}) == 8 * (2 + 4 * 3) * 4
+    assert {each.choice.retain_linears for each in found if each.choice.policy == "selective"} == {*retained}
+    assert {each.choice.retain_linears for each in found if each.choice.policy != "selective"} == {False}
+    open_key = {"retention__policy": "selective", "retention__retain_linears": "auto"}
+    assert [
+        *dict.fromkeys(each.choice.retain_linears for each in space(open_job(**open_key), linears=names))
+    ] == retained
+    given = open_job(retention__retain_linears=["k_proj", "v_proj"])
+    assert {each.choice.retain_linears for each in space(given, linears=names)} == {("k_proj", "v_proj")}
+
+
+def test_chosen_linear_layers_are_written_as_a_list() -> None:
+    config = open_job(retention__policy="selective", retention__retain_linears="auto")
+    choice = space(config, linears=("down_proj", "o_proj"))[0].choice
+    assert overrides(config, choice, SHARE)["retention.retain_linears"] is False
+    values = overrides(config, replace(choice, retain_linears=("down_proj",)), SHARE)
+    assert values["retention.retain_linears"] == ["down_proj"]
+    resolved = with_overrides(config, values)
+    assert resolved is not None and resolved.retained_linears == ("down_proj",)
+    plain = replace(choice, policy="checkpoint", ratio=1.0)
+    assert overrides(open_job(), plain, SHARE).get("retention.retain_linears") is None
 
 
 def test_offloading_is_open_with_the_engine() -> None:
