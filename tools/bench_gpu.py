@@ -49,8 +49,9 @@ ROUND = 1024
 
 
 def arms_of(ratios: Sequence[float]) -> list[Arm]:
-    """The exact ones, and selective ones with and without retained linears."""
-    return EXACT + [Arm("selective", ratio, retain) for ratio in ratios for retain in (True, False)]
+    """The exact ones, selective ones with retained linears, and without for the middle ratio."""
+    without = Arm("selective", sorted(ratios)[len(ratios) // 2])
+    return [*EXACT, *(Arm("selective", ratio, True) for ratio in ratios), without]
 
 
 def operations(model: nn.Module, arm: Arm, inputs: dict[str, Tensor], selection: Selection | None) -> int:
@@ -229,7 +230,8 @@ def main() -> None:
         )
         print(f"{args.model}, {tuning}: built in {time.perf_counter() - begun:.0f} s", flush=True)
         if args.cap:
-            arms = [*EXACT, *(Arm("selective", ratio) for ratio in args.ratios)]
+            formats = ("model", "int8")
+            arms = [*EXACT, *(Arm("selective", r, kv_format=kind) for r in args.ratios for kind in formats)]
             rows = longest(model, arms, round(args.cap * GIB), (2048, 4096))
             result["rows"] += [{"tuning": tuning, "cap_gib": args.cap, **row} for row in rows]
         else:
