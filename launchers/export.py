@@ -11,6 +11,7 @@ from pathlib import Path
 
 from framework.cli import run_command
 from framework.extras import put_off_import
+from framework.importing import quick_imports
 
 
 def parser() -> argparse.ArgumentParser:
@@ -49,7 +50,8 @@ def main() -> None:
     """Parse, then import torch and export."""
     arguments = parser().parse_args()
     with put_off_import("deepspeed"):
-        from framework.checkpoint import export_run
+        with quick_imports():
+            from framework.checkpoint import export_run
 
         written = export_run(
             arguments.run,

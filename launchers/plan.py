@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from framework.cli import add_config_options, run_command
 from framework.config import Config, load_config
 from framework.errors import UserError
+from framework.importing import quick_imports
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,11 +86,12 @@ def main() -> int:
     if arguments.calibrate:
         raise UserError("--calibrate: measures the machine and plans nothing; leave out --config")
 
-    from rich.console import Console
+    with quick_imports():
+        from rich.console import Console
 
-    from framework.planner.labelled import share_for_planning
-    from framework.planner.planning import PlannedJob
-    from framework.planner.profile import profile_for
+        from framework.planner.labelled import share_for_planning
+        from framework.planner.planning import PlannedJob
+        from framework.planner.profile import profile_for
 
     console = Console()
 

@@ -11,6 +11,7 @@ import sys
 from framework.cli import add_config_options, run_command
 from framework.config import Config, load_config
 from framework.errors import UserError
+from framework.importing import quick_imports
 from framework.training.run import Launch, check_launch, train
 from framework.training.signals import StopRequested, StopSignals
 
@@ -75,7 +76,8 @@ def main() -> int:
             if preview and launch.place.rank == 0:
                 show(config, launch, arguments)
             elif not preview:
-                from torch.distributed.elastic.multiprocessing.errors import record
+                with quick_imports():
+                    from torch.distributed.elastic.multiprocessing.errors import record
 
                 record(train)(
                     config, resume=arguments.resume, signals=signals, deepspeed_config=arguments.deepspeed_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from framework.cli import run_command
 from framework.errors import RunError, UserError
+from framework.importing import quick_imports
 
 
 def raising(error: BaseException) -> int:
@@ -38,6 +40,24 @@ def test_other_exceptions_keep_their_traceback() -> None:
 def test_importing_does_not_import_torch() -> None:
     code = "import sys, framework.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_at_its_end_a_command_looks_for_no_garbage() -> None:
+    code = "import atexit, gc, sys; from framework.cli import run_command; "
+    # Called in the reverse order.
+    code += "atexit.register(lambda: print(gc.get_freeze_count() > 1000)); sys.exit(run_command(lambda: 0))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n")
+
+
+def test_imports_look_for_no_garbage() -> None:
+    assert gc.isenabled()
+    with quick_imports():
+        assert not gc.isenabled()
+        with quick_imports():
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
 
 
 def test_torchrun_gets_the_message_and_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

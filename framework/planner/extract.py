@@ -1,4 +1,4 @@
-"""`python -m framework.planner.extract REQUEST ANSWER`: record laws, for `laws_of`, which starts it.
+"""Record laws in a process of its own, for `laws_of`, which starts it.
 
 Both files are JSON: the configs of runs by the names of their laws, and for each name its settings and its law, or the
 reason why there is none.
@@ -6,9 +6,7 @@ reason why there is none.
 
 from __future__ import annotations
 
-import gc
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,3 @@ def main(request: Path, answer: Path) -> None:
         except (UserError, UnknownSizeError) as error:
             found[key] = {"reason": str(error)}
     answer.write_text(json.dumps(found), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    # Garbage is looked for again and again; none is in what was imported.
-    gc.freeze()
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""`python -m framework.planner.simulate REQUEST ANSWER`: simulate steps, for `checks_of`, which starts it.
+"""Simulate steps in a process of its own, for `checks_of`, which starts it.
 
 Both files are JSON lists: configs with their number of ranks and the labelled share of their data, and what was found,
 or the reason why there is nothing.
@@ -7,7 +7,6 @@ or the reason why there is nothing.
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from framework.config import Config
@@ -25,7 +24,3 @@ def main(request: Path, answer: Path) -> None:
         except UserError as error:
             found.append({"reason": str(error)})
     answer.write_text(json.dumps(found), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

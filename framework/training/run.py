@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Never
 
 from framework.errors import RunError, UserError
 from framework.extras import check_bitsandbytes
+from framework.importing import quick_imports
 from framework.sharding.deepspeed_config import OwnOptions, read_own_options
 from framework.sharding.place import Place, check_ranks
 from framework.training.run_directory import COMPLETED, FAILED, LOST_RANK, SECOND_SIGNAL, STOPPED, RunDirectory
@@ -187,8 +188,9 @@ class _Run:
 
     def train(self, signals: StopSignals) -> tuple[TrainResult, list[str]]:
         """The run itself, with the ranks connected; its result and the last lines that it printed."""
-        from framework.sharding.ranks import joined_ranks
-        from framework.training.progress import Reporter
+        with quick_imports():
+            from framework.sharding.ranks import joined_ranks
+            from framework.training.progress import Reporter
 
         with Reporter(quiet=self.place.rank != 0) as reporter:
             if self.place.rank != 0:
@@ -215,8 +217,9 @@ class _Run:
         self, config: Config, planned: dict[str, Any] | None, signals: StopSignals, reporter: Reporter
     ) -> TrainResult:
         """The run without open keys."""
-        from framework.sharding.ranks import joined_ranks
-        from framework.training.start import run_training
+        with quick_imports():
+            from framework.sharding.ranks import joined_ranks
+            from framework.training.start import run_training
 
         sharding = config.sharding
         with joined_ranks(

@@ -60,5 +60,5 @@ def test_what_cannot_be_simulated_is_said_once(monkeypatch):
 
 
 def test_what_fails_apart_is_said_in_its_last_words():
-    with pytest.raises(RunError, match=r"(?s)^it cannot be:.*No module named framework\.planner\.missing"):
+    with pytest.raises(RunError, match=r"(?s)^it cannot be:.*No module named 'framework\.planner\.missing'"):
         run_apart("framework.planner.missing", [], failure="it cannot be")
