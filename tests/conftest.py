@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 # Tests run side by side; one thread each is faster than many that wait for each other.
 torch.set_num_threads(1)
+# Until tests are collected, which imports everything.
+gc.disable()
 
 # Triton reads it when it is first imported, which must not be before: then kernels run on the CPU as well.
 if not torch.cuda.is_available():
@@ -25,6 +27,7 @@ def pytest_collection_finish() -> None:
     """Let garbage be looked for in what tests make alone, not again and again in all that was imported."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 # What launchers set. Ranks are processes of their own, or undo it.

@@ -55,7 +55,7 @@ class Runs:
         settings["cluster"] = {"time": "30", "stop_seconds": 60, "cpus_per_node": 2}
         if step_seconds:
             (home / "sitecustomize.py").write_text(SLOW.format(seconds=step_seconds))
-            settings["cluster"]["setup"] = [f"export PYTHONPATH={shlex.quote(str(home))}"]
+            settings["cluster"]["setup"] = [f"export PYTHONPATH={shlex.quote(f'{home}:{forked.ROOT}')}"]
         change(settings, changes)
         path = home / "config.json"
         path.write_text(json.dumps(settings))
