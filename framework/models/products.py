@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from framework.linear_names import retains
-from framework.retention.linears import linear_paths
+from framework.retention.linears import expert_paths, linear_paths
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,8 @@ class BlockProducts:
         products: of a row.
         attention: None for a block that mixes tokens in another way.
         differentiated: it or anything below it is trained, so that the backward pass goes through it.
-        linears: those of the matrices that are linear layers whose outputs can be retained; the others are routers, and
-            the experts that a row is routed to.
+        linears: those of the matrices whose outputs can be retained; the others are routers, and the experts that a row
+            is routed to where these are not computed all together.
     """
 
     name: str
@@ -157,8 +157,11 @@ def matrix_products(model: PreTrainedModel, blocks: Mapping[str, nn.Module]) -> 
         differentiated = differentiated or any(p.requires_grad for p in block.parameters())
         modules = list(_active_modules(block))
         paths = linear_paths(block)
-        linears = tuple(_linear(module, paths[module]) for module in modules if module in paths)
-        counted.append(BlockProducts(name, of(modules), _attention(block, config, index), differentiated, linears))
+        linears = [_linear(module, paths[module]) for module in modules if module in paths]
+        for path, (module, matrix) in expert_paths(block).items():
+            linears.append(_stacked(module, matrix, path, experts_per_token))
+        attention = _attention(block, config, index)
+        counted.append(BlockProducts(name, of(modules), attention, differentiated, tuple(linears)))
     return ModelProducts(
         blocks=tuple(counted),
         body=of(module for module in active if id(module) in body_modules),
@@ -179,6 +182,14 @@ def _linear(module: nn.Module, path: str) -> LinearLayer:
         return LinearLayer(path, *module.weight.shape)
     assert isinstance(module, nn.Linear)
     return LinearLayer(path, module.in_features, module.out_features)
+
+
+def _stacked(module: nn.Module, matrix: str, path: str, experts_per_token: int) -> LinearLayer:
+    """The experts that a row is sent to, as one layer."""
+    _, outputs, inputs = getattr(module, matrix).shape
+    if module.is_transposed:
+        inputs, outputs = outputs, inputs
+    return LinearLayer(path, inputs, experts_per_token * outputs)
 
 
 def _products(module: nn.Module, experts_per_token: int) -> Products:

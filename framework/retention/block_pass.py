@@ -48,6 +48,19 @@ class RetainedAttention:
 
 
 @dataclass
+class RetainedExperts:
+    """One call of experts.
+
+    Attributes:
+        experts: `[rows, experts of a token]`, those that a selected token was sent to.
+        outputs: of each of their products in turn `[rows, experts of a token, out]`; None for one that is not kept.
+    """
+
+    experts: Tensor
+    outputs: list[Tensor | None] = field(default_factory=list)
+
+
+@dataclass
 class BlockPass:
     """One block's way from its record pass to its replay. Calls are matched in order, per module for linears.
 
@@ -60,6 +73,7 @@ class BlockPass:
     phase: Phase = Phase.RECORD
     attention: deque[RetainedAttention] = field(default_factory=deque)
     linears: defaultdict[nn.Module, deque[Tensor | None]] = field(default_factory=lambda: defaultdict(deque))
+    experts: defaultdict[nn.Module, deque[RetainedExperts | None]] = field(default_factory=lambda: defaultdict(deque))
     random: deque[Tensor] = field(default_factory=deque)
     wanted: int | None = None
 

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from framework.linear_names import check_names, retains
 from framework.retention.block_pass import BlockPass, Phase, current_pass
+from framework.retention.experts import is_stacked, matrices_of, release_experts, retain_experts
 
 
 class KnownOutput(torch.autograd.Function):
@@ -185,6 +186,16 @@ def linear_paths(block: nn.Module) -> dict[nn.Module, str]:
     }
 
 
+def expert_paths(block: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """The stacked matrices of experts whose products can be kept, by path: the experts and the matrix's name there."""
+    return {
+        f"{path}.{name}": (module, name)
+        for module, path in _paths(block, ())
+        if is_stacked(module)
+        for name in matrices_of(module)
+    }
+
+
 def _paths(module: nn.Module, path: tuple[str, ...]) -> Iterator[tuple[nn.Module, str]]:
     yield module, ".".join(path)
     for name, child in module.named_children():
@@ -199,11 +210,11 @@ def check_retained(blocks: Iterable[nn.Module], chosen: bool | Collection[str]) 
     Raises:
         UserError: a block has none that is called so, nor has another one.
     """
-    check_names(chosen, [path for block in blocks for path in linear_paths(block).values()])
+    check_names(chosen, [path for block in blocks for path in (*linear_paths(block).values(), *expert_paths(block))])
 
 
 def retain_linears(block: nn.Module, chosen: bool | Collection[str] = True) -> None:
-    """Let linear layers inside a block keep their outputs; those of other classes than ours know are recomputed.
+    """Let linear layers inside a block, and stacked experts, keep their outputs; those of other classes do not.
 
     Args:
         block: changed in place.
@@ -214,6 +225,12 @@ def retain_linears(block: nn.Module, chosen: bool | Collection[str] = True) -> N
             if isinstance(module, PackedLinear):
                 module.retained = True
             module.__class__ = RETAINED_CLASSES.get(type(module), type(module))
+    experts: dict[nn.Module, list[str]] = {}
+    for path, (module, name) in expert_paths(block).items():
+        if retains(chosen, path):
+            experts.setdefault(module, []).append(name)
+    for module, names in experts.items():
+        retain_experts(module, names)
 
 
 def release_linears(block: nn.Module) -> None:
@@ -221,4 +238,5 @@ def release_linears(block: nn.Module) -> None:
     for module in block.modules():
         if isinstance(module, PackedLinear):
             module.retained = False
+        release_experts(module)
         module.__class__ = PLAIN_CLASSES.get(type(module), type(module))
