@@ -12,12 +12,15 @@ _NORM_NAMES = ("RMSNorm", "LayerNorm", "Norm1P")
 
 
 def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
-    """The model's blocks by name, in order.
+    """The model's blocks by name, in order. What looks like a block inside of one (Zamba) is a part of that.
 
     Raises:
         ValueError: it has none.
     """
-    blocks = {name: module for name, module in model.named_modules() if isinstance(module, GradientCheckpointingLayer)}
+    blocks: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, GradientCheckpointingLayer) and not any(name.startswith(f"{b}.") for b in [*blocks][-1:]):
+            blocks[name] = module
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no blocks (GradientCheckpointingLayer): nothing to make selective"

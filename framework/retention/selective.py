@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from framework.retention.attention import KERNELS, register_attention, selective_name
 from framework.retention.block import SelectiveBlock, block_of, map_first_output, selective_call
@@ -74,6 +75,8 @@ class SelectiveRetention:
         self.fallbacks: dict[str, str] = {}
         self._rows: SelectedRows | None = None
         self._names = {block: name for name, block in self.blocks.items()}
+        parts = (part for block in self.blocks.values() for part in block.modules() if part is not block)
+        self._inner = {part for part in parts if isinstance(part, GradientCheckpointingLayer)}
         self._tried: set[str] = set()
         self._switched: list[PreTrainedModel] = []
         self._random = draws_in_blocks([*self.blocks.values()], model.config)
@@ -150,7 +153,8 @@ class SelectiveRetention:
             RuntimeError: a forward pass for training that no selection was drawn for, which would silently be an
                 ordinary one.
         """
-        if not torch.is_grad_enabled():
+        block = block_of(function)
+        if not torch.is_grad_enabled() or block in self._inner:
             return function(hidden, *others)
         if self.selection is None:
             raise RuntimeError(
@@ -160,7 +164,6 @@ class SelectiveRetention:
                 "token selection on the model that the trainer holds, after constructing it: "
                 "framework.enable_token_selection(trainer.model); and set use_liger_kernel=False"
             )
-        block = block_of(function)
         if block not in self._names:
             raise ValueError(f"{type(block).__name__} asks for checkpointing, but is not one of the model's blocks")
         name = self._names[block]

@@ -17,7 +17,7 @@ FAMILIES = {
     **dict.fromkeys(("bert", "roberta", "electra", "modernbert", "vit"), EXACT),
     **dict.fromkeys(("gemma2", "gemma3_text", "cohere"), FLOAT32_PARTS),
 }
-FALLING_BACK = {"mamba": 2, "jamba": 1, "qwen3_next": 1, "deberta-v2": 2, "falcon": 2}
+FALLING_BACK = {"mamba": 2, "jamba": 1, "qwen3_next": 1, "zamba2": 4, "deberta-v2": 2, "falcon": 2}
 
 
 @pytest.mark.parametrize("padding", [0, 5])
