@@ -3,6 +3,7 @@
     python tools/bench_step.py                                  # a small grouped-query model on CPU
     python tools/bench_step.py --model CONFIG.json --device cuda --dtype bfloat16 --depths 4 8
     python tools/bench_step.py --config configs/llama8b-lora.json --depths 1 2
+    python tools/bench_step.py --hybrid --answers --strategies uniform suffix    # linear attention, recomputed or not
 
 `step_cost.py` says what is measured and how.
 """
@@ -88,7 +89,7 @@ def build_model(
     options = {key: value for key, value in config.items() if key != "model_type"}
     if "layer_types" in options:
         kinds = options["layer_types"]
-        options["layer_types"] = [kinds[i % len(kinds)] for i in range(depth)]
+        options |= {"layer_types": [kinds[i % len(kinds)] for i in range(depth)], "num_hidden_layers": depth}
     hf_config = CONFIG_MAPPING[config["model_type"]](**options)
     hf_config.num_hidden_layers = depth
     hf_config.use_cache = False
@@ -190,6 +191,21 @@ def read_run_config(path: str) -> dict[str, Any]:
     }
 
 
+def hybrid(hidden: int, heads: int) -> dict[str, Any]:
+    """What a Qwen3-Next-like model has in place of a Llama-like one's: gated delta nets with heads as Qwen has them."""
+    size = hidden // heads
+    return {
+        "model_type": "qwen3_next",
+        "layer_types": [*["linear_attention"] * 3, "full_attention"],
+        "head_dim": size,
+        "num_experts": 0,
+        "linear_num_key_heads": heads,
+        "linear_num_value_heads": 2 * heads,
+        "linear_key_head_dim": size,
+        "linear_value_head_dim": size,
+    }
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -197,12 +213,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="a Hugging Face config.json, instead of the built-in Llama-like model")
     for name, value in {"hidden": 768, "heads": 12, "kv-heads": 4, "intermediate": 2048, "vocabulary": 4096}.items():
         parser.add_argument(f"--{name}", type=int, default=value, help=f"of the built-in model (default {value})")
+    parser.add_argument(
+        "--hybrid", action="store_true", help="three of four blocks of it with linear attention (Qwen3-Next)"
+    )
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8], help="numbers of blocks")
     parser.add_argument("--batch", type=int, default=2, help="sequences")
     parser.add_argument("--sequence", type=int, default=1024, help="tokens of each")
     parser.add_argument("--ratios", type=float, nargs="*", default=[0.25], help="of the selective arms")
     parser.add_argument("--kv-formats", nargs="+", default=["model", "int8"], choices=KV_FORMATS)
     parser.add_argument("--answers", action="store_true", help="select a labelled end instead of uniform positions")
+    parser.add_argument(
+        "--strategies",
+        nargs="+",
+        default=["uniform"],
+        choices=["uniform", "suffix"],
+        help="of the selective arms: whether the selection is known to be contiguous, which --answers makes it",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds over all arms")
     parser.add_argument("--adapter", type=int, default=0, metavar="RANK", help="LoRA of this rank on all linears")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
@@ -238,10 +264,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "vocab_size": args.vocabulary,
             "max_position_embeddings": args.sequence,
         }
+        if args.hybrid:
+            options["config"] |= hybrid(args.hidden, args.heads)
     rows = measure(
         **options,
         depths=sorted(args.depths),
-        arms=default_arms(args.ratios, args.kv_formats),
+        arms=default_arms(args.ratios, args.kv_formats, args.strategies),
         repeats=args.repeats,
         device=args.device,
         answers=args.answers,

@@ -61,6 +61,23 @@ DROPOUTS = (
 )
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 MASKED = {"task": "masked_lm"}
+STATE_SPACE = {"head_dim": 8, "expand": 2}
+MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_state": 4,
+    "mamba_n_groups": 2,
+    "mamba_d_conv": 3,
+    "mamba_chunk_size": 5,
+}
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3,
+}
 
 # Differences from COMMON, by model type; "task" is ours (default: the first of AUTO that there is).
 TINY: dict[str, dict[str, Any]] = {
@@ -114,8 +131,48 @@ TINY: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 4,
         "v_head_dim": 8,
     },
-    # Token mixing outside the attention interface, in all blocks or in some: these fall back.
+    # Token mixing outside the attention interface, in all blocks or in some: these fall back, or where neighbouring
+    # tokens are selected they are replayed from their state.
     "mamba": {"state_size": 4, "conv_kernel": 3, "expand": 2},
+    "falcon_mamba": {"state_size": 4, "conv_kernel": 3, "expand": 2},
+    "mamba2": {**STATE_SPACE, "num_heads": 8, "state_size": 4, "n_groups": 2, "conv_kernel": 3, "chunk_size": 5},
+    "bamba": {**MAMBA2, "attn_layer_indices": [1]},
+    "falcon_h1": {**MAMBA2, "mamba_d_ssm": 64},
+    "granitemoehybrid": {
+        **MAMBA2,
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 24,
+    },
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "attention", "mlp"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 4,
+        "n_groups": 2,
+        "conv_kernel": 3,
+        "chunk_size": 5,
+    },
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_key_value_heads": 4,
+        "mamba_d_state": 4,
+        "mamba_d_conv": 3,
+        "n_mamba_heads": 2,
+    },
+    "zamba2": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "num_key_value_heads": 4,
+        "mamba_d_state": 4,
+        "mamba_d_conv": 3,
+        "n_mamba_heads": 8,
+        "chunk_size": 5,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 64},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -129,25 +186,9 @@ TINY: dict[str, dict[str, Any]] = {
         "mamba_dt_rank": 4,
         "use_mamba_kernels": False,
     },
-    "qwen3_next": {
-        **EXPERTS,
-        "shared_expert_intermediate_size": 24,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_conv_kernel_dim": 3,
-    },
-    "zamba2": {
-        "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "hybrid"] * 2,
-        "num_key_value_heads": 4,
-        "mamba_d_state": 4,
-        "mamba_d_conv": 3,
-        "n_mamba_heads": 8,
-        "chunk_size": 5,
-    },
+    "qwen3_next": {**EXPERTS, **DELTA_NET, "shared_expert_intermediate_size": 24},
+    "qwen3_5_text": DELTA_NET,
+    "olmo_hybrid": DELTA_NET,
     "bert": MASKED,
     "roberta": {**MASKED, "pad_token_id": 1, "bos_token_id": 0},
     "electra": {**MASKED, "embedding_size": 32},

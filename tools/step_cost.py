@@ -27,19 +27,21 @@ from framework.training.memory import CpuMemoryTracker, reset_device_peak
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One way to take a step."""
+    """One way to take a step. The strategy tells what a selective block may expect; the batch has its selections."""
 
     policy: str
     ratio: float = 1.0
     retain_linears: bool = False
     kv_format: str = "model"
+    strategy: str = "uniform"
 
     @property
     def name(self) -> str:
         """As printed."""
         if self.policy != "selective":
             return self.policy
-        return f"selective r={self.ratio:g}{' +linears' if self.retain_linears else ''} kv={self.kv_format}"
+        strategy = "" if self.strategy == "uniform" else f" {self.strategy}"
+        return f"selective{strategy} r={self.ratio:g}{' +linears' if self.retain_linears else ''} kv={self.kv_format}"
 
     def ideal_units(self, *, adapter: bool) -> float:
         """Matrix work in units of one forward pass; an adapter's frozen weights need no gradient of their own."""
@@ -54,10 +56,13 @@ class Arm:
 ALL, CHECKPOINT = Arm("all"), Arm("checkpoint")
 
 
-def default_arms(ratios: Sequence[float], kv_formats: Sequence[str] = ("model", "int8")) -> list[Arm]:
+def default_arms(
+    ratios: Sequence[float], kv_formats: Sequence[str] = ("model", "int8"), strategies: Sequence[str] = ("uniform",)
+) -> list[Arm]:
     """`all`, `checkpoint`, and `selective` with every combination of its options."""
     selective = [
-        Arm("selective", ratio, retain_linears, kv_format)
+        Arm("selective", ratio, retain_linears, kv_format, strategy)
+        for strategy in strategies
         for ratio in ratios
         for retain_linears in (False, True)
         for kv_format in kv_formats
@@ -110,7 +115,7 @@ def arm_model(model: nn.Module, arm: Arm) -> nn.Module:
         apply_best_checkpointing(unwrapped(result))
     elif arm.policy == "selective":
         options = {"retain_linears": arm.retain_linears, "kv_format": arm.kv_format}
-        enable_token_selection(result, strategy="uniform", ratio=arm.ratio, fused_loss=True, **options)
+        enable_token_selection(result, strategy=arm.strategy, ratio=arm.ratio, fused_loss=True, **options)
     return result
 
 

@@ -24,7 +24,8 @@ def known_trials(config: Config, family: Family) -> AbstractContextManager[objec
         family: of its model.
 
     Raises:
-        UserError: only some of the model's blocks can be selective.
+        UserError: only some of the model's blocks can be selective, or some hand a state on, from which they are
+            replayed: what that takes goes by where the selected tokens begin.
     """
     if config.retention.policy != "selective":
         return nullcontext()
@@ -34,8 +35,10 @@ def known_trials(config: Config, family: Family) -> AbstractContextManager[objec
         record_step(small, probe_batch(PROBES[0], packed=config.data.packing), Ranks(Place()), 1)
     if len({trial.reason is None for trial in trials}) > 1:
         raise UserError("retention.policy: a model with blocks of which only some can be selective cannot be simulated")
+    if any(trial.mixers for trial in trials):
+        raise UserError("retention.policy: a model with recurrent state in its blocks cannot be simulated")
     trial = trials[0]
-    return mock.patch.object(selective, "try_block", lambda *_: trial)
+    return mock.patch.object(selective, "try_block", lambda *_, **__: trial)
 
 
 @contextmanager
@@ -43,8 +46,8 @@ def _noted_trials() -> Iterator[list[locality.Trial]]:
     """Within this context the trials of blocks are added to a list."""
     found: list[locality.Trial] = []
 
-    def noted(*arguments: Any) -> locality.Trial:
-        found.append(locality.try_block(*arguments))
+    def noted(*arguments: Any, **options: Any) -> locality.Trial:
+        found.append(locality.try_block(*arguments, **options))
         return found[-1]
 
     with mock.patch.object(selective, "try_block", noted):

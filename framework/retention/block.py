@@ -171,7 +171,7 @@ class SelectiveBlock(torch.autograd.Function):
             return None, None, None, *grad_parameters
         grad_hidden = torch.zeros(*grad.shape[:2], rows.shape[-1], dtype=rows.dtype, device=rows.device)
         if grad_rows is not None:
-            selected.put(grad_hidden, grad_rows)
+            selected.put_gradient(grad_hidden, grad_rows)
         return None, None, grad_hidden, *grad_parameters
 
 

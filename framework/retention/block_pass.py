@@ -76,6 +76,8 @@ class BlockPass:
     experts: defaultdict[nn.Module, deque[RetainedExperts | None]] = field(default_factory=lambda: defaultdict(deque))
     random: deque[Tensor] = field(default_factory=deque)
     wanted: int | None = None
+    states: defaultdict[nn.Module, deque[Any]] = field(default_factory=lambda: defaultdict(deque))
+    in_mixer: bool = False
 
     def keep(self, attention: RetainedAttention) -> None:
         """Add an attention call of the record pass, before its output is computed.
@@ -86,6 +88,20 @@ class BlockPass:
         self.attention.append(attention)
         if len(self.attention) == self.wanted:
             raise AllKeysFound
+
+    def as_seen(self, kept: Tensor) -> Tensor:
+        """Kept rows `[1, rows, …]` as modules in the replay see them: `[batch, slots, …]` in a recurrent mixer."""
+        is_rows = kept.dim() > 1 and kept.shape[:2] == (1, len(self.rows.position))
+        return self.rows.by_sequence(kept) if self.in_mixer and is_rows else kept
+
+    @contextlib.contextmanager
+    def by_sequence(self) -> Iterator[None]:
+        """Within this context modules see rows by sequence."""
+        self.in_mixer = True
+        try:
+            yield
+        finally:
+            self.in_mixer = False
 
     @contextlib.contextmanager
     def running(self, phase: Phase) -> Iterator[None]:
@@ -99,6 +115,16 @@ class BlockPass:
 
 
 _CURRENT: ContextVar[BlockPass | None] = ContextVar("current_block_pass", default=None)
+
+
+@contextlib.contextmanager
+def outside_of_passes() -> Iterator[None]:
+    """Within this context the calling thread is in no pass: modules do what they ordinarily do."""
+    token = _CURRENT.set(None)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
 
 
 def current_pass() -> BlockPass | None:

@@ -106,6 +106,7 @@ def _through_pass(
         kept.append(rows.take(output.view(rows.batch, rows.tokens, -1)) if is_tokens else None)
         return output
     known = kept.popleft()
+    known = None if known is None else current.as_seen(known)
     if known is None or known.shape[:-1].numel() != x.shape[:-1].numel():
         return compute(x)
     # Detached: as a view it could not be changed in place, which adapters do with their base layer's output.

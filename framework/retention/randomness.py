@@ -71,7 +71,7 @@ class ReplayedRandomness(TorchFunctionMode):
             noise = functional.dropout(torch.ones_like(input), p, training=True)
             self.current.random.append(self._rows(noise != 0))
             return input * noise
-        kept = self.current.random.popleft().view(input.shape).to(input.dtype)
+        kept = self.current.as_seen(self.current.random.popleft()).view(input.shape).to(input.dtype)
         return input * (kept.div_(1 - p) if p < 1 else kept)
 
     def _draw(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -79,7 +79,7 @@ class ReplayedRandomness(TorchFunctionMode):
             drawn = func(*args, **kwargs)
             self.current.random.append(self._rows(drawn.clone()))
             return drawn
-        kept = self.current.random.popleft()
+        kept = self.current.as_seen(self.current.random.popleft())
         if func in _NEW_DRAWS:
             return kept
         if kept.shape != args[0].shape:

@@ -31,7 +31,8 @@ def reference_gradients(model: PreTrainedModel, mask: Tensor, fallbacks: Collect
 
     Args:
         model: a Hugging Face model without selection or checkpointing, in its ordinary attention.
-        mask: bool `[batch, sequence]`, the selected positions.
+        mask: bool `[batch, sequence]`, the selected positions. If the model is given the last tokens only and a cache
+            of those before, these are the last columns.
         fallbacks: names of the blocks that fall back.
     """
     kernel = model.config._attn_implementation
@@ -67,7 +68,7 @@ def _enter_block(selected: Tensor | None, block: nn.Module, args: tuple[Any, ...
 
 def _cut(tensor: Tensor, mask: Tensor) -> Tensor:
     """`tensor [batch, tokens, width]` with the rows outside the mask detached."""
-    return torch.where(mask[..., None], tensor, tensor.detach())
+    return torch.where(mask[:, -tensor.shape[1] :, None], tensor, tensor.detach())
 
 
 def _reference_attention(

@@ -27,6 +27,7 @@ class SelectedRows:
         tokens: length of the sequences.
         device: of the hidden states.
         correction: from 0, none, to 1, which makes gradients of independent draws unbiased.
+        slots: the least number of slots of a sequence.
 
     Attributes:
         counts: selected tokens of each sequence.
@@ -37,7 +38,15 @@ class SelectedRows:
             the queries of others; None for one.
     """
 
-    def __init__(self, selection: Selection, tokens: int, device: torch.device, *, correction: float = 0.0) -> None:
+    def __init__(
+        self,
+        selection: Selection,
+        tokens: int,
+        device: torch.device,
+        *,
+        correction: float = 0.0,
+        slots: int = 1,
+    ) -> None:
         positions, valid = selection.positions.cpu(), selection.valid.cpu()
         self.batch, self.tokens = positions.shape[0], tokens
         self.live = not selection.ragged or bool(valid.any())
@@ -46,7 +55,7 @@ class SelectedRows:
             valid = torch.zeros_like(valid)
             valid[0, 0] = True
         self.counts: list[int] = valid.sum(1).tolist()
-        self.slots = max(self.counts)
+        self.slots = max(slots, *self.counts)
         self.dense = min(self.counts) == self.slots
         sequence, place = valid.nonzero(as_tuple=True)
         position = positions[sequence, place]
@@ -105,6 +114,14 @@ class SelectedRows:
     def take_gradient(self, tensor: Tensor) -> Tensor:
         """Like `take`; zero if nothing is selected."""
         return self.take(tensor) if self.live else torch.zeros_like(self.take(tensor))
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """`rows [1, rows, …]` without a graph where a row gets no gradient."""
+        return rows
+
+    def put_gradient(self, tensor: Tensor, rows: Tensor) -> None:
+        """Like `put`."""
+        self.put(tensor, rows)
 
     def by_sequence(self, rows: Tensor) -> Tensor:
         """`[1, rows, …]` to `[batch, slots, …]`, zeros where a sequence has fewer rows; a view if none has."""

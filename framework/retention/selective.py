@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from framework.retention import recurrent
 from framework.retention.attention import KERNELS, register_attention, selective_name
 from framework.retention.block import SelectiveBlock, block_of, map_first_output, selective_call
 from framework.retention.blocks import blocks_of
@@ -25,6 +26,7 @@ from framework.retention.linears import check_retained, release_linears, retain_
 from framework.retention.locality import try_block
 from framework.retention.randomness import draws_in_blocks
 from framework.retention.rows import KeepGradientRows, SelectedRows
+from framework.retention.runs import RunRows
 from framework.retention.seam import Seam
 from framework.retention.visibility import described_masks
 from framework.selection import Selection
@@ -39,7 +41,9 @@ class SelectiveRetention:
 
     While `selection` is set, blocks record and replay. `fallbacks` names the blocks that
     mix tokens where a replay cannot follow, with the reason: they are recomputed whole, with the gradient of
-    unselected rows cut at their input and output.
+    unselected rows cut at their input and output. `in_runs` names those that hand a state on from token to token and
+    are replayed from it. Which way a block goes is found out on its first input and never depends on what is selected,
+    since every rank has to call its modules equally often.
 
     Args:
         model: the Hugging Face model; changed in place.
@@ -48,6 +52,8 @@ class SelectiveRetention:
         kv_format: how keys and values of all tokens are kept: `model` (as they are), `int8`, `int4` or
             `recompute` (not: the block's input is).
         correction: see `SelectedRows`.
+        runs: selected tokens are neighbours, as a rule: blocks with recurrent state are replayed from the first one of
+            a sequence to the last (see `RunRows`). Otherwise they fall back.
 
     Raises:
         ValueError: no blocks; unknown `kv_format`; a name that no linear layer has; an attention implementation that
@@ -55,7 +61,13 @@ class SelectiveRetention:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, retain_linears: bool | Collection[str], kv_format: str, correction: float = 0.0
+        self,
+        model: PreTrainedModel,
+        *,
+        retain_linears: bool | Collection[str],
+        kv_format: str,
+        correction: float = 0.0,
+        runs: bool = False,
     ) -> None:
         if kv_format not in KV_FORMATS:
             raise ValueError(f"retention.kv_format: {kv_format!r} is none of {', '.join(KV_FORMATS)}")
@@ -71,9 +83,12 @@ class SelectiveRetention:
         check_retained(self.blocks.values(), retain_linears)
         self.seam = Seam(model, self.blocks)
         self.retain_linears, self.kv_format, self.correction = retain_linears, kv_format, correction
+        self.runs = runs
         self.selection: Selection | Callable[[Tensor], Selection] | None = None
         self.fallbacks: dict[str, str] = {}
+        self.in_runs: set[str] = set()
         self._rows: SelectedRows | None = None
+        self._run_rows: RunRows | None = None
         self._names = {block: name for name, block in self.blocks.items()}
         parts = (part for block in self.blocks.values() for part in block.modules() if part is not block)
         self._inner = {part for part in parts if isinstance(part, GradientCheckpointingLayer)}
@@ -109,6 +124,7 @@ class SelectiveRetention:
         self.model.set_attn_implementation(self.kernel)
         for block in self.blocks.values():
             release_linears(block)
+            recurrent.remove(block)
 
     @contextlib.contextmanager
     def selecting(self, selection: Selection | Callable[[Tensor], Selection]) -> Iterator[None]:
@@ -123,7 +139,7 @@ class SelectiveRetention:
         """
         self.seam.check()
         self._check_attention()
-        self.selection, self._rows = selection, None
+        self.selection, self._rows, self._run_rows = selection, None, None
         try:
             with described_masks():
                 yield
@@ -133,7 +149,7 @@ class SelectiveRetention:
                     "token selection cannot work in"
                 )
         finally:
-            self.selection, self._rows = None, None
+            self.selection, self._rows, self._run_rows = None, None, None
 
     def _check_attention(self) -> None:
         expected = selective_name(self.kernel)
@@ -171,33 +187,55 @@ class SelectiveRetention:
         if not hidden.requires_grad and not any(p.requires_grad for p in block.parameters()):
             return function(hidden, *others)
         if name not in self._tried:
-            self._tried.add(name)
-            trial = try_block(function, hidden.detach(), others)
-            self._random = self._random or trial.draws
-            if trial.reason is not None:
-                self.fallbacks[name] = trial.reason
-                if self.correction:
-                    raise ValueError(
-                        f"selection.correction: block {name} cannot be replayed on selected rows, and what it mixes "
-                        f"cannot be corrected: {trial.reason}; set the correction to 0"
-                    )
-                logger.warning("block %s falls back to plain checkpointing: %s", name, trial.reason)
+            self._try(name, function, hidden, others)
         if name in self.fallbacks:
             output = checkpoint(function, KeepGradientRows.apply(rows, hidden), *others, use_reentrant=False)
             return map_first_output(output, lambda out: KeepGradientRows.apply(rows, out))
+        retain_linears = bool(self.retain_linears)
+        if name in self.in_runs:
+            rows = self._runs_of(rows)
+            # Where tokens in between are replayed too, their outputs may be as many as those of all tokens.
+            retain_linears = retain_linears and rows.contiguous
         call = selective_call(
             function,
             hidden,
             others,
             rows,
             name=name,
-            retain_linears=bool(self.retain_linears),
+            retain_linears=retain_linears,
             kv_format=self.kv_format,
             random=self._random,
         )
         anchor = torch.empty(0, device=hidden.device, requires_grad=True)
         in_graph = [p for p in block.parameters() if p.requires_grad] if _graph_is_searched() else []
         return SelectiveBlock.apply(call, anchor, hidden, *in_graph)
+
+    def _try(self, name: str, function: partial[Any], hidden: Tensor, others: tuple[Any, ...]) -> None:
+        """Find out which way a block goes."""
+        self._tried.add(name)
+        trial = try_block(function, hidden.detach(), others, runs=self.runs)
+        self._random = self._random or trial.draws
+        unlike = trial.reason or (
+            f"it is replayed from the state of {', '.join(trial.mixers)}" if trial.mixers else None
+        )
+        if self.correction and unlike is not None:
+            raise ValueError(
+                f"selection.correction: block {name} hands on more than keys and values of selected tokens, which "
+                f"cannot be corrected: {unlike}; set the correction to 0"
+            )
+        if trial.reason is not None:
+            self.fallbacks[name] = trial.reason
+            logger.warning("block %s falls back to plain checkpointing: %s", name, trial.reason)
+        elif trial.mixers:
+            self.in_runs.add(name)
+            recurrent.install(self.blocks[name], trial.mixers)
+            logger.info("block %s is replayed from the state of %s", name, ", ".join(trial.mixers))
+
+    def _runs_of(self, rows: SelectedRows) -> RunRows:
+        """The runs of this forward pass."""
+        if self._run_rows is None:
+            self._run_rows = RunRows(rows)
+        return self._run_rows
 
     def _resolve(self, hidden: Tensor, name: str) -> SelectedRows:
         """The selected rows of this forward pass, checked against the block's input."""

@@ -5,7 +5,7 @@ token belongs to, and answers with a `Selection`.
 """
 
 from framework.selection.selection import Selection
-from framework.selection.strategies import STRATEGIES, check_options, normalization_of, select
+from framework.selection.strategies import STRATEGIES, check_options, normalization_of, select, selects_runs
 from framework.selection.supervision import IGNORED, documents_of, pooled_positions, supervised_positions
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "normalization_of",
     "pooled_positions",
     "select",
+    "selects_runs",
     "supervised_positions",
 ]

@@ -97,6 +97,14 @@ NORMALIZATIONS = ("supervised", "selected")
 """The weighted sum over all supervised tokens, or the mean over the selected ones of them."""
 
 
+def selects_runs(strategy: str, ratio: float | str) -> bool:
+    """Whether a strategy selects contiguous tokens wherever the labelled ones are contiguous.
+
+    A property of the options: it does not depend on a batch.
+    """
+    return strategy == "suffix" or ratio == LABELLED or ratio == 1
+
+
 def normalization_of(strategy: str) -> str:
     """The normalization of a strategy where none is asked for; `suffix` goes with `selected` alone."""
     return "selected" if strategy == "suffix" else "supervised"

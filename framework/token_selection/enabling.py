@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from framework.models.wrapping import unwrapped
 from framework.retention import SelectiveRetention
-from framework.selection import Selection, check_options, normalization_of
+from framework.selection import Selection, check_options, normalization_of, selects_runs
 from framework.token_selection.configs import give_own_configs
 from framework.token_selection.state import TokenSelection
 from framework.token_selection.trainers import refuse_foreign_forward
@@ -44,8 +44,10 @@ def enable_token_selection(
     parameters is not supported. In eval mode and under `no_grad` the model behaves as before. Classifiers with one
     label a sequence keep their own loss, and the token that they pool is always selected; where they pool by a mean,
     `supervised` selects all that enter it, which is all. The model gets a config of its own, a copy, and keeps it:
-    other models over the same object stay as they are. Position in the order of transforms: after adapters, before
-    sharding.
+    other models over the same object stay as they are. Blocks that hand a state on from token to token (linear
+    attention, state space, short convolution) are replayed from the state at the first selected token if the options
+    select neighbours: `suffix`, and `supervised` with `"labelled"`; otherwise they fall back. Position in the order of
+    transforms: after adapters, before sharding.
 
     Args:
         model: a Hugging Face causal LM, masked LM or classifier with blocks, or a PEFT model around one.
@@ -95,7 +97,13 @@ def enable_token_selection(
             "selection.correction: only causal language models have a correction: where tokens see later ones, a "
             "gradient's path can leave a token and come back, and its probability is no product over the tokens"
         )
-    retention = SelectiveRetention(inner, retain_linears=retain_linears, kv_format=kv_format, correction=correction)
+    retention = SelectiveRetention(
+        inner,
+        retain_linears=retain_linears,
+        kv_format=kv_format,
+        correction=correction,
+        runs=selects_runs(strategy, ratio),
+    )
     state = TokenSelection(
         inner,
         retention,

@@ -31,7 +31,8 @@ class TokenSelection:
     """What is enabled on a model: which tokens, and what is retained of them. See `enable_token_selection`.
 
     Attributes:
-        retention: the blocks' side; `retention.fallbacks` names blocks that fall back, with the reason.
+        retention: the blocks' side; `retention.fallbacks` names blocks that fall back, with the reason, and
+            `retention.in_runs` those that are replayed from their recurrent state.
         drawn: number of documents drawn for so far; with `seed` it determines the next draw, so save and restore it
             (`state_dict`, `load_state_dict`) to resume a loop that draws through the model's forward.
     """

@@ -67,10 +67,11 @@ def refuse_foreign_arguments(model: PreTrainedModel, inputs: dict[str, Any]) -> 
             "labels (a trainer takes them away for a loss of its own: set label_smoothing_factor=0, and no "
             "compute_loss_func), or call framework.disable_token_selection(model) first"
         )
-    if inputs.get("past_key_values") is not None:
+    caches = [name for name in ("past_key_values", "cache_params") if inputs.get(name) is not None]
+    if caches:
         raise ValueError(
-            "token selection keeps keys and values itself and cannot send gradient into a cache of them, but forward "
-            "got past_key_values: leave it out and pass whole sequences, with labels of -100 on what is not to be "
+            "token selection keeps keys, values and states itself and cannot send gradient into a cache of them, but "
+            f"forward got {caches[0]}: leave it out and pass whole sequences, with labels of -100 on what is not to be "
             "learned"
         )
     keep = inputs.get("logits_to_keep", 0)

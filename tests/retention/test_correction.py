@@ -98,5 +98,5 @@ def test_blocks_that_fall_back_are_refused(families):
     model = families.build("mamba")
     inputs = families.sample_inputs(model)
     framework.enable_token_selection(model, strategy="bernoulli", ratio=0.5, correction=1.0)
-    with pytest.raises(ValueError, match=r"selection\.correction: block .* cannot be replayed"):
+    with pytest.raises(ValueError, match=r"selection\.correction: block .* cannot be corrected"):
         model(**inputs)

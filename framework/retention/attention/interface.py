@@ -141,7 +141,8 @@ def _replay(
         None,
         known,
     )
-    slots = (rows.by_sequence(tensor.transpose(1, 2)).transpose(1, 2) for tensor in (query, key, value))
+    by_row = query.transpose(1, 2), rows.cut(key.transpose(1, 2)), rows.cut(value.transpose(1, 2))
+    slots = (rows.by_sequence(tensor).transpose(1, 2) for tensor in by_row)
     return rows.from_sequences(replayed_attention(call, *slots, rows.correction).transpose(1, 2))
 
 
