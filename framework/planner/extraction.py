@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,9 +14,9 @@ from framework.config import AdapterConfig, Config
 from framework.data import Batch
 from framework.errors import UserError
 from framework.planner.fake_ranks import first_of
-from framework.planner.fitting import Fitter, UnknownSizeError, stretch_of
+from framework.planner.fitting import OF_BATCHES, Fitter, UnknownSizeError, stretch_of
 from framework.planner.known_trials import known_trials
-from framework.planner.law import BLOCKS, MIDDLES, PARTS, PASSES, STEP, Part, StepLaw, instances
+from framework.planner.law import BLOCKS, CHUNK, MIDDLES, PARTS, PASSES, STEP, Part, StepLaw, instances
 from framework.planner.polynomials import Polynomial
 from framework.planner.recorder import Change, RecordedPart
 from framework.planner.recording import Recording, record_step
@@ -130,7 +130,9 @@ def fitted_law(samples: list[dict[str, float]], recordings: list[Recording]) -> 
         samples: sizes of the symbols in each recording.
         recordings: of small models.
     """
-    fit = Fitter(samples)
+    of_model = [{name: size for name, size in sample.items() if name not in OF_BATCHES} for sample in samples]
+    chunks = [sizes | {CHUNK: sample["labels"]} for sizes, sample in zip(of_model, samples, strict=True)]
+    fit = _Fit(Fitter(samples), Fitter(chunks))
     names = [part.name for part in recordings[0].parts]
     if names != [*PARTS, *PARTS, STEP]:
         raise UnknownSizeError(f"the parts of a step come in another order: {', '.join(names)}")
@@ -147,7 +149,14 @@ def fitted_law(samples: list[dict[str, float]], recordings: list[Recording]) -> 
     return StepLaw(passes, fitted[-1])
 
 
-def _fitted_part(fit: Fitter, parts: tuple[RecordedPart, ...], block: int) -> Part:
+class _Fit(NamedTuple):
+    """What finds polynomials in all sizes, and in those of a model and a chunk."""
+
+    whole: Fitter
+    chunk: Fitter
+
+
+def _fitted_part(fit: _Fit, parts: tuple[RecordedPart, ...], block: int) -> Part:
     name, marks = parts[0].name, parts[0].marks
     if any(part.marks != marks for part in parts):
         raise UnknownSizeError(f"{name}: models of different sizes use their modules in different orders")
@@ -163,9 +172,9 @@ def _fitted_part(fit: Fitter, parts: tuple[RecordedPart, ...], block: int) -> Pa
     return Part(tuple(stretches), tuple(counted))
 
 
-def _fitted(fit: Fitter, changes: tuple[Change, ...]) -> Polynomial:
-    found = fit([change.bytes for change in changes])
-    _, repeated, factor = changes[0]
+def _fitted(fit: _Fit, changes: tuple[Change, ...]) -> Polynomial:
+    _, repeated, factor, of_chunk = changes[0]
+    found = (fit.chunk if of_chunk else fit.whole)([change.bytes for change in changes])
     if factor is not None:
         found = found.times(factor)
     return found.times(MIDDLES) if repeated else found

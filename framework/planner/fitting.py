@@ -8,7 +8,7 @@ from itertools import combinations, product
 
 import numpy as np
 
-from framework.planner.law import Stretch
+from framework.planner.law import CHUNK, Stretch
 from framework.planner.options import COMPUTED, RETAINED
 from framework.planner.polynomials import Monomial, Polynomial, Sizes
 
@@ -26,6 +26,7 @@ TOKENS = (
     ("slots", "tokens"),
     ("rows", "tokens"),
     ("labels", "tokens"),
+    (CHUNK,),
 )
 """What a tensor has of a batch."""
 
@@ -79,7 +80,9 @@ _NEARLY_DENOMINATOR = 128
 _PADDED_BYTES, _PADDED_SHARE = 8, 0.01
 """What rounding up may add: a matrix in NF4 is shared out in groups of 64 elements, its scales in groups of 256."""
 
-_OF_BATCHES = {symbol for monomial in TOKENS for symbol in monomial}
+OF_BATCHES = {symbol for monomial in TOKENS for symbol in monomial}
+"""Symbols of a batch."""
+
 _SUMS = {"block", "block_trained", "block_packed", "parameters", "trained", "packed"}
 
 
@@ -170,7 +173,7 @@ class Fitter:
 
     def _nearly(self, counts: np.ndarray) -> Polynomial | None:
         """The closest polynomial in a model's sizes, for what is as long as ranks can share out evenly."""
-        own = [index for index, monomial in enumerate(self._monomials) if not _OF_BATCHES.intersection(monomial)]
+        own = [index for index, monomial in enumerate(self._monomials) if not OF_BATCHES.intersection(monomial)]
         sums = [index for index in own if _SUMS.intersection(self._monomials[index])]
         best, least = None, 1.0
         for chosen in ([(index,) for index in own], combinations(sums, 2)):

@@ -19,13 +19,12 @@ def kind_of(choice: Choice) -> Choice:
         offload = False
         # Passes of stage 0 are those of one process, and those of stage 1 are those of stage 2.
         engine, stage = {0: ("single", None), 1: (engine, 2)}.get(stage or 0, (engine, stage))
-    # What is retained of linear layers, and in how many bits keys and values are, one law says for all; but it has all
-    # layers retained, and where weights are cast in every pass a replay without any does not go the same way.
-    linears = choice.policy == "selective" and (bool(choice.retain_linears) or engine != "single")
+    # Which linear layers are retained, one law says for all choices that retain any: it has all of them retained. With
+    # none, the output of attention is not retained either.
+    linears = choice.policy == "selective" and bool(choice.retain_linears)
     return replace(
         choice,
         retain_linears=linears,
-        kv_format="int8" if choice.kv_format == "int4" else choice.kv_format,
         engine=engine,
         zero_stage=stage,
         offload_optimizer=offload,

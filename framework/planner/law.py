@@ -31,6 +31,12 @@ PLACES = ("first", "second", "middle", "last but one", "last")
 MIDDLES = "middles"
 """The symbol for the number of blocks that are like the middle one."""
 
+CHUNK = "chunk"
+"""The symbol for the number of rows whose logits exist at one time: those with a loss, `labels`, or `CHUNK_ROWS`."""
+
+CHUNK_ROWS = 1024
+"""As in `framework.training.fused_loss`, which imports torch."""
+
 PASSES = ("first", "later")
 """Micro-batches of a step: those after the first find gradients that they add to."""
 
@@ -194,6 +200,7 @@ class _Tables:
         return matrix
 
     def values(self, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
+        sizes = {**sizes, CHUNK: min(sizes.get("labels", 0), CHUNK_ROWS)}
         values = np.array([math.prod(sizes[symbol] for symbol in monomial) for monomial in self.monomials])
         return self._nets @ values, np.maximum.reduceat(self._peaks @ values, self._first_peaks)
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from framework.models.wrapping import unwrapped
-from framework.planner.options import COMPUTED, LEVELS, RETAINED, SCALES
+from framework.planner.options import COMPUTED, RETAINED
 from framework.planner.recorder import Recorder
-from framework.retention import blocks_of, formats, linears
+from framework.retention import blocks_of, linears
 from framework.retention.block_pass import BlockPass, Phase
 
 
@@ -30,7 +30,7 @@ def options_of(model: nn.Module, recorder: Recorder) -> Iterator[None]:
         for block in blocks_of(unwrapped(model)).values()
         for module, path in linears.linear_paths(block).items()
     }
-    plain_pass, plain_quantized = linears._through_pass, formats.Quantized.__init__
+    plain_pass = linears._through_pass
     plain_backward = linears.KnownOutput.backward
     # Bytes that a computed product would have of a weight's copy in another dtype, and the symbol, by the weight.
     copies: dict[Tensor, tuple[int, str]] = {}
@@ -56,16 +56,9 @@ def options_of(model: nn.Module, recorder: Recorder) -> Iterator[None]:
             recorder.assume(-size, symbol)
         return plain_backward(ctx, grad)
 
-    def quantized(self: formats.Quantized, tensor: Tensor) -> None:
-        plain_quantized(self, tensor)
-        recorder.scale(self.levels, LEVELS)
-        if tensor.dtype.itemsize == 2:
-            recorder.scale(self.scale, SCALES)
-
     with (
         mock.patch.object(linears, "_through_pass", through_pass),
         mock.patch.object(linears.KnownOutput, "backward", staticmethod(backward)),
-        mock.patch.object(formats.Quantized, "__init__", quantized),
     ):
         yield
 

@@ -27,11 +27,13 @@ class Change(NamedTuple):
         bytes: negative for what is freed.
         repeated: a part that is no block's frees what the middle block has made: so it does with every block like it.
         factor: a symbol that the bytes are to be multiplied by; see `framework.planner.options`.
+        of_chunk: it was made for a chunk of the rows that have a loss, as all of them are in a recording.
     """
 
     bytes: int
     repeated: bool
     factor: str | None = None
+    of_chunk: bool = False
 
 
 @dataclass
@@ -63,10 +65,13 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]  # torch's mo
         self.parts: list[RecordedPart] = []
         self._at_work = 0
         self._after_blocks = False
+        self._in_chunk = False
         self._engines: set[int] = set()
         self._births: dict[int, int] = {}
         # Keys of what the middle block has made.
         self._of_middle: set[int] = set()
+        # Of what was made for a chunk.
+        self._of_chunk: set[int] = set()
         self._counter = count()
         # Where the allocation of what is live was written, and the factors of what has one.
         self._written: dict[int, tuple[list[Change], int]] = {}
@@ -142,6 +147,15 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]  # torch's mo
         finally:
             self._after_blocks = False
 
+    @contextmanager
+    def in_chunk(self) -> Iterator[None]:
+        """What is made within this context is made for a chunk."""
+        self._in_chunk = True
+        try:
+            yield
+        finally:
+            self._in_chunk = False
+
     def _count(self, storage: torch.UntypedStorage) -> None:
         if self._at_work and storage._cdata not in self._live:
             self._engines.add(storage._cdata)
@@ -152,7 +166,7 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]  # torch's mo
         if storage is None or not super()._take_over(old):
             return False
         self._births[storage._cdata] = self._births.pop(old)
-        for keys in (self._engines, self._of_middle):
+        for keys in (self._engines, self._of_middle, self._of_chunk):
             if old in keys:
                 keys.discard(old)
                 keys.add(storage._cdata)
@@ -165,16 +179,20 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]  # torch's mo
             self._births[key] = next(self._counter)
             if part is not None and part.name in _MIDDLE:
                 self._of_middle.add(key)
+            if self._in_chunk:
+                self._of_chunk.add(key)
         birth = self._births[key]
         repeated = False
         if size < 0 and key in self._of_middle and part is not None:
             repeated = part.name in _NO_BLOCK or self._after_blocks
         factor = self._factors.get(key)
+        of_chunk = key in self._of_chunk
         if key not in self._live:
             self._written.pop(key, None)
             self._factors.pop(key, None)
             self._engines.discard(key)
             self._of_middle.discard(key)
+            self._of_chunk.discard(key)
             del self._births[key]
         if part is not None and size:
             part.changes.append(size)
@@ -184,7 +202,7 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]  # torch's mo
                 stretch = part.stretches[-1]
                 if size > 0:
                     self._written[key] = stretch, len(stretch)
-                self._write(stretch, Change(size, repeated, factor), birth)
+                self._write(stretch, Change(size, repeated, factor, of_chunk), birth)
 
     def _write(self, stretch: list[Change], change: Change, birth: int) -> None:
         """Append a change to a stretch; what is freed at once is in the order in which it was made."""

@@ -28,6 +28,7 @@ from framework.planner.symbols import model_symbols
 from framework.retention import blocks_of
 from framework.sharding.protocol import OptimizerFactory
 from framework.sharding.ranks import Ranks
+from framework.training import fused_loss
 from framework.training.optimizer import optimizer_factory
 from framework.training.prepared import PreparedModel
 from framework.training.step import train_window
@@ -96,6 +97,7 @@ def _recorded(config: Config, batch: Batch, ranks: Ranks, micro_batches: int, re
             _Borders(engine.model, recorder),
             marks_of(engine, recorder, naming),
             options_of(engine.model, recorder),
+            _chunks_of(recorder),
             _collected(),
             recorder,
         ):
@@ -123,6 +125,19 @@ def _apart(build: OptimizerFactory, recorder: Recorder) -> OptimizerFactory:
         return optimizer
 
     return built
+
+
+@contextmanager
+def _chunks_of(recorder: Recorder) -> Iterator[None]:
+    """Within this context the recorder hears when the loss goes through its rows chunk by chunk."""
+    plain = fused_loss.in_chunks
+
+    def told(*arguments: Any) -> Tensor:
+        with recorder.in_chunk():
+            return plain(*arguments)
+
+    with mock.patch.object(fused_loss, "in_chunks", told):
+        yield
 
 
 @contextmanager

@@ -8,8 +8,8 @@ What is no matrix product is bound by memory: norms, activations, rotary embeddi
 are coefficients times sizes, found by adding up what every operator of a real step reads and writes
 (`tests/planner/test_work.py` does it again): a Llama block with four query heads to a key head and an MLP 3.5 times as
 wide as the hidden state. Other families differ by some tens of percent (Qwen3, which normalises queries and keys: 32 %
-more), and kernels that fuse operators move less. Left out are dropout, and what selective retention copies: selected
-rows, and keys and values, in 8 bits or not.
+more), and kernels that fuse operators move less. Left out are dropout, what selective retention copies (selected rows,
+and keys and values, in 8 bits or not), and the scaling of the head's gradients in the backward pass.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ class Traffic(NamedTuple):
     Attributes:
         block: of a block's forward pass, per token and element of the hidden state.
         block_backward: of its backward pass.
-        logit: of the loss, per logit.
-        logit_backward: of its gradient.
+        logit: of the loss and its gradient, per logit.
         score: of attention that forms scores, per query, key and head.
         score_backward: of its gradient.
         adapter: of LoRA without dropout, per token and element of an adapted layer's output. What its products read and
@@ -45,20 +44,19 @@ class Traffic(NamedTuple):
     block: float
     block_backward: float
     logit: float
-    logit_backward: float
     score: float
     score_backward: float
     adapter: float
     adapter_backward: float
 
 
-HALF = Traffic(145, 318, 18, 26, 29, 28, 14, 17)
+HALF = Traffic(145, 318, 44, 29, 28, 14, 17)
 """16-bit weights. Norms, the softmax and the loss cast to float32."""
 
-AUTOCAST = Traffic(188, 424, 18, 26, 26, 29, 22, 28)
+AUTOCAST = Traffic(188, 424, 44, 26, 29, 22, 28)
 """Float32 weights under autocast: rows between blocks are float32. The casts of weights are counted apart."""
 
-FULL = Traffic(202, 452, 12, 20, 26, 21, 28, 34)
+FULL = Traffic(202, 452, 32, 26, 21, 28, 34)
 """Float32."""
 
 CAST = 6
@@ -190,7 +188,7 @@ class WorkModel:
         return 2 if self._precision.autocast and not self.under_autocast(choice) else self._precision.weight_bytes
 
     def forward(self, choice: Choice) -> Work:
-        """The forward pass; selective retention's record pass."""
+        """The forward pass; selective retention's record pass. All that the head does is in it, as in `fused_loss`."""
         job, traffic = self._job, self._traffic(choice)
         tokens = choice.micro_batch_size * job.sequence_length
         head = tokens * labels_in_loss(choice, job.labelled_share)
@@ -200,8 +198,9 @@ class WorkModel:
         moved += head * self._classes * traffic.logit + self._unpacking()
         if self.under_autocast(choice):
             moved += CAST * (self._in_blocks + products.forward)
-        matrices = (self._all.forward + body.forward) * tokens + products.forward * head
-        read = self._width * (self._all.forward + body.forward + products.forward)
+        of_head = products.forward * (1 + min(1, self._differentiated)) + products.trained
+        matrices = (self._all.forward + body.forward) * tokens + of_head * head
+        read = self._width * (self._all.forward + body.forward + of_head)
         return Work(2 * matrices, 2 * attention, read, moved, self._all.count * job.kernels)
 
     def recomputation(self, choice: Choice) -> Work:
@@ -226,12 +225,10 @@ class WorkModel:
         """The backward pass without recomputation."""
         job, traffic = self._job, self._traffic(choice)
         tokens = choice.micro_batch_size * job.sequence_length
-        head = tokens * labels_in_loss(choice, job.labelled_share)
-        products, body = job.products.head, job.products.body
-        deep = min(1, self._differentiated)
-        matrices = (body.forward * deep + body.trained) * tokens + (products.forward * deep + products.trained) * head
-        touched = (body.forward + products.forward) * deep + body.trained + products.trained
-        moved = head * self._classes * traffic.logit_backward + self._unpacking()
+        body = job.products.body
+        touched = body.forward * min(1, self._differentiated) + body.trained
+        matrices = float(touched * tokens)
+        moved = self._unpacking()
         pairs = 0.0
         for blocks, replayed in self._backward:
             selected = replayed and choice.policy == "selective"

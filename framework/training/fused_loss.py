@@ -120,7 +120,7 @@ class FusedCrossEntropy(torch.autograd.Function):
         now, ctx.divisor = (1.0, count) if dtype is torch.float16 else (count, 1.0)
         scale = scale / now
         wanted = ctx.needs_input_grad
-        made = _Gradients(
+        made = Gradients(
             rows=torch.empty_like(rows, dtype=dtype) if wanted[0] else None,
             matrix=torch.zeros_like(matrix, dtype=_dtype_of_sums(matrix)) if wanted[1] else None,
             bias=torch.zeros_like(bias, dtype=precise) if bias is not None and wanted[2] else None,
@@ -128,7 +128,7 @@ class FusedCrossEntropy(torch.autograd.Function):
         ctx.made, ctx.dtypes = made, (rows.dtype, matrix.dtype, None if bias is None else bias.dtype)
         if bias is not None:
             bias = bias.to(dtype)
-        return _in_chunks(rows.to(dtype), matrix.to(dtype), bias, targets, scale, after, made) / ctx.divisor
+        return in_chunks(rows.to(dtype), matrix.to(dtype), bias, targets, scale, after, made) / ctx.divisor
 
     @staticmethod
     @once_differentiable
@@ -143,7 +143,7 @@ class FusedCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None)
 
 
-class _Gradients(NamedTuple):
+class Gradients(NamedTuple):
     """Sums over the chunks so far, `[rows, width]`, `[classes, width]` and `[classes]`; None where not wanted."""
 
     rows: Tensor | None
@@ -151,8 +151,8 @@ class _Gradients(NamedTuple):
     bias: Tensor | None
 
 
-def _in_chunks(
-    rows: Tensor, matrix: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor, after: After, made: _Gradients
+def in_chunks(
+    rows: Tensor, matrix: Tensor, bias: Tensor | None, targets: Tensor, scale: Tensor, after: After, made: Gradients
 ) -> Tensor:
     """Σ scale · cross-entropy over all rows; adds the gradients to those made so far."""
     # Chunks are views of these, so that the last one needs the same memory: what products give, and room for logits as

@@ -12,6 +12,7 @@ from framework.models.architecture import describe
 from framework.models.configuration import read_model_config
 from framework.models.configured import configured_empty_model
 from framework.models.wrapping import unwrapped
+from framework.planner import law as planner_law
 from framework.planner.choice import Choice
 from framework.planner.extraction import extract_law, job_symbols, law_key, law_settings, selection_sizes
 from framework.planner.fake_ranks import first_of
@@ -25,6 +26,7 @@ from framework.planner.small_models import Family, Widths, probe_batch, probe_co
 from framework.planner.symbols import batch_symbols
 from framework.sharding.deepspeed_config import bucket_sizes
 from framework.sharding.engines import model_sizes
+from framework.training import fused_loss
 from framework.training.parameter_groups import parameter_groups
 
 WIDTHS = Widths(8, 2, 16, 24, 152, 300, 4, 3, 96, 30, 4)
@@ -40,6 +42,7 @@ LLAMA = {
     "max_position_embeddings": 512,
 }
 QWEN = LLAMA | {"model_type": "qwen3", "num_hidden_layers": 6}
+GRANITE = LLAMA | {"model_type": "granite", "num_hidden_layers": 6, "logits_scaling": 8.0}
 GPT2 = {"model_type": "gpt2", "n_embd": 192, "n_layer": 6, "n_head": 8, "vocab_size": 300, "n_positions": 512}
 
 SELECTIVE = {"policy": "selective", "retain_linears": True}
@@ -110,8 +113,9 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
                 "retention": {"policy": "checkpoint"},
             },
         ),
+        # Something is done to its logits after the head.
         (
-            LLAMA,
+            GRANITE,
             {
                 "sharding": {"engine": "fsdp", "replicas": 2},
                 "optimizer": {"precision": "pure_bf16"},
@@ -202,14 +206,18 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
         "NF4 fsdp",
     ],
 )
-def test_a_deeper_and_wider_step_takes_what_the_law_says(model, sections, request):
+def test_a_deeper_and_wider_step_takes_what_the_law_says(model, sections, request, monkeypatch):
     config = config_of(model, **sections)
     family = Family(read_model_config(None, model))
     kind = config_of_law(config, kind_of(Choice.of(config, config.described_ranks, 1.0)))
     law = extract_law(kind, family)
     if request.node.callspec.id in SHIPPED:
         assert shipped_laws(family.model_type)[law_key(law_settings(kind, family))]["law"] == law.to_json()
+    # Laws are recorded with one chunk; the step has several.
+    monkeypatch.setattr(fused_loss, "CHUNK_ROWS", 80)
+    monkeypatch.setattr(planner_law, "CHUNK_ROWS", 80)
     run, recording, sizes = measured(config)
+    assert sizes["labels"] > 2 * 80
     model = configured_empty_model(run, None)
     weights = weights_of(model, parameter_groups(model, run.optimizer))
     buckets = bucket_sizes(model_sizes(describe(unwrapped(model), task="causal_lm")))
@@ -232,6 +240,10 @@ def test_a_deeper_and_wider_step_takes_what_the_law_says(model, sections, reques
     assert ledger.peak == pytest.approx(recording.peak, rel=0.004 if groups else 2e-5 if exact else 0.008)
     # The optimiser's temporaries on the host are left out.
     assert 0.9 * recording.host <= ledger.host_bytes <= recording.host
+
+
+def test_the_planner_knows_how_many_rows_have_logits_at_one_time():
+    assert planner_law.CHUNK_ROWS == fused_loss.CHUNK_ROWS
 
 
 def test_laws_are_shared_by_models_that_differ_in_widths_and_depth_only():
