@@ -94,8 +94,8 @@ class FusedCrossEntropy(torch.autograd.Function):
 
     Products are computed in the rows' dtype, or autocast's. The gradient of the matrix is summed over chunks in the
     matrix's own dtype, in a tensor that lives until the backward pass. In bfloat16 each chunk's product, itself summed
-    in float32, is rounded as it is added: over n chunks a relative error of about 7e-4 · √n, by which the sum of one
-    product over all rows is off with n = 1.
+    in float32, is rounded as it is added: over n chunks a relative error of 1.1e-3 · √(n + 2), which is 2e-3 for one
+    product over all rows, 3e-3 for 5 chunks and 6e-3 for 32. A sum in float32 would take twice the memory.
 
     In float16 that sum is float32: what no loss scale has made smaller yet may be beyond its range. Nor does it hold
     probabilities over a large count, so that there the division by `count` is left to the backward pass, where losses

@@ -22,7 +22,7 @@ def main(directory: Path) -> None:
     ways = ({}, {"find_unused_parameters": True}, {"static_graph": True})
     for kind, options, retain_linears in product(("full", "lora"), ways, (False, True)):
         model = torch.load(directory / "models.pt", weights_only=False)[kind]
-        framework.enable_token_selection(model, retain_linears=retain_linears)
+        framework.enable_token_selection(model, retain_linears=retain_linears, fused_loss=retain_linears)
         parallel = DistributedDataParallel(model, **options)
         mine = batches[rank::world]
         for batch in mine[:-1]:

@@ -54,6 +54,18 @@ def test_a_step(foreign, tiny_tokenizer, tmp_path, lora, options, enabled):
     assert foreign.worst(foreign.exact(twin, batches), want) > 0.05
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_step_without_logits(foreign, tiny_tokenizer, tmp_path, lora):
+    model = foreign.with_lora(foreign.tiny_model()) if lora else foreign.tiny_model()
+    twin, captured = copy.deepcopy(model), foreign.Captured()
+    framework.enable_token_selection(model, fused_loss=True)
+    data, options = foreign.tokenized(tiny_tokenizer), {"gradient_accumulation_steps": 2}
+    trainer = trainer_of(model, data, tiny_tokenizer, tmp_path, callbacks=[captured], **options)
+    batches = foreign.record_batches(trainer)
+    trainer.train()
+    assert foreign.worst(captured.gradients, foreign.reference(twin, batches)) < 1e-5
+
+
 @pytest.mark.parametrize("first_enabled", [False, True])
 def test_models_that_the_trainer_builds_over_one_config(foreign, tiny_tokenizer, tmp_path, first_enabled):
     twin, built = foreign.tiny_model(), []
