@@ -15,11 +15,13 @@ class Pairs(NamedTuple):
         executed: what the kernel computes for all queries.
         seen: what the mask leaves.
         labelled: those of them whose query is a labelled token.
+        among_labelled: those whose key is one as well.
     """
 
     executed: int
     seen: float
     labelled: float
+    among_labelled: float
 
     @classmethod
     def of(
@@ -46,15 +48,17 @@ class Pairs(NamedTuple):
         documents = [(start, min(start + length, tokens)) for start in range(0, tokens, length)]
         seen = sum(_seen(start, stop, stop - start, reach) for start, stop in documents)
         labelled = sum(_seen(start, stop, (stop - start) * labelled_share, reach) for start, stop in documents)
+        ends = [(stop - (stop - start) * labelled_share, stop) for start, stop in documents]
+        among = sum(_seen(start, stop, stop - start, reach) for start, stop in ends)
         executed = round(seen)
         if kernel in ("eager", "sdpa"):
             limit = min(reach.window or tokens, reach.chunk or tokens)
             triangle = kernel == "sdpa" and not masked and document_tokens is None and reach.causal and limit >= tokens
             executed = tokens * (tokens + 1) // 2 if triangle else tokens**2
-        return cls(executed, seen, labelled)
+        return cls(executed, seen, labelled, among)
 
 
-def _seen(start: int, stop: int, queries: float, reach: Reach) -> float:
+def _seen(start: float, stop: int, queries: float, reach: Reach) -> float:
     """Keys that the last `queries` tokens of a document see, which begins at `start` of its sequence."""
     if reach.causal:
         return _causal(start, stop, reach) - _causal(start, stop - queries, reach)
@@ -67,7 +71,7 @@ def _seen(start: int, stop: int, queries: float, reach: Reach) -> float:
     return behind + queries * (queries - 1) / 2
 
 
-def _causal(start: int, stop: float, reach: Reach) -> float:
+def _causal(start: float, stop: float, reach: Reach) -> float:
     """Pairs of a causal document, cut at the borders of chunks."""
     tokens, chunk = stop - start, reach.chunk
     if chunk is None or (first := chunk - start % chunk) >= tokens:

@@ -14,7 +14,8 @@ COLLECTIVE_SECONDS = 20e-6
 """Before the first byte of a collective: an assumption, what NCCL needs within a machine."""
 
 MASKED_KERNELS = ("sdpa", "eager")
-"""Attention that is given a mask where rows are padded, as almost all batches have some, or of several documents."""
+"""Attention that is given a mask where rows are padded, as almost all batches have some, or of several documents;
+selective blocks need one for `eager` only."""
 
 HOST_MEMORY = 100e9
 """Bytes a second of a host's memory: an assumption, half of eight channels of DDR4-3200."""
@@ -26,7 +27,8 @@ class Rates:
 
     Attributes:
         matrix_flops: floating-point operations a second of products, in the dtype that computes.
-        attention_flops: the same of attention.
+        attention_flops: the same of attention of selective blocks, which take no mask.
+        masked_attention_flops: the same of attention of others.
         memory_bytes: bytes a second that is read and written in the device's memory, by updates and copies.
         operator_bytes: the same of the operators of blocks and loss.
         link_bytes: bytes a second between a device and its host, in one direction.
@@ -40,6 +42,7 @@ class Rates:
 
     matrix_flops: float
     attention_flops: float
+    masked_attention_flops: float
     memory_bytes: float
     operator_bytes: float
     link_bytes: float
@@ -53,14 +56,16 @@ class Rates:
 
 def rates_of(config: Config, cluster: Cluster, profile: Profile) -> Rates:
     """What a cluster achieves on a run."""
-    device, masked = cluster.device, config.model.attention in MASKED_KERNELS
+    device, kernel = cluster.device, config.model.attention
     name = PRECISIONS[config.optimizer.precision].autocast or config.weights_dtype
     peak = device.peak(name)
     if peak is None:
         raise UserError(f"optimizer.precision: {device.name} does not multiply {name}")
+    masked, unmasked = profile.masked_attention_efficiency, profile.attention_efficiency
     return Rates(
         matrix_flops=peak * profile.matrix_efficiency[name],
-        attention_flops=peak * (profile.masked_attention_efficiency if masked else profile.attention_efficiency),
+        attention_flops=peak * (unmasked if kernel != "eager" else masked),
+        masked_attention_flops=peak * (masked if kernel in MASKED_KERNELS else unmasked),
         memory_bytes=device.memory_bandwidth * profile.memory_efficiency,
         operator_bytes=device.memory_bandwidth * profile.operator_efficiency,
         link_bytes=min(profile.host_to_device, profile.device_to_host),

@@ -100,7 +100,7 @@ class TimeModel:
         """
         transfers = Transfers(self.job, self.work.compute_bytes(choice), choice, rates)
         count, blocks = choice.accumulation, len(self.job.products.blocks)
-        forward, again, backward = (_seconds(work, rates) for work in self._passes(choice))
+        forward, again, backward = (_seconds(work, choice, rates) for work in self._passes(choice))
         forward += transfers.gather_traffic / rates.memory_bytes
         backward += transfers.backward_traffic / rates.memory_bytes
         waited = copied = hidden = 0.0
@@ -185,10 +185,12 @@ class TimeModel:
         return rates.host_memory_bytes / min(choice.ranks, rates.ranks_per_node)
 
 
-def _seconds(work: Work, rates: Rates) -> float:
+def _seconds(work: Work, choice: Choice, rates: Rates) -> float:
     """Of a pass alone. With few rows products take as long as reading the weights."""
+    selective = choice.policy == "selective"
+    attention = work.attention / (rates.attention_flops if selective else rates.masked_attention_flops)
     products = max(work.matrices / rates.matrix_flops, work.weights / rates.memory_bytes)
-    device = products + work.attention / rates.attention_flops + work.moved / rates.operator_bytes
+    device = products + attention + work.moved / rates.operator_bytes
     return max(device, work.kernels * rates.kernel_seconds)
 
 

@@ -193,7 +193,7 @@ class WorkModel:
         tokens = choice.micro_batch_size * job.sequence_length
         head = tokens * labels_in_loss(choice, job.labelled_share)
         products, body = job.products.head, job.products.body
-        attention, scores = self._attention(self._all, choice, selected=False, passes=1, flash=False)
+        attention, scores = self._attention(self._all, choice, selected=False, passes=1)
         moved = tokens * self._row(self._all, traffic.block, traffic.adapter) + scores * traffic.score
         moved += head * self._classes * traffic.logit + self._unpacking()
         if self.under_autocast(choice):
@@ -213,7 +213,9 @@ class WorkModel:
             selected = replayed and choice.policy == "selective"
             rows = self._rows(choice, selected)
             forward = blocks.forward - (blocks.retained(choice.retain_linears) if selected else 0)
-            attention, scores = self._attention(blocks, choice, selected=selected, passes=1, flash=False)
+            # With outputs of linear layers that of attention is retained, too.
+            known = selected and bool(choice.retain_linears) and self._job.kernel != "eager"
+            attention, scores = self._attention(blocks, choice, selected=selected, passes=0 if known else 1)
             matrices, pairs, read = matrices + forward * rows, pairs + attention, read + forward
             moved += rows * self._row(blocks, traffic.block, traffic.adapter) + scores * traffic.score
         if self.under_autocast(choice):
@@ -233,8 +235,7 @@ class WorkModel:
         for blocks, replayed in self._backward:
             selected = replayed and choice.policy == "selective"
             rows = self._rows(choice, selected)
-            flash = job.kernel != "eager"
-            attention, scores = self._attention(blocks, choice, selected=selected, passes=2, flash=flash)
+            attention, scores = self._attention(blocks, choice, selected=selected, passes=2, backward=True)
             matrices, pairs = matrices + (blocks.forward + blocks.trained) * rows, pairs + attention
             row = self._row(blocks, traffic.block_backward, traffic.adapter_backward)
             moved += rows * row + scores * traffic.score_backward
@@ -286,7 +287,7 @@ class WorkModel:
         return self._job.quantized_bytes + self._width * self._job.quantized
 
     def _attention(
-        self, blocks: _Blocks, choice: Choice, *, selected: bool, passes: int, flash: bool
+        self, blocks: _Blocks, choice: Choice, *, selected: bool, passes: int, backward: bool = False
     ) -> tuple[float, float]:
         """Multiply-adds of the blocks' attention, and query-key pairs times heads where scores are formed.
 
@@ -295,15 +296,26 @@ class WorkModel:
             choice: says what is selected.
             selected: queries are selected tokens only.
             passes: products with scores' size, in units of a forward pass.
-            flash: scores are computed once more, because fused kernels keep none (arXiv 2307.08691, section 2.3.2).
+            backward: scores are computed once more, because fused kernels keep none (arXiv 2307.08691, section 2.3.2);
+                a replay has gradients of selected keys and values only.
         """
         total = scores = 0.0
+        fused = self._job.kernel != "eager"
         for reach, pair, score, heads in blocks.attention:
-            pairs = self._selected_pairs(choice, reach) if selected else self._pairs[reach].executed
-            total += pairs * (passes * pair + (score if flash else 0))
+            pairs = keys = self._executed(choice, reach)
+            if selected:
+                pairs, keys = self._selected_pairs(choice, reach)
+            products = passes * pairs
+            if backward and fused:
+                products = pairs + keys
+            total += products * pair + (pairs * score if backward and fused else 0.0)
             scores += pairs * heads
-        scores = scores if self._job.kernel == "eager" else 0.0
-        return choice.micro_batch_size * total, choice.micro_batch_size * scores
+        return choice.micro_batch_size * total, 0.0 if fused else choice.micro_batch_size * scores
+
+    def _executed(self, choice: Choice, reach: Reach) -> float:
+        """Pairs of a sequence that are computed for all queries: selective blocks take no mask."""
+        found = self._pairs[reach]
+        return found.seen if choice.policy == "selective" and self._job.kernel != "eager" else found.executed
 
     def _pairs_of(self, reach: Reach, labelled_share: float) -> Pairs:
         job = self._job
@@ -316,16 +328,23 @@ class WorkModel:
             labelled_share=labelled_share,
         )
 
-    def _selected_pairs(self, choice: Choice, reach: Reach) -> float:
-        """Pairs of a sequence that a kernel computes for selected queries; `eager` and `sdpa` go through all keys."""
+    def _selected_pairs(self, choice: Choice, reach: Reach) -> tuple[float, float]:
+        """Pairs of a sequence that are computed for selected queries, and those of them whose key is selected.
+
+        `eager` goes through all keys, and computes gradients of all.
+        """
         job, share = self._job, self.selected_share(choice)
-        if job.kernel in ("eager", "sdpa"):
-            return share * job.sequence_length**2
+        if job.kernel == "eager":
+            return (pairs := share * job.sequence_length**2), pairs
         found = self._pairs[reach]
         if choice.strategy in ("uniform", "bernoulli"):
-            return share * found.seen
+            return share * found.seen, share**2 * found.seen
         if choice.strategy == "suffix":
-            return self._pairs_of(reach, share).labelled
+            end = self._pairs_of(reach, share)
+            return end.labelled, end.among_labelled
         labelled = job.labelled_share
         context = (share - labelled) / (1 - labelled) if labelled < 1 else 0.0
-        return found.labelled + context * (found.seen - found.labelled)
+        # Queries and keys of the context are selected at random, labelled ones all.
+        own, rest = found.among_labelled, found.seen - found.labelled
+        both = own + context * (found.labelled - own) + context**2 * rest
+        return found.labelled + context * rest, both

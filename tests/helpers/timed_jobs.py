@@ -47,6 +47,7 @@ JOB = Job(
 RATES = Rates(
     matrix_flops=1e12,
     attention_flops=5e11,
+    masked_attention_flops=5e11,
     memory_bytes=1e12,
     operator_bytes=1e12,
     link_bytes=1e9,
