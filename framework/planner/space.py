@@ -19,8 +19,8 @@ ENGINES = ("single", "fsdp", "deepspeed")
 POLICIES = ("all", "checkpoint", "selective")
 
 KV_FORMATS = ("model", "int8")
-"""Those that are chosen among. "int4" changes the gradient twenty times as much as "int8", and "recompute" computes more
-than it saves where heads share keys: both are for configs that name them."""
+"""Those that are chosen among. "int4" changes the gradient twenty times as much as "int8", and "recompute" computes
+more than it saves where heads share keys: both are for configs that name them."""
 
 OFFLOADS = ((False, False), (True, True))
 """What is on the host with FSDP2 where that is open: optimiser and weights."""
