@@ -1,14 +1,11 @@
-"""Tokens per second and peak bytes of retention policies on one GPU, beside the bound that counting operations gives.
+"""Tokens per second and peak bytes of retention policies on one GPU; `gpu_speed.py` makes a table of them.
 
     python tools/bench_gpu.py --model Llama-3-8B --tuning LoRA full --sequences 4096 32768 --output docs/speed.json
     python tools/bench_gpu.py --cap 24 --model Llama-3-8B --tuning LoRA --output docs/cap.json
 
 Every arm of a row takes the same step (forward, backward, fused AdamW with learning rate 0) on the same weights and
 batch, in one process. The labels are the last tokens of each sequence, a tenth of them; a ratio adds context before
-them, so that exact and selective arms have one loss. The bound of an arm is the time of forward and backward pass of
-`all` (or, where that does not fit, of `checkpoint`) times the operations that the arm needs over those that this one
-runs, plus the optimiser's time, which is measured by itself: `framework/training/flops.py` says what counts.
-`best_exact` is `tools/best_exact.py`, with cuDNN's attention.
+them, so that exact and selective arms have one loss. `best_exact` is `tools/best_exact.py`, with cuDNN's attention.
 With `--cap` the process may take so many GiB; each arm's longest sequence is found from the peaks of two short ones and
 then run.
 """
@@ -30,15 +27,10 @@ import torch
 from bench_step import build_model, draw_batch
 from gpu_cases import MODELS
 from step_cost import Arm, Case
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from framework.data import Batch
-from framework.models.products import matrix_products
-from framework.models.wrapping import unwrapped
-from framework.retention import blocks_of
-from framework.selection import Selection, supervised_positions
-from framework.training.flops import FlopTally
+from framework.selection import Selection
 
 GIB = 2**30
 LABELLED = 0.1
@@ -52,22 +44,6 @@ def arms_of(ratios: Sequence[float]) -> list[Arm]:
     """The exact ones, selective ones with retained linears, and without for the middle ratio."""
     without = Arm("selective", sorted(ratios)[len(ratios) // 2])
     return [*EXACT, *(Arm("selective", ratio, True) for ratio in ratios), without]
-
-
-def operations(model: nn.Module, arm: Arm, inputs: dict[str, Tensor], selection: Selection | None) -> int:
-    """Floating-point operations that the arm's step needs, recomputation included for those that recompute."""
-    inner = unwrapped(model)
-    policy = "checkpoint" if arm.policy == "best_exact" else arm.policy
-    tally = FlopTally(
-        matrix_products(inner, blocks_of(inner)), policy=policy, retain_linears=arm.retain_linears, kernel="sdpa"
-    )
-    labels = inputs["labels"].cpu()
-    supervised = supervised_positions(labels, causal=True)
-    documents = torch.arange(len(labels))[:, None].expand(labels.shape).contiguous()
-    batch = Batch({"input_ids": labels, "labels": labels}, documents, supervised, int(supervised.sum()))
-    tally.add(batch, selection)
-    flops = tally.flops()
-    return flops.hardware if policy == "checkpoint" else flops.model
 
 
 class Bench:
@@ -132,21 +108,19 @@ class Bench:
         except torch.OutOfMemoryError:
             self.case.optimizer.zero_grad(set_to_none=True)
             return {"error": "out of memory"}
-        selection = self.selections.get(arm.ratio) if arm.policy == "selective" else None
         return {
             "seconds": statistics.median(seconds),
             "all_seconds": seconds,
             "tokens_per_second": self.tokens / statistics.median(seconds),
             "peak_bytes": torch.cuda.max_memory_allocated(),
             "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
-            "operations": operations(self.model, arm, self.case.inputs, selection),
         }
 
 
 def speeds(
     model: nn.Module, batch: int, sequence: int, ratios: Sequence[float], steps: int, *, profile: bool
-) -> list[dict[str, Any]]:
-    """A row for each arm, with its bound."""
+) -> tuple[list[dict[str, Any]], float]:
+    """A row for each arm, and the optimiser's seconds."""
     arms = arms_of(ratios)
     bench = Bench(model, batch, sequence, arms)
     rows = []
@@ -156,15 +130,7 @@ def speeds(
         print(json.dumps(found), flush=True)
         if profile and arm.policy == "selective":
             print(bench.profile(arm), flush=True)
-    baseline = next((row for row in rows if "seconds" in row), None)
-    optimizer = bench.optimizer_seconds()
-    for row in rows:
-        if baseline is not None and "seconds" in row:
-            share = row["operations"] / baseline["operations"]
-            bound = (baseline["seconds"] - optimizer) * share + optimizer
-            row |= {"optimizer_seconds": optimizer, "of_operations": share}
-            row |= {"bound_seconds": bound, "of_bound": bound / row["seconds"], "baseline": baseline["arm"]}
-    return rows
+    return rows, bench.optimizer_seconds()
 
 
 def longest(model: nn.Module, arms: Sequence[Arm], cap: int, probes: tuple[int, int]) -> list[dict[str, Any]]:
@@ -217,6 +183,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     args = parser.parse_args()
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(0), "model": args.model, "rows": []}
+    result["optimizer_seconds"] = {}
     for tuning in args.tuning:
         depth = args.blocks or MODELS[args.model]["num_hidden_layers"]
         sizes = MODELS[args.model] | {"max_position_embeddings": 2**20}
@@ -236,7 +203,7 @@ def main() -> None:
             result["rows"] += [{"tuning": tuning, "cap_gib": args.cap, **row} for row in rows]
         else:
             for sequence in args.sequences:
-                rows = speeds(
+                rows, result["optimizer_seconds"][tuning] = speeds(
                     model, max(1, args.tokens // sequence), sequence, args.ratios, args.steps, profile=args.profile
                 )
                 result["rows"] += [{"tuning": tuning, **row} for row in rows]

@@ -1,8 +1,8 @@
 """Predicted peaks and step times against measured ones of real configurations, on this machine's accelerator.
 
     python tools/check_gpu.py --measure runs/gpu.json --output docs/gpu.md
-    python tools/check_gpu.py --score docs/gpu.json --output docs/gpu.md
-    python tools/check_gpu.py --neighbours --score docs/gpu_neighbours.json --profile docs/gpu.profile.json
+    python tools/check_gpu.py --score runs/gpu.json --output docs/gpu.md
+    python tools/check_gpu.py --neighbours --measure runs/gpu_neighbours.json --profile docs/gpu.profile.json
 
 Measures the machine first, as `launchers/plan.py --calibrate` does. Then each case is a process of its own that builds
 the model and trains it: `torch.cuda.max_memory_allocated` and `max_memory_reserved` of five steps, and the median time
