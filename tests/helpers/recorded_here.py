@@ -21,7 +21,7 @@ def recorded_here() -> Iterator[None]:
     """Within this context they are."""
 
     def run(command: list[str], **_: Any) -> subprocess.CompletedProcess:
-        _, _, module, request, answer = command
+        *_, module, request, answer = command
         import_module(module).main(Path(request), Path(answer))
         # Models and their hooks are cycles; what is left of them would be counted by whoever looks for tensors.
         gc.collect()
