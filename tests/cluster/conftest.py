@@ -71,9 +71,10 @@ def runs(cluster: Lab, tmp_path: Path, tiny_tokenizer_path: Path) -> Iterator[Ru
 @pytest.fixture(scope="module")
 def limited(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_path: Path) -> Iterator[Runs]:
     """A run that needs longer than its job may, on a cluster of its own, beside other tests of a module."""
-    # SLURM looks at its jobs every 30 s and may send the signal by that much early: 15 to 45 s after the start.
-    limits = {"cluster__time": "1", "cluster__stop_seconds": 15}
+    # SLURM looks at its jobs every 30 s and may send the signal by that much early: 45 to 75 s after the start, which
+    # takes some of it where tests run side by side.
+    limits = {"cluster__time": "2", "cluster__stop_seconds": 45}
     with started_lab(Settings(nodes=1, gpus=1)) as lab:
         runs = Runs(lab, tmp_path_factory.mktemp("limited"), tiny_tokenizer_path)
-        runs.submit(runs.config(training__max_steps=50, step_seconds=1, sharding__engine="single", **limits))
+        runs.submit(runs.config(training__max_steps=90, step_seconds=1, sharding__engine="single", **limits))
         yield runs

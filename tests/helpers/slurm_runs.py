@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import pytest
 from changed_settings import change
 from slurm_cluster import Lab
 from small_run import small_run
@@ -19,6 +20,11 @@ from framework.training.run_directory import RunDirectory
 
 SUBMIT = forked.ROOT / "launchers" / "submit.py"
 JOB_SECONDS = 300
+# To ask SLURM takes a hundredth of a second of a processor.
+POLL_SECONDS = 0.2
+LOSS_TOLERANCE = 1e-5
+# For `Runs.config`: long enough for something to happen on the way.
+LONG: dict[str, Any] = {"training__max_steps": 20, "step_seconds": 0.3}
 # The first rank writes a line for each step; the others wait for it.
 SLOW = """
 import time
@@ -96,7 +102,7 @@ class Runs:
         deadline = time.monotonic() + JOB_SECONDS
         while not condition():
             assert time.monotonic() < deadline, f"{what} does not come, {self.state(run)}:\n{self.log(run)}"
-            time.sleep(0.05)
+            time.sleep(POLL_SECONDS)
 
     def job(self, run: RunDirectory) -> str:
         """Number of the job of a run."""
@@ -149,3 +155,8 @@ def losses(run: RunDirectory) -> list[float]:
     records = _records(run)
     assert [record["step"] for record in records] == list(range(1, len(records) + 1))
     return [record["loss"] for record in records]
+
+
+def same(found: list[float], expected: list[float]) -> bool:
+    """Whether losses are those of the same run on other ranks."""
+    return found == pytest.approx(expected, rel=LOSS_TOLERANCE)
