@@ -22,12 +22,13 @@ from typing import Any
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+HELPERS = Path(__file__).parent
+ROOT = HELPERS.parents[1]
 TRAIN = ROOT / "launchers" / "train.py"
 TIMEOUT_SECONDS = 180
-# What runs import on their way.
-PRELOADED = ["framework.training.start", "framework.token_selection", "framework.sharding.fsdp", "datasets"]
-PRELOADED += ["torch._dynamo", "transformers.models.llama.modeling_llama"]
+# What runs import on their way, with no look for garbage.
+PRELOADED = ["no_garbage", "framework.training.start", "framework.token_selection", "framework.sharding.fsdp"]
+PRELOADED += ["datasets", "torch._dynamo", "transformers.models.llama.modeling_llama"]
 # It looks at its device when it is imported, and a process with CUDA at work cannot be forked.
 DEEPSPEED = {"DS_ACCELERATOR": "cpu"} if not torch.cuda.is_available() else {}
 if DEEPSPEED:
@@ -94,7 +95,7 @@ def fork(
     process = _context.Process(target=_run, args=(dict(environment or {}), streams, function, arguments))
     with pytest.MonkeyPatch.context() as patch:
         # The server is started with the first process, and looks for modules here only.
-        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{HELPERS}", prepend=os.pathsep)
         for name, value in ({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | DEEPSPEED).items():
             patch.setenv(name, value)
         process.start()
@@ -149,4 +150,5 @@ def _run(environment: dict[str, str], streams: list[Path], function: Callable[..
     torch.set_num_threads(1)
     # DeepSpeed and torch collect garbage again and again, of which none is in what was imported.
     gc.freeze()
+    gc.enable()
     function(*arguments)
