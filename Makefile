@@ -24,8 +24,9 @@ LOWEST_TESTS := $(addprefix tests/,models retention token_selection)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Python compiles what is imported; to compile all that is installed takes a minute.
-INSTALL := pip install --no-compile
+# Python compiles what is imported, once; to compile all that is installed takes a minute.
+export PIP_COMPILE := 0
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-lowest check
 help:
@@ -70,18 +71,18 @@ $(VENV)/.torch: $(VENV)/.created
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch constraints.txt pyproject.toml
-	$(BIN)/$(INSTALL) -c constraints.txt -e .
+	$(BIN)/pip install -c constraints.txt -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.torch constraints.txt pyproject.toml
-	$(BIN)/$(INSTALL) -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
 	@touch $@ $(VENV)/.installed
 
 # With torch's build for CUDA on x86-64, the only one on PyPI: 3 GB of wheels, which stay out of pip's cache.
 $(LOWEST_VENV)/.torch: $(LOWEST_VENV)/.created constraints-lowest.txt
-	$(LOWEST_VENV)/bin/$(INSTALL) --no-cache-dir -c constraints-lowest.txt torch
+	$(LOWEST_VENV)/bin/pip install --no-cache-dir -c constraints-lowest.txt torch
 	@touch $@
 
 $(LOWEST_VENV)/.installed: $(LOWEST_VENV)/.torch constraints-lowest.txt pyproject.toml
-	$(LOWEST_VENV)/bin/$(INSTALL) --no-cache-dir -c constraints-lowest.txt -e '.[test]'
+	$(LOWEST_VENV)/bin/pip install --no-cache-dir -c constraints-lowest.txt -e '.[test]'
 	@touch $@
