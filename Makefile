@@ -15,9 +15,13 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 LOWEST_PYTHON ?= $(shell for p in python3.11 python3.12; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
 # Workers and further arguments of pytest: make test PYTEST_ARGS="tests/config -k hash"
-TEST_WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+# One more than cores: tests of jobs wait for SLURM as much as they compute.
+TEST_WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 5)))
 PYTEST_ARGS ?=
-PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(TEST_WORKERS) --durations=15 $(PYTEST_ARGS)
+# Files go whole to a worker, since their tests share what takes long to set up, and in order: slow ones come first.
+DISTRIBUTION := --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(1)/bin/python -m pytest -n $(TEST_WORKERS) $(DISTRIBUTION) \
+	--durations=15 $(PYTEST_ARGS)
 
 # What reaches into other libraries' classes: models, adapters, blocks, trainers.
 LOWEST_TESTS := $(addprefix tests/,models retention token_selection)

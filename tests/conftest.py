@@ -23,12 +23,24 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files first whose tests take long: a worker that takes one of them last would be waited for."""
+    places: dict[Path, int] = {}
+    for item in items:
+        found = [place for place, marker in enumerate(LONGEST_FIRST) if item.get_closest_marker(marker)]
+        places[item.path] = min([*found, places.get(item.path, len(LONGEST_FIRST))])
+    items.sort(key=lambda item: places[item.path])
+
+
 def pytest_collection_finish() -> None:
     """Let garbage be looked for in what tests make alone, not again and again in all that was imported."""
     gc.collect()
     gc.freeze()
     gc.enable()
 
+
+# Markers of tests, by how long they take.
+LONGEST_FIRST = ("slurm", "slow", "multiprocess")
 
 # What launchers set. Ranks are processes of their own, or undo it.
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
