@@ -6,10 +6,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from host_store import HostStore, kept_on_host
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
-
-from framework.retention.host import HostStore, kept_on_host
 
 ATTENTION = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
