@@ -45,24 +45,29 @@ def law_settings(config: Config, family: Family) -> dict[str, Any]:
     """
     model, adapter = config.model, config.model.adapter
     hybrid = {"hybrid": True} if config.sharding.replicas > 1 else {}
-    return hybrid | {
-        "recording": RECORDING,
-        "family": family.kept(),
-        "task": model.task,
-        "attention": model.attention,
-        "adapter": None if adapter is None else _settings_of(adapter),
-        "quantization": model.quantization,
-        "sharding": config.sharding.model_dump(mode="json", exclude={"timeout_seconds", "replicas"}),
-        "precision": config.optimizer.precision,
-        "optimizer": config.optimizer.name,
-        "clipping": config.training.max_grad_norm is not None,
-        "packing": config.data.packing,
-        "retention": config.retention.model_dump(mode="json"),
-        "strategy": config.selection.strategy,
-        "tokentune": config.selection.tokentune,
-        "normalization": config.resolved_normalization,
-        "versions": {name: version(name).partition("+")[0] for name in LIBRARIES},
-    }
+    corrected = {"corrected": True} if config.selection.correction else {}
+    return (
+        hybrid
+        | corrected
+        | {
+            "recording": RECORDING,
+            "family": family.kept(),
+            "task": model.task,
+            "attention": model.attention,
+            "adapter": None if adapter is None else _settings_of(adapter),
+            "quantization": model.quantization,
+            "sharding": config.sharding.model_dump(mode="json", exclude={"timeout_seconds", "replicas"}),
+            "precision": config.optimizer.precision,
+            "optimizer": config.optimizer.name,
+            "clipping": config.training.max_grad_norm is not None,
+            "packing": config.data.packing,
+            "retention": config.retention.model_dump(mode="json"),
+            "strategy": config.selection.strategy,
+            "tokentune": config.selection.tokentune,
+            "normalization": config.resolved_normalization,
+            "versions": {name: version(name).partition("+")[0] for name in LIBRARIES},
+        }
+    )
 
 
 def _settings_of(adapter: AdapterConfig) -> dict[str, Any]:

@@ -72,6 +72,15 @@ IN_LEDGER: dict[str, list[dict[str, Any]]] = {
             "selection.normalization": "selected",
         },
     ],
+    "selection.correction": [
+        {"selection.strategy": "uniform", "retention.policy": "selective", "selection.ratio": 0.5},
+        {
+            "selection.strategy": "uniform",
+            "retention.policy": "selective",
+            "selection.ratio": 0.5,
+            "selection.correction": 1.0,
+        },
+    ],
     "selection.tokentune": [
         {"selection.strategy": "uniform", "retention.policy": "selective", "selection.ratio": 0.5},
         {
@@ -92,6 +101,7 @@ IN_LEDGER: dict[str, list[dict[str, Any]]] = {
         {"retention.policy": "selective"},
         {"retention.policy": "selective", "retention.kv_format": "int8"},
         {"retention.policy": "selective", "retention.kv_format": "int4"},
+        {"retention.policy": "selective", "retention.kv_format": "recompute"},
     ],
     "sharding.engine": [{}, {"sharding.engine": "fsdp"}],
     "sharding.zero_stage": [
