@@ -109,7 +109,7 @@ def _try_runs(
 
 
 def _precision(hidden: Tensor) -> float:
-    """Of what a block computes."""
+    """Of what a block computes; autocast leaves float64 as it is."""
     kind = hidden.device.type
     dtypes = [hidden.dtype, *([torch.get_autocast_dtype(kind)] if torch.is_autocast_enabled(kind) else [])]
     return max(torch.finfo(dtype).eps for dtype in dtypes)
@@ -186,7 +186,7 @@ def _compare(call: BlockCall, hidden: Tensor, selected: SelectedRows, precision:
     expected = selected.take(recorded)
     if replayed.shape != expected.shape:
         return Trial(f"its replay has shape {[*replayed.shape]} instead of {[*expected.shape]}")
-    precision = precision or torch.finfo(expected.dtype).eps
+    precision = precision or max(torch.finfo(expected.dtype).eps, _precision(expected))
     error = _relative_error(replayed, expected, selected.take(hidden), precision)
     mixes = None if error is None else f"it mixes tokens outside the attention interface (error {error:.1e})"
     return Trial(mixes, draws)

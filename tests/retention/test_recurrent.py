@@ -408,7 +408,7 @@ def test_what_a_block_is_replayed_from_is_said(families, steps, caplog):
 
 def test_rows_of_runs():
     rows = RunRows(SelectedRows(selection_of([torch.tensor([3, 5]), (22, 24)]), TOKENS, torch.device("cpu")))
-    assert rows.positions.tolist() == [[3, 4, 5], [22, 23, 23]]
+    assert rows.positions.tolist() == [[3, 4, 5], [22, 23, -1]]
     assert rows.sequence.tolist() == [0, 0, 0, 1, 1] and rows.position.tolist() == [3, 4, 5, 22, 23]
     assert not rows.contiguous and rows.slots == 3
     tokens = torch.arange(2.0 * TOKENS).view(2, TOKENS)

@@ -31,8 +31,11 @@ def kept_per_block(arm, size=4):
     if arm == CHECKPOINT:
         return size * HIDDEN * TOKENS
     keys_and_values = 2 * KEYS * TOKENS * size if arm.kv_format == "model" else 2 * TOKENS * (KEYS + 4 * HEADS)
-    linears = size * SELECTED * (3 * HIDDEN + 2 * KEYS + 2 * WIDTH) if arm.retain_linears else 0
-    return size * HIDDEN * SELECTED + keys_and_values + linears
+    kept = size * HIDDEN * SELECTED + keys_and_values
+    if arm.retain_linears:
+        linears, attention = 3 * HIDDEN + 2 * KEYS + 2 * WIDTH, HIDDEN
+        kept += size * SELECTED * (linears + attention) + 4 * CONFIG["num_attention_heads"] * SELECTED
+    return kept
 
 
 @pytest.fixture(scope="module")
