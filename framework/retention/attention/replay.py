@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,7 +49,8 @@ class ReplayedAttention(torch.autograd.Function):
         output, lse = known.known or attend(
             query, keys, values, key_scale, value_scale, known.first, known.last, known.scale, known.softcap
         )
-        ctx.call = known
+        # Without the output, which refers to this node: the two would keep each other, and all that the graph holds.
+        ctx.call = replace(known, known=None)
         ctx.save_for_backward(query, key, value, output, lse)
         ctx.mark_non_differentiable(lse)
         return output, lse
