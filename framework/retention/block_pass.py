@@ -64,7 +64,8 @@ class RetainedExperts:
 class BlockPass:
     """One block's way from its record pass to its replay. Calls are matched in order, per module for linears.
 
-    `wanted` is the number of attention calls after which a record pass for their keys and values alone ends.
+    `wanted` is the number of attention calls after which a record pass for their keys and values alone ends, and
+    `precision` the coarsest rounding (machine epsilon) of an attention's inputs.
     """
 
     rows: SelectedRows
@@ -76,6 +77,7 @@ class BlockPass:
     experts: defaultdict[nn.Module, deque[RetainedExperts | None]] = field(default_factory=lambda: defaultdict(deque))
     random: deque[Tensor] = field(default_factory=deque)
     wanted: int | None = None
+    precision: float = 0.0
     states: defaultdict[nn.Module, deque[Any]] = field(default_factory=lambda: defaultdict(deque))
     in_mixer: bool = False
 

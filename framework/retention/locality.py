@@ -186,7 +186,7 @@ def _compare(call: BlockCall, hidden: Tensor, selected: SelectedRows, precision:
     expected = selected.take(recorded)
     if replayed.shape != expected.shape:
         return Trial(f"its replay has shape {[*replayed.shape]} instead of {[*expected.shape]}")
-    precision = precision or max(torch.finfo(expected.dtype).eps, _precision(expected))
+    precision = max(precision or _precision(expected), call.current.precision)
     error = _relative_error(replayed, expected, selected.take(hidden), precision)
     mixes = None if error is None else f"it mixes tokens outside the attention interface (error {error:.1e})"
     return Trial(mixes, draws)

@@ -78,6 +78,7 @@ def _selective_attention(
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
         return _replay(current, retained, query, key, value, scale), None
     ranges = _ranges(name, module, attention_mask, key, kwargs)
+    current.precision = max(current.precision, torch.finfo(query.dtype).eps)
     keep = KV_FORMATS[current.kv_format]
     if ranges is None:
         mask = _native(attention_mask)

@@ -59,9 +59,13 @@ def attend_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `tiled.attend_backward`; `selected_key` and `selected_value` are the keys and values at `positions`."""
-    return tiled.attend_backward(
+    gradients = tiled.attend_backward(
         grad, query, key, value, key_scale, value_scale, output, lse, first, last, positions, scale, softcap
     )
+    # Stored as what they are gradients of, as the kernels on CUDA do.
+    like = query, selected_key, selected_value
+    grad_query, grad_key, grad_value = (torch.empty_like(of).copy_(g) for of, g in zip(like, gradients, strict=True))
+    return grad_query, grad_key, grad_value
 
 
 @attend_backward.register_fake
