@@ -70,6 +70,19 @@ def padded(*lengths: int) -> Interval:
     return lambda sequence, _: (0, lengths[sequence] - 1)
 
 
+KINDS = {
+    "causal": Problem.of(100, [scattered(100, 40)], causal),
+    "fillers": Problem.of(70, [scattered(70, 24, fillers=15), scattered(70, 24)], causal),
+    "nothing selected": Problem.of(70, [scattered(70, 24, fillers=24), scattered(70, 24)], causal),
+    "whole sequence": Problem.of(70, [torch.arange(70)], causal),
+    "suffix": Problem.of(130, [torch.arange(98, 130)], causal),
+    "sliding window": Problem.of(150, [scattered(150, 60)], window(70)),
+    "packed documents": Problem.of(130, [scattered(130, 50)], packed(0, 11, 50, 64, 115)),
+    "bidirectional": Problem.of(100, [scattered(80, 35), scattered(37, 35, fillers=10)], padded(80, 37)),
+}
+"""Small ones, of every kind of interval and selection."""
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Tensors of a problem as the kernels take them; `exact` are keys and values in the query's type."""

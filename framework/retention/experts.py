@@ -70,6 +70,7 @@ class _Products(TorchFunctionMode):
 
     def product(self, order: Tensor, compute: Callable[[], Tensor], x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
         """A grouped product, of pairs that stand in an order: pair i is the `order[i]`-th by tokens."""
+        # Each of the two passes has its own; torch's mode has no abstract methods.
         raise NotImplementedError
 
 
@@ -134,13 +135,12 @@ class _RetainingExperts:
         if current.phase is Phase.RECORD:
             kept = None
             if len(hidden_states) == rows.batch * rows.tokens:
-                tokens = rows.sequence * rows.tokens + rows.position
-                kept = RetainedExperts(top_k_index[tokens])
+                kept = RetainedExperts(top_k_index[rows.token])
             calls.append(kept)
             if kept is None:
                 return plain(hidden_states, top_k_index, top_k_weights)
             chosen = [name in self.retained for name in matrices_of(self)]
-            with RecordedProducts(kept, chosen, tokens):
+            with RecordedProducts(kept, chosen, rows.token):
                 return plain(hidden_states, top_k_index, top_k_weights)
         kept = calls.popleft()
         if kept is None or len(hidden_states) != len(kept.experts):

@@ -8,6 +8,7 @@ cache elsewhere.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,15 +106,7 @@ def restore(
 
 
 @restore.register_fake
-def _(
-    levels: Tensor,
-    scales: Tensor,
-    bits: int,
-    size: int,
-    dtype: torch.dtype,
-    rows: Tensor | None = None,
-    row_of_token: Tensor | None = None,
-) -> Tensor:
+def _(levels: Tensor, scales: Tensor, bits: int, size: int, dtype: torch.dtype, *_: Any) -> Tensor:
     return levels.new_empty(*levels.shape[:-1], size, dtype=dtype)
 
 

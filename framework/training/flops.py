@@ -146,7 +146,7 @@ class FlopTally:
                 # more document.
                 packed = batch.documents.where(real, int(batch.documents.max()) + 1)
                 padded = "attention_mask" in batch.inputs and reach.causal and limit >= shape[1]
-                executed = triangle if padded else seen_pairs(packed, chosen, reach)[0]
+                executed = triangle if padded else seen if bool(real.all()) else seen_pairs(packed, chosen, reach)[0]
                 replayed = queries
             elif self.kernel == "sdpa" and not masked and reach.causal and limit >= shape[1]:
                 executed = triangle

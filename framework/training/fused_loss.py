@@ -70,8 +70,7 @@ def fused_loss(
     linear, found = layer.linear, FusedLoss()
 
     def forward(input: Tensor) -> Tensor:
-        # torch's Functions are not annotated.
-        loss = FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        loss = FusedCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch's Functions are not annotated
             input.flatten(0, -2), linear.weight, linear.bias, targets, weights, count, layer.after
         )
         return cast(Tensor, loss)

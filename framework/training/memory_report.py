@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from framework.config import Config
 from framework.errors import RunError, UserError
+from framework.retention import KV_FORMATS
 from framework.sharding.protocol import Engine
 from framework.training.flops import FlopTally
 from framework.training.memory import CpuMemoryTracker, device_peak_memory
@@ -211,8 +212,8 @@ def options_to_change(config: Config, phase: str = "step") -> list[str]:
         if retention.retain_linears:
             options.append("retention.retain_linears false (same result, more work)")
         if selective:
-            formats = ("model", "int8", "int4")
-            coarser = formats[formats.index(retention.kv_format) + 1 :] if retention.kv_format in formats else ()
+            formats = [name for name in KV_FORMATS if name != "recompute"]
+            coarser = formats[formats.index(retention.kv_format) + 1 :] if retention.kv_format in formats else []
             options += [f'retention.kv_format "{kv_format}"' for kv_format in coarser]
         if not selective:
             options.append('selection.strategy "supervised" with retention.policy "selective"')

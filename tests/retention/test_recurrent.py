@@ -22,8 +22,7 @@ import framework
 from framework.retention import blocks_of, recurrent
 from framework.retention.recurrent import RecurrentMixer
 from framework.retention.reference import reference_gradients
-from framework.retention.rows import SelectedRows
-from framework.retention.runs import RunRows, TokensBefore
+from framework.retention.runs import TokensBefore
 from framework.selection import Selection
 from framework.training.loss import rows_loss, unwrapped
 
@@ -404,28 +403,3 @@ def test_what_a_block_is_replayed_from_is_said(families, steps, caplog):
         selective_step(steps, model, sample(families, model), selection_of(RUNS))
     names = [f"block {name} is replayed from the state of mamba" for name in blocks_of(model)]
     assert [record.getMessage() for record in caplog.records] == names
-
-
-def test_rows_of_runs():
-    rows = RunRows(SelectedRows(selection_of([torch.tensor([3, 5]), (22, 24)]), TOKENS, torch.device("cpu")))
-    assert rows.positions.tolist() == [[3, 4, 5], [22, 23, -1]]
-    assert rows.sequence.tolist() == [0, 0, 0, 1, 1] and rows.position.tolist() == [3, 4, 5, 22, 23]
-    assert not rows.contiguous and rows.slots == 3
-    tokens = torch.arange(2.0 * TOKENS).view(2, TOKENS)
-    assert rows.by_sequence(rows.take(tokens)).tolist() == [[3, 4, 5], [46, 47, 0]]
-    assert rows.from_sequences(rows.by_sequence(rows.take(tokens))).equal(rows.take(tokens))
-    assert rows.take_gradient(tokens).tolist() == [[3, 0, 5, 46, 47]]
-    put = torch.zeros(2, TOKENS)
-    rows.put_gradient(put, torch.ones(1, 5))
-    assert put.nonzero().tolist() == [[0, 3], [0, 5], [1, 22], [1, 23]]
-    before = rows.before.take(tokens)
-    assert before.shape == (2, 22) and before[0].tolist() == [0.0] * 19 + [0, 1, 2]
-    assert before[1].tolist() == tokens[1, :22].tolist()
-    assert rows.before.real.sum(1).tolist() == [3, 22]
-
-
-def test_equal_runs_are_not_padded():
-    rows = RunRows(SelectedRows(selection_of(((4, 9), (4, 9))), TOKENS, torch.device("cpu")))
-    assert rows.contiguous and not rows.before.padded and rows.slots == 5
-    tokens = torch.arange(2.0 * TOKENS).view(2, TOKENS)
-    assert rows.before.take(tokens).equal(tokens[:, :4])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from interpreted_triton import INTERPRETED, mend
-from replay_problems import Inputs, Problem, by_kernels, causal, dense, packed, padded, scattered, window
+from replay_problems import KINDS, Inputs, Problem, by_kernels, causal, dense, scattered
 
 from framework.retention import replay_kernels, replay_key_programs
 from framework.retention.replay_kernels import Tile, attend
@@ -37,17 +37,7 @@ def out_of_order(_, position):
     return (0, position) if position % 3 else (position // 2, 99)
 
 
-PROBLEMS = {
-    "causal": Problem.of(100, [scattered(100, 40)], causal),
-    "fillers": Problem.of(70, [scattered(70, 24, fillers=15), scattered(70, 24)], causal),
-    "nothing selected": Problem.of(70, [scattered(70, 24, fillers=24), scattered(70, 24)], causal),
-    "whole sequence": Problem.of(70, [torch.arange(70)], causal),
-    "suffix": Problem.of(130, [torch.arange(98, 130)], causal),
-    "sliding window": Problem.of(150, [scattered(150, 60)], window(70)),
-    "packed documents": Problem.of(130, [scattered(130, 50)], packed(0, 11, 50, 64, 115)),
-    "bidirectional": Problem.of(100, [scattered(80, 35), scattered(37, 35, fillers=10)], padded(80, 37)),
-    "out of order": Problem.of(100, [scattered(100, 48)], out_of_order),
-}
+PROBLEMS = KINDS | {"out of order": Problem.of(100, [scattered(100, 48)], out_of_order)}
 
 
 def check(problem, dtype=torch.float32, **options):

@@ -2,20 +2,9 @@
 
 import pytest
 import torch
-from replay_problems import Inputs, Problem, Results, causal, dense, packed, padded, scattered, window
+from replay_problems import KINDS, Inputs, Results, dense
 
 from framework.retention.attention import tiled
-
-PROBLEMS = {
-    "causal": Problem.of(100, [scattered(100, 40)], causal),
-    "fillers": Problem.of(70, [scattered(70, 24, fillers=15), scattered(70, 24)], causal),
-    "nothing selected": Problem.of(70, [scattered(70, 24, fillers=24), scattered(70, 24)], causal),
-    "whole sequence": Problem.of(70, [torch.arange(70)], causal),
-    "suffix": Problem.of(130, [torch.arange(98, 130)], causal),
-    "sliding window": Problem.of(150, [scattered(150, 60)], window(70)),
-    "packed documents": Problem.of(130, [scattered(130, 50)], packed(0, 11, 50, 64, 115)),
-    "bidirectional": Problem.of(100, [scattered(80, 35), scattered(37, 35, fillers=10)], padded(80, 37)),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -36,23 +25,23 @@ def check(problem, tolerance, **options):
     assert max(errors.values()) < tolerance, errors
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_interval(name):
-    check(PROBLEMS[name], 1e-5)
+    check(KINDS[name], 1e-5)
 
 
 @pytest.mark.parametrize("name", ["causal", "sliding window", "bidirectional"])
 def test_in_double_precision(name):
-    check(PROBLEMS[name], 1e-12, dtype=torch.float64)
+    check(KINDS[name], 1e-12, dtype=torch.float64)
 
 
 def test_grouped_heads_soft_cap_and_values_of_another_size():
-    check(PROBLEMS["packed documents"], 1e-5, heads=6, kv_heads=2, size=24, value_size=16, softcap=2.0)
+    check(KINDS["packed documents"], 1e-5, heads=6, kv_heads=2, size=24, value_size=16, softcap=2.0)
 
 
 def test_keys_and_values_of_8_bits_are_read_as_they_are():
-    check(PROBLEMS["fillers"], 1e-5, heads=4, kv_heads=2, int8=True)
+    check(KINDS["fillers"], 1e-5, heads=4, kv_heads=2, int8=True)
 
 
 def test_bfloat16():
-    check(PROBLEMS["causal"], 1e-2, heads=4, kv_heads=2, dtype=torch.bfloat16)
+    check(KINDS["causal"], 1e-2, heads=4, kv_heads=2, dtype=torch.bfloat16)

@@ -116,9 +116,12 @@ def _ranges(
         return mask.ranges
     if mask is not None:
         return None
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    return KeyRanges.all_keys(key.shape[2], key.device, causal=bool(causal))
+    return KeyRanges.all_keys(key.shape[2], key.device, causal=_is_causal(module, kwargs.get("is_causal")))
+
+
+def _is_causal(module: nn.Module, asked: bool | None) -> bool:
+    """Whether attention without a mask is causal, as transformers' kernels take it."""
+    return bool(getattr(module, "is_causal", True) if asked is None else asked)
 
 
 def _replay(
@@ -139,7 +142,6 @@ def _replay(
         last,
         rows.positions,
         scale,
-        None,
         known,
     )
     by_row = query.transpose(1, 2), rows.cut(key.transpose(1, 2)), rows.cut(value.transpose(1, 2))
@@ -170,9 +172,7 @@ def _replay_by_kernel(
     keys = PutRows.apply(retained.keys, rows, counted_key)
     values = PutRows.apply(retained.values, rows, counted_value)
     queries = rows.by_sequence(query.transpose(1, 2)).transpose(1, 2)
-    causal = kwargs.pop("is_causal", None)
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    mask = _mask_rows(retained.mask, rows, causal)
+    mask = _mask_rows(retained.mask, rows, _is_causal(module, kwargs.pop("is_causal", None)))
     output, weights = kernel(module, queries, keys, values, mask, is_causal=False, **kwargs)
     output = rows.from_sequences(output)
     if rows.correction is None:

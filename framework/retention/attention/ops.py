@@ -1,6 +1,12 @@
-"""The two operators of a replay's attention, for which each device has its own implementation."""
+"""The two operators of a replay's attention, for which each device has its own implementation.
+
+On CUDA it is the Triton kernels of `replay_kernels`, which are imported where there is a device: Triton comes with
+torch's builds for GPUs only.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,7 +14,7 @@ from torch import Tensor
 from framework.retention.attention import tiled
 
 
-@torch.library.custom_op("selectrain::attend", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("selectrain::attend", mutates_args=())
 def attend(
     query: Tensor,
     key: Tensor,
@@ -21,26 +27,21 @@ def attend(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """See `tiled.attend`."""
+    if query.is_cuda:
+        from framework.retention import replay_kernels
+
+        scales = {"key_scale": key_scale, "value_scale": value_scale}
+        return replay_kernels.attend(query, key, value, first, last, scale=scale, softcap=softcap, **scales)
     return tiled.attend(query, key, value, key_scale, value_scale, first, last, scale, softcap)
 
 
 @attend.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    first: Tensor,
-    last: Tensor,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     output = query.new_empty(*query.shape[:3], value.shape[-1])
     return output, query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-@torch.library.custom_op("selectrain::attend_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("selectrain::attend_backward", mutates_args=())
 def attend_backward(
     grad: Tensor,
     query: Tensor,
@@ -59,6 +60,14 @@ def attend_backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `tiled.attend_backward`; `selected_key` and `selected_value` are the keys and values at `positions`."""
+    if query.is_cuda:
+        from framework.retention import replay_kernels
+
+        selected = selected_key, selected_value, positions
+        scales = {"key_scale": key_scale, "value_scale": value_scale}
+        return replay_kernels.attend_backward(
+            grad, query, key, value, output, lse, first, last, *selected, scale=scale, softcap=softcap, **scales
+        )
     gradients = tiled.attend_backward(
         grad, query, key, value, key_scale, value_scale, output, lse, first, last, positions, scale, softcap
     )
@@ -69,87 +78,6 @@ def attend_backward(
 
 
 @attend_backward.register_fake
-def _(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    first: Tensor,
-    last: Tensor,
-    selected_key: Tensor,
-    selected_value: Tensor,
-    positions: Tensor,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, query: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    selected_key, selected_value = others[8:10]
     return torch.empty_like(query), torch.empty_like(selected_key), torch.empty_like(selected_value)
-
-
-@attend.register_kernel("cuda")
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    first: Tensor,
-    last: Tensor,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    from framework.retention import replay_kernels as kernels
-
-    return kernels.attend(
-        query,
-        key,
-        value,
-        first,
-        last,
-        scale=scale,
-        softcap=softcap,
-        key_scale=key_scale,
-        value_scale=value_scale,
-    )
-
-
-@attend_backward.register_kernel("cuda")
-def _(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_scale: Tensor | None,
-    value_scale: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    first: Tensor,
-    last: Tensor,
-    selected_key: Tensor,
-    selected_value: Tensor,
-    positions: Tensor,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from framework.retention import replay_kernels as kernels
-
-    return kernels.attend_backward(
-        grad,
-        query,
-        key,
-        value,
-        output,
-        lse,
-        first,
-        last,
-        selected_key,
-        selected_value,
-        positions,
-        scale=scale,
-        softcap=softcap,
-        key_scale=key_scale,
-        value_scale=value_scale,
-    )

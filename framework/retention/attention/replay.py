@@ -23,7 +23,6 @@ class ReplayCall:
         last: the last one; less than `first` where a sequence has fewer selected tokens.
         positions: of the selected tokens, int32 `[batch, slots]`, -1 where a sequence has fewer.
         scale: of the scores.
-        softcap: of the scores, if any.
         known: output `[batch, heads, slots, value_size]` and log-sum-exp `[batch, heads, slots]`, if the record pass
             kept them.
     """
@@ -34,7 +33,6 @@ class ReplayCall:
     last: Tensor
     positions: Tensor
     scale: float
-    softcap: float | None
     known: tuple[Tensor, Tensor] | None
 
 
@@ -47,7 +45,7 @@ class ReplayedAttention(torch.autograd.Function):
         (known,) = call
         (keys, key_scale), (values, value_scale) = known.keys, known.values
         output, lse = known.known or attend(
-            query, keys, values, key_scale, value_scale, known.first, known.last, known.scale, known.softcap
+            query, keys, values, key_scale, value_scale, known.first, known.last, known.scale, None
         )
         # Without the output, which refers to this node: the two would keep each other, and all that the graph holds.
         ctx.call = replace(known, known=None)
@@ -76,7 +74,7 @@ class ReplayedAttention(torch.autograd.Function):
             value,
             known.positions,
             known.scale,
-            known.softcap,
+            None,
         )
         return None, grad_query, grad_key, grad_value
 
@@ -118,13 +116,9 @@ def replayed_attention(
     )
     groups = query.shape[1] // key.shape[1]
     score = (query.detach().to(lse.dtype) * key.detach().repeat_interleave(groups, 1)).sum(-1) * call.scale
-    if call.softcap is not None:
-        score = call.softcap * (score / call.softcap).tanh()
     sees_itself = (call.first <= call.positions) & (call.positions <= call.last)
     probability = (score - lse).exp().where(sees_itself[:, None], 0.0)
-    return output + own_key_term(
-        query, key, value, output, probability, 1 - factor, scale=call.scale, softcap=call.softcap
-    )
+    return output + own_key_term(query, key, value, output, probability, 1 - factor, scale=call.scale)
 
 
 def own_key_term(
