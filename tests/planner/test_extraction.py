@@ -48,8 +48,8 @@ GPT2 = {"model_type": "gpt2", "n_embd": 192, "n_layer": 6, "n_head": 8, "vocab_s
 SELECTIVE = {"policy": "selective", "retain_linears": True}
 LABELLED = {"strategy": "supervised"}
 LORA = {"kind": "lora", "rank": 4, "alpha": 8}
-SHIPPED = ("fsdp",)
-"""Cases whose laws come with the package: as they are recorded now."""
+SHIPPED = ("fsdp", "ratio LoRA")
+"""Cases whose laws come with the package, of both ways to train that it has laws of: as they are recorded now."""
 
 
 def config_of(model: dict, **sections: dict) -> Config:

@@ -37,7 +37,8 @@ def attend(
 
 @attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    output = query.new_empty(*query.shape[:3], value.shape[-1])
+    batch, heads, slots, _ = query.shape
+    output = query.new_empty(batch, slots, heads, value.shape[-1]).transpose(1, 2)
     return output, query.new_empty(query.shape[:3], dtype=torch.promote_types(query.dtype, torch.float32))
 
 

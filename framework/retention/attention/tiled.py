@@ -75,11 +75,11 @@ def attend(
         softcap: `softcap * tanh(score / softcap)` in place of the scores, if given.
 
     Returns:
-        The output `[batch, heads, slots, value_size]`, and the log-sum-exp of the scores, float32 or better, `[batch,
-        heads, slots]`, minus infinity where nothing is seen.
+        The output `[batch, heads, slots, value_size]`, stored as `[batch, slots, heads, …]`, and the log-sum-exp of the
+        scores, float32 or better, `[batch, heads, slots]`, minus infinity where nothing is seen.
     """
     batch, heads, slots, _ = query.shape
-    output = query.new_zeros(batch, heads, slots, value.shape[-1])
+    output = query.new_zeros(batch, slots, heads, value.shape[-1]).transpose(1, 2)
     keys_of, values_of = _reader(key, key_scale, query.dtype), _reader(value, value_scale, query.dtype)
     precise = torch.promote_types(query.dtype, torch.float32)
     lse = query.new_full((batch, heads, slots), -torch.inf, dtype=precise)
