@@ -110,6 +110,8 @@ def _without_files(config: Config, values: dict[str, Any], ranks: int) -> Config
     tokenizer = tokenizer_source(config) if config.model.added_tokens else "unused"
     json["model"] |= {"path": None, "from_config": values, "tokenizer": tokenizer}
     json["hardware"], json["cluster"] = {"gpus_per_node": ranks}, {}
+    # Operators are counted one by one.
+    json["training"] |= {"compile": False}
     return Config.model_validate(json, strict=False)
 
 

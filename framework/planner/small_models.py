@@ -216,6 +216,7 @@ def probe_config(config: Config, values: dict[str, Any], widths: Widths) -> Conf
         "micro_batch_size": widths.batch,
         "max_steps": 2,
         "epochs": None,
+        "compile": False,
     }
     json["schedule"] = {}
     return Config.model_validate(json, strict=False)

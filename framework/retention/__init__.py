@@ -1,6 +1,7 @@
 """What a block keeps for its backward pass, in which format; the record pass and the replay."""
 
 from framework.retention.blocks import blocks_of
+from framework.retention.compiled import compile_blocks
 from framework.retention.formats import KV_FORMATS
 from framework.retention.head import forward_in_place, head_in_chunks, head_reads, head_rows
 from framework.retention.output_layer import OutputLayer, output_layer_of
@@ -12,6 +13,7 @@ __all__ = [
     "SelectiveRetention",
     "apply_checkpointing",
     "blocks_of",
+    "compile_blocks",
     "forward_in_place",
     "head_in_chunks",
     "head_reads",

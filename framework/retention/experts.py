@@ -123,6 +123,7 @@ class _RetainingExperts:
 
     retained: frozenset[str]
 
+    @torch.compiler.disable
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`hidden_states [tokens, width]`; of each token its experts and their weights `[tokens, experts of a token]`.
 

@@ -130,6 +130,7 @@ class PackedLinear(nn.Linear):
         # Each form has its own; `ABC` would need another metaclass than other linear layers have.
         raise NotImplementedError
 
+    @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         """`input [..., in_features]` to `[..., out_features]`."""
         current = current_pass()
@@ -144,6 +145,7 @@ class PackedLinear(nn.Linear):
 class RetainedLinear(nn.Linear):
     """`nn.Linear` that keeps its output's selected rows while a block is recorded."""
 
+    @torch.compiler.disable
     def forward(self, input: Tensor) -> Tensor:
         """`input [..., in_features]` to `[..., out_features]`."""
         current = current_pass()
@@ -161,6 +163,7 @@ class RetainedLinear(nn.Linear):
 class RetainedConv1D(Conv1D):
     """GPT-2's linear, with the weight stored `[in, out]`, that keeps its output's selected rows."""
 
+    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., in]` to `[..., out]`."""
         current = current_pass()

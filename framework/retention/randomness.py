@@ -63,6 +63,7 @@ class ReplayedRandomness(TorchFunctionMode):
             return self._draw(func, args, kwargs)
         return func(*args, **kwargs)
 
+    @torch.compiler.disable
     def _dropout(self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         """`input * noise` with noise in {0, 1/(1-p)}; the noise is kept as a bool mask, a byte an element."""
         if not training or p == 0.0:
@@ -74,6 +75,7 @@ class ReplayedRandomness(TorchFunctionMode):
         kept = self.current.as_seen(self.current.random.popleft()).view(input.shape).to(input.dtype)
         return input * (kept.div_(1 - p) if p < 1 else kept)
 
+    @torch.compiler.disable
     def _draw(self, func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         if self.current.phase is Phase.RECORD:
             drawn = func(*args, **kwargs)

@@ -137,6 +137,7 @@ class RecurrentMixer(nn.Module):
     plain: type[nn.Module]
     state_updates: int | None = None
 
+    @torch.compiler.disable
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The mixer's own, `[batch, tokens, width]`; in the replay `[1, rows, width]`."""
         current = current_pass()

@@ -21,6 +21,7 @@ from framework.retention import recurrent
 from framework.retention.attention import KERNELS, register_attention, selective_name
 from framework.retention.block import SelectiveBlock, block_of, map_first_output, selective_call
 from framework.retention.blocks import blocks_of
+from framework.retention.compiled import compiled
 from framework.retention.formats import KV_FORMATS
 from framework.retention.linears import check_retained, release_linears, retain_linears
 from framework.retention.locality import try_block
@@ -54,6 +55,7 @@ class SelectiveRetention:
         correction: see `SelectedRows`.
         runs: selected tokens are neighbours, as a rule: blocks with recurrent state are replayed from the first one of
             a sequence to the last (see `RunRows`). Otherwise they fall back.
+        compile: run blocks through torch.compile (see `framework.retention.compiled`).
 
     Raises:
         ValueError: no blocks; unknown `kv_format`; a name that no linear layer has; an attention implementation that
@@ -68,6 +70,7 @@ class SelectiveRetention:
         kv_format: str,
         correction: float = 0.0,
         runs: bool = False,
+        compile: bool = False,
     ) -> None:
         if kv_format not in KV_FORMATS:
             raise ValueError(f"retention.kv_format: {kv_format!r} is none of {', '.join(KV_FORMATS)}")
@@ -83,7 +86,7 @@ class SelectiveRetention:
         check_retained(self.blocks.values(), retain_linears)
         self.seam = Seam(model, self.blocks)
         self.retain_linears, self.kv_format, self.correction = retain_linears, kv_format, correction
-        self.runs = runs
+        self.runs, self.compile = runs, compile
         self.selection: Selection | Callable[[Tensor], Selection] | None = None
         self.fallbacks: dict[str, str] = {}
         self.in_runs: set[str] = set()
@@ -188,6 +191,8 @@ class SelectiveRetention:
             return function(hidden, *others)
         if name not in self._tried:
             self._try(name, function, hidden, others)
+        if self.compile:
+            function = compiled(function)
         if name in self.fallbacks:
             output = checkpoint(function, KeepGradientRows.apply(rows, hidden), *others, use_reentrant=False)
             return map_first_output(output, lambda out: KeepGradientRows.apply(rows, out))
@@ -262,12 +267,20 @@ def _graph_is_searched() -> bool:
     return active is not None and active.find_unused_parameters and not active.static_graph
 
 
-def apply_checkpointing(model: PreTrainedModel) -> None:
+def apply_checkpointing(model: PreTrainedModel, *, compile: bool = False) -> None:
     """Recompute every block whole in the backward pass (policy `checkpoint`). A transform, applied after adapters.
+
+    Args:
+        model: changed in place.
+        compile: run blocks through torch.compile.
 
     Raises:
         ValueError: the model has no blocks.
     """
     blocks_of(model)
-    recompute = partial(checkpoint, use_reentrant=False)
+    recompute = partial(_checkpoint_compiled if compile else checkpoint, use_reentrant=False)
     model._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=recompute)
+
+
+def _checkpoint_compiled(function: partial[Any], *args: Any, use_reentrant: bool) -> Any:
+    return checkpoint(compiled(function), *args, use_reentrant=use_reentrant)

@@ -34,6 +34,7 @@ def enable_token_selection(
     normalization: str | None = None,
     correction: float = 0.0,
     fused_loss: bool = False,
+    compile: bool = False,
 ) -> TokenSelection:
     """Make a model's training token-selective, in place.
 
@@ -71,6 +72,8 @@ def enable_token_selection(
         fused_loss: take the loss inside of the head, some rows at a time, so that no more logits than theirs ever
             exist. `logits` is then None, and a loss has one backward pass. A head that is quantised, has an adapter or
             is no plain linear layer makes logits all the same. Classifiers with one label a sequence do without.
+        compile: run blocks through torch.compile, but for attention and layers that keep something for the replay.
+            DeepSpeed's stage 3 has hooks inside of blocks, which cannot be traced.
 
     Returns:
         The state that is now on the model.
@@ -103,6 +106,7 @@ def enable_token_selection(
         kv_format=kv_format,
         correction=correction,
         runs=selects_runs(strategy, ratio),
+        compile=compile,
     )
     state = TokenSelection(
         inner,

@@ -12,7 +12,7 @@ from framework.data import Batch
 from framework.errors import UserError
 from framework.models.products import matrix_products
 from framework.models.wrapping import unwrapped
-from framework.retention import apply_checkpointing, blocks_of, head_reads
+from framework.retention import apply_checkpointing, blocks_of, compile_blocks, head_reads
 from framework.selection import Selection, select
 from framework.token_selection import enable_token_selection, fixed_selection
 from framework.training.flops import Flops, FlopTally
@@ -56,10 +56,13 @@ class Objective:
                 normalization=config.resolved_normalization,
                 correction=config.selection.correction,
                 fused_loss=True,
+                compile=config.training.compile,
             )
             self._fallbacks = enabled.retention.fallbacks
         elif config.retention.policy == "checkpoint":
-            apply_checkpointing(inner)
+            apply_checkpointing(inner, compile=config.training.compile)
+        elif config.training.compile:
+            compile_blocks(inner)
 
     def select(self, batch: Batch) -> Selection | None:
         """The tokens of a micro-batch that receive gradient; None for all of them, by ordinary autograd."""

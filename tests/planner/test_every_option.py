@@ -185,6 +185,7 @@ NOT_IN_LEDGER = {
     "training.max_steps": "a number of steps that are alike",
     "training.epochs": "a number of steps that are alike",
     "training.deterministic": "kernels of another order, whose outputs are as large",
+    "training.compile": "a plan counts what operators allocate one by one",
     "training.non_finite": "what happens to a step that is not finite",
     "training.max_skipped_steps": "what happens to a step that is not finite",
     "training.eval_every_steps": "as `data.eval`",

@@ -34,6 +34,23 @@ def _one_measure_of_warmup(warmup_steps: int, warmup_ratio: float | None) -> tup
     return None
 
 
+@rule("training.compile", "sharding.engine", "sharding.zero_stage")
+def _stage_three_is_not_compiled(compile: bool, engine: str, zero_stage: int | str | None) -> tuple[str, str] | None:
+    if compile and engine == "deepspeed" and zero_stage in (None, 3):
+        return "training.compile", (
+            "sharding.zero_stage 3 gathers weights by hooks inside of blocks, which cannot be compiled: set it to "
+            'false, or sharding.engine to "fsdp", which shards as much'
+        )
+    return None
+
+
+@rule("training.compile", "logging.track_cpu_memory")
+def _compiled_operators_are_not_seen(compile: bool, track: bool) -> tuple[str, str] | None:
+    if compile and track:
+        return "logging.track_cpu_memory", "cannot see into operators that training.compile fuses: set it to false"
+    return None
+
+
 @rule("training.non_finite", "training.max_skipped_steps")
 def _bound_needs_skipping(non_finite: str, max_skipped_steps: int) -> tuple[str, str] | None:
     if non_finite == "stop" and max_skipped_steps != TrainingConfig.model_fields["max_skipped_steps"].default:

@@ -124,6 +124,10 @@ class TrainingConfig(Section):
     deterministic: bool = False
     """Use deterministic kernels only, so that a repeated run gives the same losses to the bit."""
 
+    compile: bool = False
+    """Run the model's blocks through torch.compile, under every policy, but for attention and layers that token
+    selection retains. The first step takes a minute or more. Plans count what operators allocate one by one."""
+
     non_finite: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is not finite does: stop the run, or skip the step: weights, optimiser state and the
     learning rates of other steps are as if it had not been."""

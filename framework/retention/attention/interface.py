@@ -50,6 +50,7 @@ def selective_name(kernel: str) -> str:
     return f"selective_{kernel}"
 
 
+@torch.compiler.disable
 def _selective_attention(
     module: nn.Module,
     query: Tensor,
