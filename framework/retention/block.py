@@ -20,8 +20,12 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from framework.retention.block_pass import AllKeysFound, BlockPass, Phase
+from framework.retention.host import HostStore, Kept
 from framework.retention.randomness import ReplayedRandomness, generator_states, set_generator_states
 from framework.retention.rows import SelectedRows
+
+_ELSEWHERE = torch.empty(0)
+"""Stands in a block's pass for a tensor that is on the host."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class AutocastState:
 class BlockCall:
     """One call of a block: `function(hidden, *others, **keywords)` with `hidden [batch, tokens, width]`.
 
-    Profiles show its passes under its name.
+    Profiles show its passes under its name. What it keeps is in `store` until the replay; on the device without one.
     """
 
     name: str
@@ -61,6 +65,7 @@ class BlockCall:
     current: BlockPass
     random: bool
     autocast: AutocastState
+    store: HostStore | None = None
     generators: list[Tensor] | None = None
 
     @property
@@ -89,6 +94,24 @@ class BlockCall:
                 again.record(hidden)
         for mine, found in zip(kept, again.current.attention, strict=True):
             mine.keys, mine.values = found.keys, found.values
+
+    def put_away(self, given: Tensor, store: HostStore) -> Kept:
+        """Give a store what is kept: of the block's input `given`, and all that the record pass has retained."""
+        tensors = [given]
+
+        def taken(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return _ELSEWHERE
+
+        self.current.replace(taken)
+        return store.keep(tensors)
+
+    def fetch(self, kept: Kept) -> Tensor:
+        """What was kept of the block's input; the rest is in its place again."""
+        given, *retained = kept.fetch()
+        following = iter(retained)
+        self.current.replace(lambda _: next(following))
+        return given
 
     def replay(self, rows: Tensor) -> Tensor:
         """The block's output for `rows [1, rows, width]`, of the same shape, with a graph if enabled."""
@@ -137,10 +160,16 @@ class SelectiveBlock(torch.autograd.Function):
         get their gradients from this node; otherwise the replay accumulates them one by one, which holds fewer bytes.
         """
         output = call.record(hidden)
-        ctx.call = call
-        ctx.rows = None if call.keeps_input else call.current.rows.take(hidden)
-        ctx.save_for_backward(hidden if call.keeps_input else None)
-        ctx.parameters = parameters
+        given = hidden if call.keeps_input else call.current.rows.take(hidden)
+        ctx.kept = ctx.rows = saved = None
+        if call.store is not None:
+            ctx.kept = call.put_away(given, call.store)
+        elif call.keeps_input:
+            saved = given
+        else:
+            ctx.rows = given
+        ctx.save_for_backward(saved)
+        ctx.call, ctx.parameters = call, parameters
         return output
 
     @staticmethod
@@ -149,10 +178,9 @@ class SelectiveBlock(torch.autograd.Function):
         if ctx.call is None:
             raise RuntimeError("a token-selective block back-propagates once: its retained tensors are gone")
         call, ctx.call = ctx.call, None
-        selected = call.current.rows
-        rows, ctx.rows = ctx.rows, None
+        selected, rows = call.current.rows, _kept_input(ctx, call)
         if call.keeps_input:
-            (hidden,) = ctx.saved_tensors
+            hidden = rows
             call.find_keys(hidden)
             rows = selected.take(hidden)
         rows.requires_grad_(ctx.needs_input_grad[2])
@@ -175,6 +203,17 @@ class SelectiveBlock(torch.autograd.Function):
         return None, None, grad_hidden, *grad_parameters
 
 
+def _kept_input(ctx: Any, call: BlockCall) -> Tensor:
+    """What `SelectiveBlock` keeps of the block's input: the selected rows, or all. It forgets it."""
+    if ctx.kept is not None:
+        kept, ctx.kept = ctx.kept, None
+        return call.fetch(kept)
+    saved: tuple[Tensor | None] = ctx.saved_tensors
+    (hidden,) = saved
+    rows, ctx.rows = ctx.rows, None
+    return rows if hidden is None else hidden
+
+
 def selective_call(
     function: partial[Any],
     hidden: Tensor,
@@ -185,7 +224,8 @@ def selective_call(
     retain_linears: bool,
     kv_format: str,
     random: bool,
+    store: HostStore | None = None,
 ) -> BlockCall:
     """A block's call in the current autocast state."""
     current = BlockPass(selected, kv_format=kv_format, retain_linears=retain_linears)
-    return BlockCall(name, function, others, current, random, AutocastState.capture(hidden.device.type))
+    return BlockCall(name, function, others, current, random, AutocastState.capture(hidden.device.type), store)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum
@@ -46,6 +46,14 @@ class RetainedAttention:
     ranges: KeyRanges | None = None
     known: tuple[Tensor, Tensor] | None = None
 
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """See `BlockPass.replace`."""
+        self.keys.replace(change)
+        self.values.replace(change)
+        if self.known is not None:
+            output, lse = self.known
+            self.known = change(output), change(lse)
+
 
 @dataclass
 class RetainedExperts:
@@ -58,6 +66,11 @@ class RetainedExperts:
 
     experts: Tensor
     outputs: list[Tensor | None] = field(default_factory=list)
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """See `BlockPass.replace`."""
+        self.experts = change(self.experts)
+        self.outputs = [None if output is None else change(output) for output in self.outputs]
 
 
 @dataclass
@@ -90,6 +103,22 @@ class BlockPass:
         self.attention.append(attention)
         if len(self.attention) == self.wanted:
             raise AllKeysFound
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put in the place of each tensor that is kept for this block alone what `change` gives for it.
+
+        They come in the same order every time.
+        """
+        for calls in (self.attention, *self.experts.values(), *self.states.values()):
+            for call in calls:
+                if call is not None:
+                    call.replace(change)
+        for outputs in self.linears.values():
+            for place, output in enumerate(outputs):
+                if output is not None:
+                    outputs[place] = change(output)
+        for place, drawn in enumerate(self.random):
+            self.random[place] = change(drawn)
 
     def as_seen(self, kept: Tensor) -> Tensor:
         """Kept rows `[1, rows, …]` as modules in the replay see them: `[batch, slots, …]` in a recurrent mixer."""

@@ -31,6 +31,9 @@ class Retained(Protocol):
             selected: see there.
         """
 
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Put in the place of each tensor that it holds what `change` gives for it, always in the same order."""
+
 
 class AsIs:
     """The tensor itself, copied only when it is a part of a larger storage (fused projections), which it would pin."""
@@ -48,6 +51,10 @@ class AsIs:
     def operands(self, rows: Tensor, selected: SelectedRows) -> tuple[Tensor, Tensor | None]:
         """The kept tensor."""
         return self.tensor, None
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """See `Retained`."""
+        self.tensor = change(self.tensor)
 
 
 class Quantized:
@@ -75,6 +82,10 @@ class Quantized:
         """The kept tensor, restored."""
         return self.restore(rows, selected), None
 
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """See `Retained`."""
+        self.levels, self.scale = change(self.levels), change(self.scale)
+
 
 class Int8(Quantized):
     """Bytes: one an element and four a token and head. The scale is a 127th of the largest magnitude."""
@@ -97,6 +108,9 @@ class Recomputed(AsIs):
 
     def __init__(self, tensor: Tensor) -> None:
         del tensor
+
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """It holds none."""
 
 
 KV_FORMATS: dict[str, Callable[[Tensor], Retained]] = {

@@ -50,6 +50,12 @@ class State:
     conv: dict[int, Tensor] = field(default_factory=dict)
     recurrent: dict[int, Tensor] = field(default_factory=dict)
 
+    def replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """See `BlockPass.replace`."""
+        for states in (self.conv, self.recurrent):
+            for number, state in states.items():
+                states[number] = change(state)
+
 
 class _StateReachedError(Exception):
     """Ends a pass over the tokens before a run."""

@@ -23,6 +23,7 @@ from framework.retention.block import SelectiveBlock, block_of, map_first_output
 from framework.retention.blocks import blocks_of
 from framework.retention.compiled import compiled
 from framework.retention.formats import KV_FORMATS
+from framework.retention.host import HostStore
 from framework.retention.linears import check_retained, release_linears, retain_linears
 from framework.retention.locality import try_block
 from framework.retention.randomness import draws_in_blocks
@@ -33,6 +34,9 @@ from framework.retention.visibility import described_masks
 from framework.selection import Selection
 
 logger = logging.getLogger(__name__)
+
+PLACEMENTS = ("device", "host")
+"""Where retained tensors can be; by the config's `retention.placement`."""
 
 register_attention()
 
@@ -52,13 +56,15 @@ class SelectiveRetention:
             them, of none, or of those with these names (see `framework.linear_names`).
         kv_format: how keys and values of all tokens are kept: `model` (as they are), `int8`, `int4` or
             `recompute` (not: the block's input is).
+        placement: where blocks keep all that their replay needs: `device`, or `host`, from where a block's tensors come
+            back while the block after it is replayed. Blocks that fall back keep their input on the device.
         correction: see `SelectedRows`.
         runs: selected tokens are neighbours, as a rule: blocks with recurrent state are replayed from the first one of
             a sequence to the last (see `RunRows`). Otherwise they fall back.
         compile: run blocks through torch.compile (see `framework.retention.compiled`).
 
     Raises:
-        ValueError: no blocks; unknown `kv_format`; a name that no linear layer has; an attention implementation that
+        ValueError: no blocks; unknown `kv_format` or `placement`; a name that no linear layer has; an attention implementation that
             cannot be replayed.
     """
 
@@ -68,12 +74,14 @@ class SelectiveRetention:
         *,
         retain_linears: bool | Collection[str],
         kv_format: str,
+        placement: str = "device",
         correction: float = 0.0,
         runs: bool = False,
         compile: bool = False,
     ) -> None:
-        if kv_format not in KV_FORMATS:
-            raise ValueError(f"retention.kv_format: {kv_format!r} is none of {', '.join(KV_FORMATS)}")
+        for option, value, known in (("kv_format", kv_format, KV_FORMATS), ("placement", placement, PLACEMENTS)):
+            if value not in known:
+                raise ValueError(f"retention.{option}: {value!r} is none of {', '.join(known)}")
         # A model built over the config of one with token selection enabled has the selective name from there.
         self.kernel = model.config._attn_implementation.removeprefix(selective_name(""))
         if self.kernel not in KERNELS:
@@ -86,12 +94,13 @@ class SelectiveRetention:
         check_retained(self.blocks.values(), retain_linears)
         self.seam = Seam(model, self.blocks)
         self.retain_linears, self.kv_format, self.correction = retain_linears, kv_format, correction
-        self.runs, self.compile = runs, compile
+        self.placement, self.runs, self.compile = placement, runs, compile
         self.selection: Selection | Callable[[Tensor], Selection] | None = None
         self.fallbacks: dict[str, str] = {}
         self.in_runs: set[str] = set()
         self._rows: SelectedRows | None = None
         self._run_rows: RunRows | None = None
+        self._store: HostStore | None = None
         self._names = {block: name for name, block in self.blocks.items()}
         parts = (part for block in self.blocks.values() for part in block.modules() if part is not block)
         self._inner = {part for part in parts if isinstance(part, GradientCheckpointingLayer)}
@@ -142,7 +151,7 @@ class SelectiveRetention:
         """
         self.seam.check()
         self._check_attention()
-        self.selection, self._rows, self._run_rows = selection, None, None
+        self.selection = selection
         try:
             with described_masks():
                 yield
@@ -152,7 +161,7 @@ class SelectiveRetention:
                     "token selection cannot work in"
                 )
         finally:
-            self.selection, self._rows, self._run_rows = None, None, None
+            self.selection, self._rows, self._run_rows, self._store = None, None, None, None
 
     def _check_attention(self) -> None:
         expected = selective_name(self.kernel)
@@ -210,6 +219,7 @@ class SelectiveRetention:
             retain_linears=retain_linears,
             kv_format=self.kv_format,
             random=self._random,
+            store=self._store,
         )
         anchor = torch.empty(0, device=hidden.device, requires_grad=True)
         in_graph = [p for p in block.parameters() if p.requires_grad] if _graph_is_searched() else []
@@ -250,6 +260,7 @@ class SelectiveRetention:
             selection.check_fits(*hidden.shape[:2])
             tokens, device = hidden.shape[1], hidden.device
             self._rows = SelectedRows(selection, tokens, device, correction=self.correction)
+            self._store = HostStore() if self.placement == "host" else None
         if hidden.dim() != 3 or hidden.shape[:2] != (self._rows.batch, self._rows.tokens):
             raise ValueError(
                 f"block {name} takes {[*hidden.shape]}, but the selection is over {self._rows.batch} sequences of "

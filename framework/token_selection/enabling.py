@@ -34,6 +34,7 @@ def enable_token_selection(
     normalization: str | None = None,
     correction: float = 0.0,
     fused_loss: bool = False,
+    placement: str = "device",
     compile: bool = False,
 ) -> TokenSelection:
     """Make a model's training token-selective, in place.
@@ -72,6 +73,9 @@ def enable_token_selection(
         fused_loss: take the loss inside of the head, some rows at a time, so that no more logits than theirs ever
             exist. `logits` is then None, and a loss has one backward pass. A head that is quantised, has an adapter or
             is no plain linear layer makes logits all the same. Classifiers with one label a sequence do without.
+        placement: where blocks keep what their replay needs, `device` or `host`: in pinned memory of the host, copied
+            there beside the computation, and fetched back one block ahead. Gradients are the same to the bit. Blocks
+            that fall back keep their input on the device.
         compile: run blocks through torch.compile, but for attention and layers that keep something for the replay.
             DeepSpeed's stage 3 has hooks inside of blocks, which cannot be traced.
 
@@ -104,6 +108,7 @@ def enable_token_selection(
         inner,
         retain_linears=retain_linears,
         kv_format=kv_format,
+        placement=placement,
         correction=correction,
         runs=selects_runs(strategy, ratio),
         compile=compile,
