@@ -35,6 +35,7 @@ RESULT_NEUTRAL_KEYS = {
     "run": ("output_dir",),
     "model": ("offline",),
     "data": ("cache_dir", "workers", "supervised_fraction"),
+    "retention": ("placement",),
 }
 """Such keys of other sections."""
 
@@ -42,6 +43,7 @@ PLANNED_KEYS = (
     "selection.ratio",
     "retention.policy",
     "retention.retain_linears",
+    "retention.placement",
     "sharding.engine",
     "sharding.zero_stage",
     "training.micro_batch_size",

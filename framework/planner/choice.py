@@ -36,6 +36,7 @@ class Choice:
         micro_batch_size: sequences of a forward and backward pass on one rank.
         accumulation: micro-batches of a step on one rank.
         ranks: number of processes.
+        placement: of what is retained with `selective`.
     """
 
     engine: str
@@ -52,6 +53,7 @@ class Choice:
     micro_batch_size: int
     accumulation: int
     ranks: int
+    placement: str = "device"
 
     @property
     def shard_ranks(self) -> int:
@@ -110,6 +112,7 @@ class Choice:
             micro_batch_size=config.micro_batch_size,
             accumulation=config.gradient_accumulation(ranks),
             ranks=ranks,
+            placement=retention.placement,
         )
 
 

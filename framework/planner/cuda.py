@@ -32,6 +32,11 @@ def rounded(size: int) -> int:
     return -(-size // ROUNDING) * ROUNDING
 
 
+def pinned_bytes(size: int) -> int:
+    """Bytes of the host that torch takes for a pinned tensor (ATen/core/CachingHostAllocator.h)."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
 def block_bytes(size: int) -> int:
     """Bytes that it counts for a tensor that gets a new segment of its own."""
     if size <= LARGE:

@@ -18,7 +18,7 @@ from framework.planner.fitting import OF_BATCHES, Fitter, UnknownSizeError, stre
 from framework.planner.known_trials import known_trials
 from framework.planner.law import BLOCKS, CHUNK, MIDDLES, PARTS, PASSES, STEP, Part, StepLaw, instances
 from framework.planner.polynomials import Polynomial
-from framework.planner.recorder import Change, RecordedPart
+from framework.planner.recorder import Change, RecordedPart, Sent
 from framework.planner.recording import Recording, record_step
 from framework.planner.small_models import PROBES, Family, Widths, probe_batch, probe_config
 from framework.planner.symbols import batch_symbols
@@ -46,9 +46,11 @@ def law_settings(config: Config, family: Family) -> dict[str, Any]:
     model, adapter = config.model, config.model.adapter
     hybrid = {"hybrid": True} if config.sharding.replicas > 1 else {}
     corrected = {"corrected": True} if config.selection.correction else {}
+    placed = {"placement": "host"} if config.retention.placement == "host" else {}
     return (
         hybrid
         | corrected
+        | placed
         | {
             "recording": RECORDING,
             "family": family.kept(),
@@ -61,7 +63,7 @@ def law_settings(config: Config, family: Family) -> dict[str, Any]:
             "optimizer": config.optimizer.name,
             "clipping": config.training.max_grad_norm is not None,
             "packing": config.data.packing,
-            "retention": config.retention.model_dump(mode="json"),
+            "retention": config.retention.model_dump(mode="json", exclude={"placement"}),
             "strategy": config.selection.strategy,
             "tokentune": config.selection.tokentune,
             "normalization": config.resolved_normalization,
@@ -174,7 +176,15 @@ def _fitted_part(fit: _Fit, parts: tuple[RecordedPart, ...], block: int) -> Part
         except UnknownSizeError as error:
             raise UnknownSizeError(f"{name}: {error}") from error
     counted = [replace(mark, offset=None if mark.offset is None else mark.offset - block) for mark in marks]
-    return Part(tuple(stretches), tuple(counted))
+    return Part(tuple(stretches), tuple(counted), _fitted_sent(fit, name, [part.sent for part in parts]))
+
+
+def _fitted_sent(fit: _Fit, name: str, sent: list[list[Sent]]) -> tuple[Polynomial, ...]:
+    """The bytes of each tensor that goes to the host."""
+    if len({tuple(each.factor for each in tensors) for tensors in sent}) > 1:
+        raise UnknownSizeError(f"{name}: models of different sizes send different tensors to the host")
+    alike = [[Change(each.bytes, False, each.factor) for each in tensors] for tensors in sent]
+    return tuple(_fitted(fit, changes) for changes in zip(*alike, strict=True))
 
 
 def _fitted(fit: _Fit, changes: tuple[Change, ...]) -> Polynomial:

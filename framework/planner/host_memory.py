@@ -7,7 +7,6 @@ made of other tensors is where they are.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -30,32 +29,12 @@ DEVICE = torch.device("cpu", 0)
 
 # torch's dispatch modes are not annotated.
 class HostRecorder(Recorder):  # type: ignore[no-untyped-call]  # as its base
-    """A recorder that counts by itself what an engine has on the host: made at work, by the rule above, or `on_host`.
-
-    Attributes:
-        host_peak: the most bytes that were there.
-    """
+    """A recorder that counts by itself what an engine has on the host, too: by the rule above, or by `on_host`."""
 
     def __init__(self) -> None:
         """Nothing is on the host yet."""
         super().__init__()
-        self.host_peak = 0
-        self._host: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._made_on_host = False
-
-    def on_host(self, tensors: Iterable[Tensor]) -> None:
-        """Tensors that exist already are on the host."""
-        for tensor in tensors:
-            self._add_to_host(tensor.untyped_storage())
-
-    def is_on_host(self, tensor: Tensor) -> bool:
-        """Whether it is, as far as the recorder has been told or has seen."""
-        return tensor.untyped_storage()._cdata in self._host
-
-    def _add_to_host(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        self._host[key] = weakref.ref(storage, lambda _: self._host.pop(key, None)), storage.nbytes()
-        self.host_peak = max(self.host_peak, sum(size for _, size in self._host.values()))
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         if storage._cdata in self._host:

@@ -47,6 +47,7 @@ def config_of_law(config: Config, kind: Choice) -> Config:
         "retention.policy": kind.policy,
         "retention.retain_linears": kind.retain_linears,
         "retention.kv_format": kind.kv_format,
+        "retention.placement": kind.placement,
         "sharding.engine": kind.engine,
         "sharding.zero_stage": kind.zero_stage,
         "sharding.reshard_after_forward": kind.reshard_after_forward,

@@ -9,6 +9,7 @@ the marks between the stretches of a part.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -103,20 +104,24 @@ class Part:
     Attributes:
         stretches: in order.
         marks: between them.
+        sent: bytes of each tensor that retention sends to the host.
     """
 
     stretches: tuple[Stretch, ...]
     marks: tuple[Mark, ...] = ()
+    sent: tuple[Polynomial, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As JSON values."""
-        return {"stretches": [each.to_json() for each in self.stretches], "marks": [*map(str, self.marks)]}
+        sent = {"sent": [*map(str, self.sent)]} if self.sent else {}
+        return {"stretches": [each.to_json() for each in self.stretches], "marks": [*map(str, self.marks)]} | sent
 
     @classmethod
     def of_json(cls, value: dict[str, Any]) -> Part:
         """The part that `to_json` gave."""
         stretches = map(Stretch.of_json, value["stretches"])
-        return cls(tuple(stretches), tuple(map(Mark.parse, value["marks"])))
+        sent = map(Polynomial.parse, value.get("sent", ()))
+        return cls(tuple(stretches), tuple(map(Mark.parse, value["marks"])), tuple(sent))
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,22 @@ class StepLaw:
     def rows(self, part: tuple[str, str]) -> range:
         """Where the stretches of a part are; its pass and its name, or `STEP` twice."""
         return self._tables.rows[part]
+
+    def sent(self, sizes: Sizes, blocks: int) -> list[tuple[float, int]]:
+        """Bytes of every tensor that a micro-batch's retention sends to the host, and of how many blocks each is one.
+
+        Args:
+            sizes: of the symbols.
+            blocks: depth of the model.
+        """
+        counts = Counter(f"forward {place}" for place in places_of(blocks))
+        found = zip(self._tables.sent(sizes), self._tables.senders, strict=True)
+        return [(float(size), counts[part]) for size, part in found]
+
+    @cached_property
+    def sends(self) -> bool:
+        """Whether retention sends anything to the host."""
+        return bool(self._tables.senders)
 
     @cached_property
     def _tables(self) -> _Tables:
@@ -187,9 +208,11 @@ class _Tables:
                 # The start of a stretch is a peak, too: all that follows may be below it.
                 peaks += [Polynomial(), *stretch.peaks]
             self.rows[key] = range(begin, len(nets))
-        monomials = {monomial for polynomial in (*nets, *peaks) for monomial in polynomial.terms}
+        senders = [(name, size) for (pass_, name), part in parts.items() if pass_ == PASSES[0] for size in part.sent]
+        self.senders, sent = [name for name, _ in senders], [size for _, size in senders]
+        monomials = {monomial for polynomial in (*nets, *peaks, *sent) for monomial in polynomial.terms}
         self.monomials: list[Monomial] = sorted(monomials)
-        self._nets, self._peaks = self._matrix(nets), self._matrix(peaks)
+        self._nets, self._peaks, self._sent = self._matrix(nets), self._matrix(peaks), self._matrix(sent)
 
     def _matrix(self, polynomials: Sequence[Polynomial]) -> np.ndarray:
         columns = {monomial: column for column, monomial in enumerate(self.monomials)}
@@ -200,9 +223,15 @@ class _Tables:
         return matrix
 
     def values(self, sizes: Sizes) -> tuple[np.ndarray, np.ndarray]:
-        sizes = {**sizes, CHUNK: min(sizes.get("labels", 0), CHUNK_ROWS)}
-        values = np.array([math.prod(sizes[symbol] for symbol in monomial) for monomial in self.monomials])
+        values = self._of_monomials(sizes)
         return self._nets @ values, np.maximum.reduceat(self._peaks @ values, self._first_peaks)
+
+    def sent(self, sizes: Sizes) -> np.ndarray:
+        return self._sent @ self._of_monomials({**sizes, MIDDLES: 0})
+
+    def _of_monomials(self, sizes: Sizes) -> np.ndarray:
+        sizes = {**sizes, CHUNK: min(sizes.get("labels", 0), CHUNK_ROWS)}
+        return np.array([math.prod(sizes[symbol] for symbol in monomial) for monomial in self.monomials])
 
 
 def trace_of(law: StepLaw, blocks: int) -> list[tuple[str, int | None]]:

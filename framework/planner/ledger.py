@@ -35,7 +35,7 @@ class Ledger:
 
     Attributes:
         terms: in the order in which a report lists them.
-        host_bytes: of offloaded states.
+        host_bytes: of offloaded states, and of what is retained there.
     """
 
     terms: tuple[Term, ...]

@@ -7,6 +7,7 @@ from math import ceil
 
 from framework.planner.choice import Choice, labels_in_loss
 from framework.planner.course import Course, EngineCourse, Span
+from framework.planner.cuda import pinned_bytes
 from framework.planner.held import Weights
 from framework.planner.holders import Holders
 from framework.planner.law import StepLaw, trace_of
@@ -106,7 +107,17 @@ class MemoryModel:
             for name, size in ((kept, moment.kept), (engine, moment.engine), (WORKING[phase], moment.working)):
                 if size:
                     terms.append(Term(name, round(size), frozenset({phase})))
+        host += sum(count * pinned_bytes(round(size)) for size, count in self._sent(choice, sizes))
         return Ledger(tuple(terms), host)
+
+    def sent(self, choice: Choice) -> float:
+        """Bytes that a micro-batch's retention sends to the host and fetches back."""
+        return sum(count * size for size, count in self._sent(choice, self.sizes(choice) | self._options(choice)))
+
+    def _sent(self, choice: Choice, sizes: Mapping[str, float]) -> list[tuple[float, int]]:
+        """The tensors: bytes of each, and in how many blocks there is one."""
+        law = self._law_of(choice)
+        return law.sent(sizes, self._blocks) if law.sends else []
 
     def _options(self, choice: Choice) -> dict[str, float]:
         """Symbols of a choice's law that stand for what it keeps."""

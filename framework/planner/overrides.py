@@ -23,7 +23,8 @@ OFFLOAD = ("offload_optimizer", "offload_parameters")
 def is_open(config: Config, key: str) -> bool:
     """Whether a key is the planner's to choose.
 
-    Those that say "auto" are, and, with an engine or a policy that says so, those of its options that are not given.
+    Those that say "auto" are, and, with an engine or a policy that says so, those of its options that are not given;
+    but for `retention.placement`, whose laws and candidates would be twice as many.
 
     Args:
         config: of the run.
@@ -61,6 +62,7 @@ def overrides(config: Config, choice: Choice, labelled_share: float) -> dict[str
         "retention.policy": choice.policy,
         "retention.retain_linears": linears if isinstance(linears, bool) else [*linears],
         "retention.kv_format": choice.kv_format,
+        "retention.placement": choice.placement,
         "sharding.engine": choice.engine,
         "sharding.zero_stage": choice.zero_stage,
         "sharding.reshard_after_forward": choice.reshard_after_forward,

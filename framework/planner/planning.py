@@ -152,7 +152,7 @@ class PlannedJob:
             labelled_share=labelled_share,
             adapter_rank=rank,
         )
-        self.time = TimeModel(self._job(model, rank))
+        self.time = TimeModel(self._job(model, rank), self._sent)
         self.linears = retention_order(self.time.job.products)
         blocks = blocks_of(unwrapped(model)).values()
         check_retained(blocks, [] if config.retention.retain_linears == AUTO else config.retained_linears)
@@ -192,6 +192,9 @@ class PlannedJob:
         law = self._laws[kind_of(choice)]
         assert isinstance(law, StepLaw)
         return law
+
+    def _sent(self, choice: Choice) -> float:
+        return self.memory.sent(choice) if choice.placement == "host" else 0.0
 
     @property
     def depth(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
@@ -36,6 +37,21 @@ class Change(NamedTuple):
     of_chunk: bool = False
 
 
+class Sent(NamedTuple):
+    """A tensor that retention has sent to the host: its bytes, and a symbol that they are to be multiplied by."""
+
+    bytes: int
+    factor: str | None
+
+
+class _OnHost(NamedTuple):
+    """A storage there."""
+
+    storage: weakref.ref[torch.UntypedStorage]
+    bytes: int
+    factor: str | None
+
+
 @dataclass
 class RecordedPart:
     """A part of a step.
@@ -46,6 +62,7 @@ class RecordedPart:
         stretches: those that are not the engine's, between marks.
         marks: between the stretches.
         engine: of each mark, what the engine allocated and freed from it up to the next one.
+        sent: what went to the host, in order.
     """
 
     name: str
@@ -53,15 +70,22 @@ class RecordedPart:
     stretches: list[list[Change]] = field(default_factory=lambda: [[]])
     marks: list[Mark] = field(default_factory=list)
     engine: list[list[int]] = field(default_factory=lambda: [[]])
+    sent: list[Sent] = field(default_factory=list)
 
 
 # torch's dispatch modes are not annotated.
 class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]  # torch's mode
-    """A tracker that writes down what it sees, what an engine does by itself apart."""
+    """A tracker that writes down what it sees, what an engine does by itself apart.
+
+    Attributes:
+        host_peak: the most bytes that were on the host, of what the recorder has been told is there.
+    """
 
     def __init__(self) -> None:
-        """Nothing is seen yet."""
+        """Nothing is seen yet, and nothing is on the host."""
         super().__init__()
+        self.host_peak = 0
+        self._host: dict[int, _OnHost] = {}
         self.parts: list[RecordedPart] = []
         self._at_work = 0
         self._after_blocks = False
@@ -124,6 +148,34 @@ class Recorder(CpuMemoryTracker):  # type: ignore[no-untyped-call]  # torch's mo
         if self.parts:
             self._freed.clear()
             self.parts[-1].stretches[-1].append(Change(size, False, factor))
+
+    def on_host(self, tensors: Iterable[Tensor]) -> None:
+        """Tensors that exist already are on the host."""
+        for tensor in tensors:
+            self._add_to_host(tensor.untyped_storage())
+
+    def is_on_host(self, tensor: Tensor) -> bool:
+        """Whether it is, as far as the recorder has been told or has seen."""
+        return tensor.untyped_storage()._cdata in self._host
+
+    def _add_to_host(self, storage: torch.UntypedStorage, factor: str | None = None) -> None:
+        key = storage._cdata
+        reference = weakref.ref(storage, lambda _: self._host.pop(key, None))
+        self._host[key] = _OnHost(reference, storage.nbytes(), factor)
+        self.host_peak = max(self.host_peak, sum(each.bytes for each in self._host.values()))
+
+    def _sent(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+        for tensor, copy in zip(tensors, copies, strict=True):
+            factor = self._factors.get(tensor.untyped_storage()._cdata)
+            self._add_to_host(copy.untyped_storage(), factor)
+            if self.parts:
+                self.parts[-1].sent.append(Sent(copy.untyped_storage().nbytes(), factor))
+
+    def _fetched(self, copies: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        for copy, tensor in zip(copies, tensors, strict=True):
+            factor = self._host[copy.untyped_storage()._cdata].factor
+            if factor is not None:
+                self.scale(tensor, factor)
 
     def own(self) -> None:
         """What is live now is the engine's, with all that becomes of it."""

@@ -47,7 +47,7 @@ class Recording:
         start: bytes of weights, buffers and the optimiser's state, which are there before and after.
         peak: the most that was live, `start` included.
         symbols: sizes of the model.
-        host: the most bytes that the engine had on the host.
+        host: the most bytes that the engine and retention had on the host.
     """
 
     parts: tuple[RecordedPart, ...]
@@ -106,8 +106,7 @@ def _recorded(config: Config, batch: Batch, ranks: Ranks, micro_batches: int, re
     # What is freed from here on is no part of the step.
     parts, recorder.parts = tuple(recorder.parts), []
     engine.close()
-    host = recorder.host_peak if isinstance(recorder, HostRecorder) else 0
-    return Recording(parts, start, recorder.peak, symbols, host)
+    return Recording(parts, start, recorder.peak, symbols, recorder.host_peak)
 
 
 def _apart(build: OptimizerFactory, recorder: Recorder) -> OptimizerFactory:

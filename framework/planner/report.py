@@ -183,12 +183,14 @@ def sharding_words(choice: Choice) -> str:
 
 
 def retention_words(choice: Choice) -> str:
-    """Such as "selective, linears, int8", or "selective, down_proj+o_proj"."""
+    """Such as "selective, linears, int8, on the host", or "selective, down_proj+o_proj"."""
     parts = [choice.policy]
     if linears := choice.retain_linears:
         parts.append("linears" if isinstance(linears, bool) else "+".join(linears))
     if choice.kv_format != "model":
         parts.append(choice.kv_format)
+    if choice.placement == "host":
+        parts.append("on the host")
     return ", ".join(parts)
 
 

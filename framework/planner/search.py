@@ -115,8 +115,8 @@ def search(
       labelled share count only if nothing else fits, and then the larger ratio is better: with them a step would train
       on fewer tokens than carry labels. The same holds for the fastest permitted plan.
 
-    Of plans that are equal in this, the one with the smaller demand is better, then the one that comes earlier in the
-    space, where the simplest comes first.
+    Of plans that are equal in this, one that retains nothing on the host is better, then the one with the smaller
+    demand, then the one that comes earlier in the space, where the simplest comes first.
 
     Args:
         space: from `candidates`; not empty.
@@ -163,6 +163,10 @@ def largest_ratio(candidate: Candidate, allowed: Callable[[Choice], bool], at_le
     return max(bottom, low / PARTS)
 
 
+_Key = tuple[float, float, bool, int, int]
+"""By which points are sorted."""
+
+
 class _Search:
     """Candidates and what was computed of their points."""
 
@@ -192,9 +196,13 @@ class _Search:
     def fits(self, choice: Choice, bound: float) -> bool:
         return self.seconds(choice) <= bound and self.budget.holds(self.ledger(choice))
 
+    def _rest(self, point: Point, index: int) -> tuple[bool, int, int]:
+        """What decides between points that are as faithful and as fast."""
+        return point.choice.placement == "host", self.budget.demand(point.ledger), index
+
     def by_fidelity(self, bound: float) -> list[Point]:
         """The best points within a bound of seconds: the largest ratio first, then the fastest."""
-        best: list[tuple[tuple[float, float, int, int], Point]] = []
+        best: list[tuple[_Key, Point]] = []
         for index, candidate in enumerate(self.space):
             # What is not as faithful as the last of enough points needs no bisection.
             at_least = best[-1][1].choice.faithful_ratio if len(best) == self.count else 0.0
@@ -202,14 +210,14 @@ class _Search:
             if ratio is None:
                 continue
             point = self.point(candidate.at(ratio))
-            key = -point.choice.faithful_ratio, point.seconds, self.budget.demand(point.ledger), index
+            key = -point.choice.faithful_ratio, point.seconds, *self._rest(point, index)
             best.append((key, point))
             best = sorted(best, key=lambda entry: entry[0])[: self.count]
         return [point for _, point in best]
 
     def by_speed(self) -> list[Point]:
         """The best points: the fastest first, then the largest ratio."""
-        points: list[tuple[tuple[float, float, int, int], Point]] = []
+        points: list[tuple[_Key, Point]] = []
         order = sorted(range(len(self.space)), key=lambda index: self.seconds(self.fast[index]))
         for index in order:
             seconds = self.seconds(self.fast[index])
@@ -221,7 +229,7 @@ class _Search:
             ratio = largest_ratio(self.space[index], partial(self.fits, bound=seconds), self.fast[index].ratio)
             assert ratio is not None
             point = self.point(self.space[index].at(ratio))
-            key = seconds, -point.choice.faithful_ratio, self.budget.demand(point.ledger), index
+            key = seconds, -point.choice.faithful_ratio, *self._rest(point, index)
             points.append((key, point))
         best = [point for _, point in sorted(points, key=lambda entry: entry[0])[: self.count]]
         return best or self.by_fidelity(math.inf)

@@ -33,6 +33,9 @@ OFFLOADS_OF_STAGE = (
 )
 """The same with each ZeRO stage."""
 
+PLACEMENTS = ("device", "host")
+"""Where retained tensors are, where that is open."""
+
 SMALLEST_RATIO = 1e-3
 """Below it a free ratio is not sought: a sequence of a few thousand tokens would select a handful."""
 
@@ -168,9 +171,13 @@ def _retentions(config: Config, labelled_share: float, names: Sequence[str]) -> 
         linears = _linears(config, names if selective else None)
         formats = KV_FORMATS if selective and is_open(config, "retention.kv_format") else ()
         lowest, highest = _ratios(config, policy, labelled_share)
+        placements = (given.placement,)
+        if is_open(config, "retention.placement"):
+            placements = PLACEMENTS if selective else PLACEMENTS[:1]
         # An open format has its default in the config.
-        for retain, kv_format in product(linears, formats or (given.kv_format,)):
-            yield lowest, {"policy": policy, "retain_linears": retain, "kv_format": kv_format, "ratio": highest}
+        for retain, kv_format, placement in product(linears, formats or (given.kv_format,), placements):
+            kept = {"retain_linears": retain, "kv_format": kv_format, "placement": placement}
+            yield lowest, {"policy": policy, **kept, "ratio": highest}
 
 
 def _linears(config: Config, names: Sequence[str] | None) -> Sequence[Retained]:

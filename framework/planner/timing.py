@@ -3,7 +3,9 @@
 A pass takes as long as its products and its memory-bound operators after each other (`framework.planner.work`), and at
 least as long as the host needs to issue it. Exchanges between ranks and copies between host and device go on behind a
 pass where the engine lets them: a pass over L blocks is a pipeline of L equal stages, of which the first exchange and
-the last computation have nothing beside them. Everything else is added up.
+the last computation have nothing beside them. What retention sends to the host and fetches back goes over the same
+link as other host copies, a block's beside another's computation, so that a pass takes longer only where the link is
+busy for longer than the pass. Everything else is added up.
 
 Left out are the data's way to the device, evaluations, checkpoints, waiting for a slower rank, and what host and device
 do less well side by side than apart.
@@ -11,6 +13,7 @@ do less well side by side than apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from framework.planner.choice import Choice
@@ -84,10 +87,11 @@ class TimeModel:
 
     Args:
         job: what the choices have in common.
+        sent: gives the bytes that a micro-batch's retention sends to the host, with a choice.
     """
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.work = job, WorkModel(job)
+    def __init__(self, job: Job, sent: Callable[[Choice], float] = lambda choice: 0.0) -> None:
+        self.job, self.work, self._sent = job, WorkModel(job), sent
         self._precision = PRECISIONS[job.precision]
         self._known: dict[tuple[object, ...], tuple[Work, Work, Work]] = {}
 
@@ -104,16 +108,22 @@ class TimeModel:
         forward += transfers.gather_traffic / rates.memory_bytes
         backward += transfers.backward_traffic / rates.memory_bytes
         waited = copied = hidden = 0.0
-        passes: tuple[tuple[float, float, float], ...] = (
-            (forward, transfers.forward, transfers.forward_copies),
-            (again + backward, transfers.backward, transfers.backward_copies),
+        sent = self._sent(choice) / rates.link_bytes
+        passes: tuple[tuple[float, float, float, float], ...] = (
+            (forward, transfers.forward, transfers.forward_copies, sent),
+            # The last block's are on the device still.
+            (again + backward, transfers.backward, transfers.backward_copies, sent * (blocks - 1) / blocks),
         )
-        for compute, exchanged, copies in passes:
+        for compute, exchanged, copies, retained in passes:
+            exposed = 0.0
             if beside := exchanged + copies:
                 exposed = _pipeline(compute, beside, blocks) - compute
                 waited += exposed * exchanged / beside
                 copied += exposed * copies / beside
                 hidden += beside - exposed
+            longer = max(0.0, copies + retained - compute - exposed)
+            copied += longer
+            hidden += retained - longer
         return StepTime(
             forward=count * forward,
             backward=count * backward,

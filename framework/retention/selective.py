@@ -64,8 +64,8 @@ class SelectiveRetention:
         compile: run blocks through torch.compile (see `framework.retention.compiled`).
 
     Raises:
-        ValueError: no blocks; unknown `kv_format` or `placement`; a name that no linear layer has; an attention implementation that
-            cannot be replayed.
+        ValueError: no blocks; unknown `kv_format` or `placement`; a name that no linear layer has; an attention
+            implementation that cannot be replayed.
     """
 
     def __init__(

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import framework.retention.host  # noqa: F401  # it defines the operators below
+
+_TO_HOST = torch.ops.selectrain.to_host.default
+_TO_DEVICE = torch.ops.selectrain.to_device.default
 
 
 class DevicePeak(NamedTuple):
@@ -43,7 +48,8 @@ class CpuMemoryTracker(TorchDispatchMode):
     (`can_accumulate_inplace`, torch/csrc/autograd/input_buffer.cpp): there the sum counts as the summand that it lets
     die.
 
-    Not seen: temporaries inside an operator's kernel, and memory that is not tensor storage.
+    Not seen: temporaries inside an operator's kernel, and memory that is not tensor storage. What retention keeps on
+    the host does not count, though it is in the same memory here (`to_host`).
 
     Attributes:
         current: bytes live now.
@@ -93,6 +99,9 @@ class CpuMemoryTracker(TorchDispatchMode):
         self._settle()
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func is _TO_HOST:
+            self._sent(args[0], result)
+            return result
         if func is torch.ops.aten.add.Tensor and _is_sum_of_gradients(sys._getframe(1), args):
             storage = result.untyped_storage()
             summands = {given.untyped_storage()._cdata for given in args}
@@ -112,7 +121,15 @@ class CpuMemoryTracker(TorchDispatchMode):
                 if storage._cdata in arguments:
                     continue
             self._count(storage)
+        if func is _TO_DEVICE:
+            self._fetched(args[0], result)
         return result
+
+    def _sent(self, tensors: Sequence[torch.Tensor], copies: Sequence[torch.Tensor]) -> None:
+        """Tensors have copies on the host from here on."""
+
+    def _fetched(self, copies: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+        """What was on the host is on the device, too."""
 
     def _holds(self, key: int, size: int) -> bool:
         return key in self._live and self._live[key][1] == size

@@ -211,6 +211,8 @@ def options_to_change(config: Config, phase: str = "step") -> list[str]:
             options.append('retention.policy "checkpoint" (same result, a third more work)')
         if retention.retain_linears:
             options.append("retention.retain_linears false (same result, more work)")
+        if selective and retention.placement == "device":
+            options.append('retention.placement "host" (same result; slower where copies take longer than computing)')
         if selective:
             formats = [name for name in KV_FORMATS if name != "recompute"]
             coarser = formats[formats.index(retention.kv_format) + 1 :] if retention.kv_format in formats else []

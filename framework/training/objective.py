@@ -51,6 +51,7 @@ class Objective:
                 ratio=ratio,
                 retain_linears=config.retained_linears,
                 kv_format=config.retention.kv_format,
+                placement=config.retention.placement,
                 seed=config.run.seed,
                 tokentune=config.selection.tokentune,
                 normalization=config.resolved_normalization,

@@ -28,7 +28,7 @@ def settings_plan(config: Config, ranks: int, options: dict[str, Any]) -> dict[s
             "policy": config.retention.policy,
             "retain_linears": config.retention.retain_linears,
             "kv_format": config.retention.kv_format,
-            "placement": "device",
+            "placement": config.retention.placement,
         },
         "micro_batch_size": config.training.micro_batch_size,
         "gradient_accumulation": config.gradient_accumulation(ranks),

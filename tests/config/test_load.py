@@ -150,7 +150,7 @@ def test_one_problem_is_one_line(small: Path) -> None:
         ("learning_rate", "did you mean optimizer.learning_rate or optimizer.groups[].learning_rate?"),
         ("optimiser.learning_rate", "did you mean optimizer?"),
         ("training.every_steps", "did you mean checkpoint.every_steps or logging.every_steps?"),
-        ("retention.lora_alpha", "retention has policy, retain_linears, kv_format"),
+        ("retention.lora_alpha", "retention has policy, retain_linears, kv_format, placement"),
         ("model.sequence_lenght", "did you mean data.sequence_length?"),
         (
             "cake.size",

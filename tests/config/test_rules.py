@@ -146,6 +146,10 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
             'retention.kv_format: "int8" needs retention.policy "selective", which is "checkpoint"',
         ),
         (
+            ["retention.placement=host", "retention.policy=checkpoint"],
+            'retention.placement: "host" needs retention.policy "selective", which is "checkpoint"',
+        ),
+        (
             ["data.train_on=last_assistant", "data.format=text"],
             'data.train_on: "last_assistant" has no effect on the format text: leave it out',
         ),
@@ -354,6 +358,7 @@ def test_a_masked_lm_hides_fifteen_percent_unless_told(small: Path) -> None:
         "selection.ratio",
         "retention.policy",
         "retention.retain_linears",
+        "retention.placement",
         "sharding.engine",
         "sharding.zero_stage",
         "training.micro_batch_size",
@@ -363,6 +368,7 @@ def test_auto_leaves_a_key_to_the_planner(small: Path, key: str) -> None:
     others = {
         "selection.ratio": ["selection.strategy=uniform", "retention.policy=selective"],
         "retention.retain_linears": ["retention.policy=selective"],
+        "retention.placement": ["retention.policy=selective"],
         "sharding.zero_stage": ["sharding.engine=deepspeed"],
     }
     config = load_config(small, [*others.get(key, ()), f"{key}=auto"])

@@ -103,6 +103,10 @@ IN_LEDGER: dict[str, list[dict[str, Any]]] = {
         {"retention.policy": "selective", "retention.kv_format": "int4"},
         {"retention.policy": "selective", "retention.kv_format": "recompute"},
     ],
+    "retention.placement": [
+        {"retention.policy": "selective"},
+        {"retention.policy": "selective", "retention.placement": "host"},
+    ],
     "sharding.engine": [{}, {"sharding.engine": "fsdp"}],
     "sharding.zero_stage": [
         {"sharding.engine": "deepspeed"},

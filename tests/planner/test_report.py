@@ -140,6 +140,7 @@ def test_words() -> None:
     assert words(choice) == "FSDP2, weights kept, 2 copies, offload, selective, linears, int8, batch 2 x 4"
     some = replace(choice, retain_linears=("down_proj", "o_proj"), kv_format="int4")
     assert words(some).endswith("selective, down_proj+o_proj, int4, batch 2 x 4")
+    assert words(replace(choice, placement="host")).endswith("selective, linears, int8, on the host, batch 2 x 4")
     point = replace(plan.point, choice=replace(choice, ratio=0.4))
     detached = replace(plan, point=point, fidelity="context detached")
     assert fidelity_words(detached, SHARE).endswith("all labelled tokens (25.0%) and 20.0% of the others get gradient")

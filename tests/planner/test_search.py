@@ -191,6 +191,19 @@ def test_of_equal_plans_the_smaller_and_then_the_simpler_is_chosen(objective: st
     assert (smallest.zero_stage, smallest.policy, smallest.micro_batch_size) == (2, "checkpoint", 64)
 
 
+@pytest.mark.parametrize("objective", ["balanced", "fidelity", "speed"])
+def test_the_device_is_preferred_where_both_fit_and_are_equally_fast(objective: str) -> None:
+    config = open_job(retention__policy="selective", retention__placement="auto", selection__ratio=0.5)
+    space = candidates(config, ranks=1, nodes=1, labelled_share=SHARE)
+    options = PlannerConfig.model_validate({"objective": objective})
+    laws = flat(lambda choice: 1 if choice.placement == "host" else 3)
+
+    def chosen(budget: int) -> str:
+        return search(space, laws, Budget(budget), options, labelled_share=SHARE).points[0].choice.placement
+
+    assert (chosen(3), chosen(2)) == ("device", "host")
+
+
 @pytest.mark.parametrize(("larger", "chosen"), [(0.05, "int8"), (0.2, "int4")])
 def test_coarse_keys_and_values_have_to_be_worth_it(
     larger: float, chosen: str, monkeypatch: pytest.MonkeyPatch

@@ -169,6 +169,20 @@ def test_ratio_and_retention(changes: dict[str, Any], expected: set[Any]) -> Non
     assert retentions(open_job(**changes)) == expected
 
 
+def test_the_host_is_tried_where_the_config_asks_for_it() -> None:
+    everything = open_job(retention__placement="auto")
+    found = {(each.choice.policy, each.choice.placement) for each in space(everything)}
+    assert found == {("all", "device"), ("checkpoint", "device"), ("selective", "device"), ("selective", "host")}
+    assert len(space(everything)) == len(space(open_job())) * (2 + 2 * 4) // (2 + 4)
+    assert {each.choice.placement for each in space(open_job())} == {"device"}
+    given = space(open_job(retention__placement="host"))
+    assert {(each.choice.policy, each.choice.placement) for each in given} == {("selective", "host")}
+    on_host = next(each.choice for each in space(everything) if each.choice.placement == "host")
+    assert overrides(everything, on_host, SHARE)["retention.placement"] == "host"
+    resolved = with_overrides(everything, overrides(everything, on_host, SHARE))
+    assert resolved is not None and Choice.of(resolved, 8, SHARE) == on_host
+
+
 def test_a_given_micro_batch_is_kept() -> None:
     found = space(open_job(training__micro_batch_size=4))
     assert {(each.choice.micro_batch_size, each.choice.accumulation) for each in found} == {(4, 2)}

@@ -140,6 +140,28 @@ def test_waiting_is_shared_out_between_exchanges_and_copies():
     assert time.host_copies == pytest.approx(4 * 14e6 / 4 / 1e9)
 
 
+def test_what_is_retained_on_the_host_takes_time_where_the_link_is_busy_for_longer_than_a_pass():
+    """The last of four blocks need not come back."""
+    choice = choose(policy="selective", strategy="supervised", ratio=0.5, placement="host", accumulation=2)
+    plain = TimeModel(job()).step(choice, rates())
+    forward, backward = plain.forward / 2, (plain.recomputation + plain.backward) / 2
+    for sent in (1e3, 1e9 * forward, 3e9 * backward):
+        time = TimeModel(job(), lambda choice, sent=sent: sent).step(choice, rates())
+        over = [sent / 1e9, 0.75 * sent / 1e9]
+        waited = sum(max(0.0, link - compute) for link, compute in zip(over, (forward, backward), strict=True))
+        assert time.host_copies == pytest.approx(2 * waited)
+        assert time.hidden == pytest.approx(2 * (sum(over) - waited))
+        assert time.total == pytest.approx(plain.total + 2 * waited)
+
+
+def test_retained_tensors_share_the_link_with_weights():
+    choice = choose(engine="fsdp", offload_optimizer=True, offload_parameters=True, policy="selective")
+    fast = rates(matrix_flops=1e30, memory_bytes=1e30, operator_bytes=1e30)
+    alone, both = (TimeModel(job(), lambda _, sent=sent: sent).step(choice, fast) for sent in (0.0, 1e9))
+    # Nothing to hide behind: a second to the host, and three quarters of one back.
+    assert both.host_copies == pytest.approx(alone.host_copies + 1.75)
+
+
 def every_choice():
     engines = [
         {"engine": "single"},

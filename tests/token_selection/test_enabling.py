@@ -335,6 +335,8 @@ def test_refusals(model, inputs):
         framework.disable_token_selection(model)
     with pytest.raises(ValueError, match=r"retention\.kv_format: 'int3'"):
         framework.enable_token_selection(model, kv_format="int3")
+    with pytest.raises(ValueError, match=r"retention\.placement: 'disk' is none of device, host"):
+        framework.enable_token_selection(model, placement="disk")
     with pytest.raises(ValueError, match=r"selection\.ratio"):
         framework.enable_token_selection(model, strategy="uniform")
     with pytest.raises(ValueError, match="not a Hugging Face model"):

@@ -161,12 +161,13 @@ def no_space_for(name, plain):
         (
             {"retention__policy": "all", "retention__retain_linears": False, "selection__strategy": "none"},
             ["retention.policy", "selection.strategy", "optimizer.precision", "model.adapter"],
-            ["retention.retain_linears", "retention.kv_format"],
+            ["retention.retain_linears", "retention.kv_format", "retention.placement"],
         ),
         (
             {
                 "retention__retain_linears": False,
                 "retention__kv_format": "int4",
+                "retention__placement": "host",
                 "optimizer__precision": "pure_bf16",
                 "training__micro_batch_size": 1,
                 "model__adapter": {"kind": "lora", "rank": 2, "alpha": 4.0},
@@ -179,7 +180,7 @@ def no_space_for(name, plain):
             ['retention.kv_format "int4"'],
             ['retention.kv_format "int8"', 'retention.kv_format "model"'],
         ),
-        ({}, ['retention.kv_format "int8"', 'retention.kv_format "int4"'], []),
+        ({}, ['retention.placement "host"', 'retention.kv_format "int8"', 'retention.kv_format "int4"'], []),
         ({}, ['sharding.engine "fsdp" or "deepspeed" over several devices'], ["sharding.zero_stage", "offload"]),
         (
             {"sharding__engine": "deepspeed", "sharding__zero_stage": 2},

@@ -48,6 +48,13 @@ def _kv_format_needs_selective(policy: str, kv_format: str) -> tuple[str, str] |
     return None
 
 
+@rule("retention.policy", "retention.placement")
+def _host_needs_selective(policy: str, placement: str) -> tuple[str, str] | None:
+    if placement != "device" and policy not in ("selective", "auto"):
+        return "retention.placement", f'"{placement}" needs retention.policy "selective", which is "{policy}"'
+    return None
+
+
 @rule("selection.strategy", "selection.correction", "model.task")
 def _correction_needs_draws(strategy: str, correction: float, task: str) -> tuple[str, str] | None:
     if not correction:

@@ -53,3 +53,9 @@ class RetentionConfig(Section):
     """With `selective`: format of the retained keys and values; "model" is the type that the model computes in. int8
     changes the gradient by less than a hundredth, int4 by several. "recompute" keeps the block's input instead, and
     computes keys and values of all tokens again: fewer bytes than "model" where every head has keys of its own."""
+
+    placement: Literal["device", "host"] | Auto = "device"
+    """With `selective`: where blocks keep what their replay needs. "host": in pinned memory of the host, copied there
+    beside the computation, and fetched back one block ahead of its use; gradients are the same to the bit. The device
+    then holds no more than two blocks' at a time, and training is slower only where copies take longer than what they
+    go on beside. "auto": the planner chooses; unlike the keys above, it is not open unless it says so."""
