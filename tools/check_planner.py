@@ -21,7 +21,7 @@ from itertools import groupby
 from pathlib import Path
 
 from parity_cases import SINGLE
-from planner_cases import Case, random_cases
+from planner_cases import ON_HOST, Case, random_cases
 from torchrun import launch
 
 from framework.config import Config
@@ -138,7 +138,7 @@ def document(scored: Sequence[Scored], command: str) -> str:
             f"{case.accumulation} x {case.batch} x {case.length}",
             case.engine,
             str(case.ranks),
-            case.arm,
+            case.retention,
             "all" if case.rank is None else f"LoRA {case.rank}",
             case.optimizer,
             f"{each.measured / 2**20:.2f}",
@@ -173,11 +173,11 @@ def draw(scored: Sequence[Scored], path: Path) -> None:
 def main() -> None:
     """Score, print and write; ends with 1 if a limit is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=66, help="how many (66)")
+    parser.add_argument("--cases", type=int, default=66, help="how many random ones (66)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (0)")
     parser.add_argument("--output", type=Path, help="file for the table; the plot is beside it, as PNG")
     arguments = parser.parse_args()
-    scored = score(random_cases(arguments.cases, arguments.seed))
+    scored = score([*random_cases(arguments.cases, arguments.seed), *ON_HOST])
     text = document(scored, f"python tools/check_planner.py {shlex.join(sys.argv[1:])}".strip())
     print(text)
     if arguments.output:

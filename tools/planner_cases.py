@@ -39,6 +39,7 @@ class Case:
         arm: a key of `ARMS`.
         rank: of LoRA; None for full fine-tuning.
         optimizer: a key of `OPTIMIZERS`.
+        placement: of what is retained.
     """
 
     family: str
@@ -57,6 +58,12 @@ class Case:
     arm: str
     rank: int | None
     optimizer: str
+    placement: str = "device"
+
+    @property
+    def retention(self) -> str:
+        """The arm in words, with the placement."""
+        return self.arm if self.placement == "device" else f"{self.arm}, on the host"
 
     def model(self) -> dict[str, Any]:
         """The model's config."""
@@ -93,11 +100,13 @@ class Case:
         if self.engine != "FSDP2 unsharded":
             sharding = ENGINES.get(self.engine, {"engine": "single"})
         adapter = None if self.rank is None else {"kind": "lora", "rank": self.rank, "alpha": 8}
+        arm = ARMS[self.arm]
         return {
             "run": {"output_dir": "unused"},
             "model": {"from_config": self.model(), "tokenizer": "unused", "adapter": adapter},
             "data": {"train": "unused", "sequence_length": 128},
-            **ARMS[self.arm],
+            **arm,
+            "retention": arm["retention"] | {"placement": self.placement},
             "sharding": sharding | {"timeout_seconds": 300},
             "optimizer": {"learning_rate": 1e-4} | OPTIMIZERS[self.optimizer],
             "hardware": {"gpus_per_node": self.ranks},
@@ -107,6 +116,14 @@ class Case:
                 "micro_batch_size": self.batch,
             },
         }
+
+
+ON_HOST = (
+    Case("llama", 8, 4, 24, 304, 416, 9, 67, 21, 3, 2, SINGLE, 1, "supervised, linears", 4, "fp32_master", "host"),
+    Case("qwen3", 6, 2, 16, 256, 640, 7, 45, 30, 2, 2, "FSDP2", 2, "supervised, int8", None, "pure_bf16", "host"),
+    Case("gpt2", 4, 2, 32, 480, 352, 6, 93, 11, 2, 1, "ZeRO 3", 2, "uniform .25", None, "fp32_master", "host"),
+)
+"""Runs that retain on the host, beside the random ones."""
 
 
 def random_cases(count: int, seed: int, engines: tuple[str, ...] = (SINGLE, *SHARDED)) -> list[Case]:

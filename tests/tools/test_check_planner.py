@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from check_planner import LIMITS, Scored, document, draw, quantile, score, summary
-from planner_cases import random_cases
+from planner_cases import ON_HOST, random_cases
 from recorded_here import recorded_here
 from several_ranks import run_script_on_ranks
 
@@ -13,10 +13,11 @@ from several_ranks import run_script_on_ranks
 @pytest.mark.multiprocess
 def test_predicted_peaks_are_those_of_real_steps(tmp_path):
     drawn = random_cases(9, seed=1)
-    cases = [drawn[3], drawn[8]]
+    cases = [drawn[3], drawn[8], ON_HOST[1]]
     assert [(case.family, case.engine, case.ranks, case.optimizer) for case in cases] == [
         ("mistral", "single", 1, "pure_bf16"),
         ("gpt2", "ZeRO 2", 2, "pure_bf16"),
+        ("qwen3", "FSDP2", 2, "pure_bf16"),
     ]
     with recorded_here():
         scored = score(cases, start=run_script_on_ranks(tmp_path), say=lambda line: None)
