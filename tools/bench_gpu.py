@@ -41,9 +41,10 @@ ROUND = 1024
 
 
 def arms_of(ratios: Sequence[float]) -> list[Arm]:
-    """The exact ones, selective ones with retained linears, and without for the middle ratio."""
-    without = Arm("selective", sorted(ratios)[len(ratios) // 2])
-    return [*EXACT, *(Arm("selective", ratio, True) for ratio in ratios), without]
+    """The exact ones, selective ones with retained linears, and for the middle ratio without, and on the host."""
+    middle = sorted(ratios)[len(ratios) // 2]
+    others = [Arm("selective", middle), Arm("selective", middle, True, placement="host")]
+    return [*EXACT, *(Arm("selective", ratio, True) for ratio in ratios), *others]
 
 
 class Bench:
@@ -197,8 +198,8 @@ def main() -> None:
         )
         print(f"{args.model}, {tuning}: built in {time.perf_counter() - begun:.0f} s", flush=True)
         if args.cap:
-            formats = ("model", "int8")
-            arms = [*EXACT, *(Arm("selective", r, kv_format=kind) for r in args.ratios for kind in formats)]
+            kept = ({}, {"kv_format": "int8"}, {"placement": "host"})
+            arms = [*EXACT, *(Arm("selective", r, **options) for r in args.ratios for options in kept)]
             rows = longest(model, arms, round(args.cap * GIB), (2048, 4096))
             result["rows"] += [{"tuning": tuning, "cap_gib": args.cap, **row} for row in rows]
         else:

@@ -48,6 +48,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "selective": {"retention": {"policy": "selective"}, "selection": SUPERVISED},
     "selective int8": {"retention": {"policy": "selective", "kv_format": "int8"}, "selection": SUPERVISED},
     "selective linears": {"retention": {"policy": "selective", "retain_linears": True}, "selection": SUPERVISED},
+    "selective linears host": {
+        "retention": {"policy": "selective", "retain_linears": True, "placement": "host"},
+        "selection": SUPERVISED,
+    },
 }
 
 
@@ -109,6 +113,7 @@ CASES = (
     GpuCase("Llama-3-8B", "full", "checkpoint", 1, 2048),
     GpuCase("Llama-3-8B", "LoRA", "all", 1, 4096),
     GpuCase("Llama-3-8B", "LoRA", "selective int8", 2, 8192),
+    GpuCase("Llama-3-8B", "LoRA", "selective linears host", 2, 8192),
     GpuCase("Mistral-7B", "LoRA", "selective", 2, 4096, packing=True),
     GpuCase("Llama-3-8B", "NF4 LoRA", "checkpoint", 1, 8192),
     GpuCase("Qwen2.5-7B", "NF4 LoRA", "selective", 2, 4096),

@@ -34,6 +34,7 @@ class Arm:
     retain_linears: bool = False
     kv_format: str = "model"
     strategy: str = "uniform"
+    placement: str = "device"
 
     @property
     def name(self) -> str:
@@ -41,7 +42,8 @@ class Arm:
         if self.policy != "selective":
             return self.policy
         strategy = "" if self.strategy == "uniform" else f" {self.strategy}"
-        return f"selective{strategy} r={self.ratio:g}{' +linears' if self.retain_linears else ''} kv={self.kv_format}"
+        kept = f"{' +linears' if self.retain_linears else ''} kv={self.kv_format}"
+        return f"selective{strategy} r={self.ratio:g}{kept}{' on host' if self.placement == 'host' else ''}"
 
     def ideal_units(self, *, adapter: bool) -> float:
         """Matrix work in units of one forward pass; an adapter's frozen weights need no gradient of their own."""
@@ -114,7 +116,7 @@ def arm_model(model: nn.Module, arm: Arm) -> nn.Module:
     elif arm.policy == "best_exact":
         apply_best_checkpointing(unwrapped(result))
     elif arm.policy == "selective":
-        options = {"retain_linears": arm.retain_linears, "kv_format": arm.kv_format}
+        options = {"retain_linears": arm.retain_linears, "kv_format": arm.kv_format, "placement": arm.placement}
         enable_token_selection(result, strategy=arm.strategy, ratio=arm.ratio, fused_loss=True, **options)
     return result
 

@@ -35,6 +35,9 @@ SAME_RESULT: tuple[dict[str, Any], ...] = (
 )
 """Changes that leave what is learnt as it is: key -> value, where "auto" is the value that fits and is fastest."""
 
+ON_HOST = {"retention.placement": "host"}
+"""Another such change, of runs that are selective: for others it would be one of several keys at once."""
+
 OTHER_RESULT: tuple[dict[str, Any], ...] = (
     {"retention.kv_format": "int8"},
     {"retention.kv_format": "int4"},
@@ -147,6 +150,8 @@ def cheapest_changes(
 def trials(config: Config) -> list[Trial]:
     """The changes that are tried: those that the config does not have already, and that its rules permit."""
     tried = [(change, True, None) for change in SAME_RESULT] + [(change, False, None) for change in OTHER_RESULT]
+    if config.retention.policy == "selective":
+        tried.append((ON_HOST, True, None))
     if config.sharding.engine == "single":
         tried += [(OTHER_ENGINE | offload, True, None) for offload in OFFLOADS]
     strategy = OTHER_STRATEGY.get(config.selection.strategy)

@@ -117,10 +117,10 @@ class Kept:
 
     def __init__(self, store: HostStore, tensors: Sequence[Tensor]) -> None:
         self._store, self._device = store, tensors[0].device
+        self._arrived: torch.cuda.Event | None = None
         self._tensors: list[Tensor] | None = [*tensors]
         self._copies = to_host(self._tensors)
         self._copied = self._now()
-        self._arrived: torch.cuda.Event | None = None
 
     def __del__(self) -> None:
         """Tensors that nobody fetches may still be written to: who gets their memory waits."""

@@ -83,6 +83,9 @@ def test_hash_covers_what_determines_the_losses(small: Path) -> None:
         "data.supervised_fraction=0.3",
     ):
         assert load_config(small, [neutral]).sha256() == plain
+    selective = ["retention.policy=selective"]
+    on_host = load_config(small, [*selective, "retention.placement=host"])
+    assert on_host.sha256() == load_config(small, selective).sha256() != plain
     for changed in ("run.seed=1", "optimizer.weight_decay=0.1", "training.micro_batch_size=4", "data.packing=true"):
         assert load_config(small, [changed]).sha256() != plain
 

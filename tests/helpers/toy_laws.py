@@ -41,6 +41,9 @@ def memory(choice: Choice) -> Ledger:
     else:
         keys = {"model": 16, "int8": 8, "int4": 4}[choice.kv_format] * MiB
         kept = round(choice.micro_batch_size * (keys + linears * choice.ratio))
+    if choice.placement == "host":
+        # But for two of sixteen blocks.
+        host, kept = host + kept, kept // 8
     gathered = 0 if choice.engine == "single" or stage < 3 else 2 * PARAMETERS // 16
     unsharded = 2 * PARAMETERS if choice.engine == "fsdp" and not choice.reshard_after_forward else 0
     return Ledger(

@@ -9,9 +9,10 @@ from open_job import open_job
 from toy_laws import TOY, MiB
 
 from framework.config import Config
-from framework.planner.changes import Change, cheapest_changes, fastest, fewest_ranks
+from framework.planner.changes import ON_HOST, Change, cheapest_changes, fastest, fewest_ranks, trials
 from framework.planner.overrides import with_overrides
 from framework.planner.search import Budget, Laws
+from framework.planner.space import candidates
 
 SHARE = 0.25
 REFERENCE = 10.0
@@ -66,6 +67,22 @@ def test_all_that_helps_is_named() -> None:
     assert [dict(each.overrides) for each in found if not each.same_result] == [
         {"selection.strategy": "supervised", "selection.ratio": "labelled", "retention.policy": "selective"}
     ]
+
+
+def test_retaining_on_the_host_is_proposed_to_selective_runs() -> None:
+    settings = {
+        "retention__policy": "selective",
+        "retention__retain_linears": True,
+        "selection__strategy": "uniform",
+        "selection__ratio": 0.5,
+    }
+    config = fixed(**settings, training__micro_batch_size=8)
+    least = TOY.memory(candidates(config, ranks=8, nodes=1, labelled_share=SHARE)[0].choice)
+    found = changes(config, least.peak - 100 * MiB)
+    on_host = next(each for each in found if each.overrides == {"retention.placement": "host"})
+    assert on_host.same_result and on_host.point.ledger.host_bytes > least.host_bytes
+    assert not any("retention.placement" in trial.change for trial in trials(fixed()))
+    assert ON_HOST not in [trial.change for trial in trials(fixed(**settings, retention__placement="host"))]
 
 
 def test_offloading_is_proposed_where_nothing_else_fits() -> None:

@@ -75,12 +75,13 @@ def test_one_process_has_on_the_device_what_it_does_not_offload(sharding, held):
     assert simulate(config, 1, labelled_share=1.0).start == held + FREQUENCIES
 
 
-def test_blocks_that_select_are_simulated_as_they_are():
+@pytest.mark.parametrize("placement", ["device", "host"])
+def test_blocks_that_select_are_simulated_as_they_are(placement):
     small = LLAMA_13B | {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "vocab_size": 500}
     config = config_of(
         small,
         tokens=512,
-        retention={"policy": "selective", "retain_linears": True},
+        retention={"policy": "selective", "retain_linears": True, "placement": placement},
         selection={"strategy": "supervised"},
     )
     simulated = simulate(config, 1, labelled_share=0.4)

@@ -35,6 +35,7 @@ class Case:
     policy: str = "all"
     kv_format: str = "model"
     retain_linears: bool = True
+    placement: str = "device"
     tied: bool = False
     rank: int = 0
     bytes: bool = False
@@ -53,6 +54,7 @@ CASES = {
     "selective": Case("selective"),
     "recomputed": Case("selective", retain_linears=False, tied=True, reshard_after_forward=False),
     "int8": Case("selective", kv_format="int8"),
+    "on the host": Case("selective", placement="host"),
     "lora": Case(rank=1),
     "lora selective": Case("selective", rank=3, tied=True),
     "bytes": Case("checkpoint", rank=1, tied=True, bytes=True),
@@ -143,7 +145,7 @@ def retain(model: nn.Module, case: Case) -> None:
     if case.policy == "checkpoint":
         apply_checkpointing(unwrapped(model))
     elif case.policy == "selective":
-        options = {"retain_linears": case.retain_linears, "kv_format": case.kv_format}
+        options = {"retain_linears": case.retain_linears, "kv_format": case.kv_format, "placement": case.placement}
         framework.enable_token_selection(model, **options, fused_loss=True)
 
 

@@ -188,6 +188,19 @@ def test_selecting_everything_equals_exact_training(make_config, settings):
     assert checkpoint == pytest.approx(exact, rel=1e-5)
 
 
+def test_retaining_on_the_host_changes_no_loss_and_takes_less(make_config, settings):
+    settings["model"]["from_config"] |= {"num_hidden_layers": 6}
+    results = []
+    for placement in ("device", "host"):
+        settings["run"]["output_dir"] += f"-{placement}"
+        config = make_config(retention__placement=placement, logging__track_cpu_memory=True, training__max_steps=3)
+        results.append(framework.train(config))
+    assert losses(results[0]) == losses(results[1])
+    plain, less = (records(result.run_dir, "train")[-1]["peak_memory_bytes"] for result in results)
+    assert less < plain
+    assert json.loads((results[1].run_dir / "plan.json").read_text())["chosen"]["retention"]["placement"] == "host"
+
+
 # Largest difference of a step's loss to fp32 over 6 steps; the loss starts at 4.7 and falls to some 3.9.
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32_master", 0.02), ("fp16", 0.005), ("pure_bf16", 0.06)])
 @pytest.mark.parametrize("policy", ["all", "selective"])
