@@ -20,6 +20,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from framework.errors import RunError
+
 
 @cache
 def copy_stream(device: torch.device) -> torch.cuda.Stream:
@@ -44,8 +46,18 @@ def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies in the host's memory, pinned ones of a CUDA device, in the same layout.
 
     An operator of its own, by which trackers of a device's memory tell the two apart where both are one CPU's.
+
+    Raises:
+        RunError: the host does not give the memory.
     """
-    copies = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
+    try:
+        copies = [torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda) for tensor in tensors]
+    except RuntimeError as error:
+        size = sum(tensor.nbytes for tensor in tensors)
+        raise RunError(
+            f'retention.placement: "host" wants {size:,} bytes more of the host, which does not give them ({error}): '
+            'retain less, by a smaller micro-batch, retain_linears false or a coarser kv_format, or on the "device"'
+        ) from error
     with _beside(tensors[0].device):
         for copy, tensor in zip(copies, tensors, strict=True):
             copy.copy_(tensor, non_blocking=True)

@@ -24,6 +24,7 @@ from framework.planner.hardware import Cluster, cluster_of
 from framework.planner.ledger import WORKSPACES
 from framework.planner.planning import PlannedJob
 from framework.planner.profile import Profile, assumed_profile
+from framework.planner.rates import rates_of
 from framework.planner.sizing import fewest, sizes, sizes_table
 from framework.planner.zero import GRADIENTS
 from framework.sharding.deepspeed_config import OwnOptions
@@ -101,6 +102,42 @@ def test_the_largest_micro_batch_that_fits_is_chosen_and_laws_are_kept(tmp_path:
     deeper = config_of(model={"from_config": LLAMA | {"num_hidden_layers": 9}, "tokenizer": "unused"})
     assert PlannedJob(deeper, 0.5, again.append).plan(*cluster_with(deeper, 1 << 40)).plans
     assert again == []
+
+
+@pytest.mark.slow
+def test_what_a_device_does_not_take_is_retained_on_the_host():
+    """Of 2048 tokens, all of them selected, in float32."""
+    config = config_of(
+        training={"max_steps": 1, "global_batch_size": 8, "micro_batch_size": 8},
+        selection={"strategy": "supervised", "ratio": 1.0},
+        retention={"policy": "selective", "retain_linears": True, "placement": "auto"},
+    )
+    job = PlannedJob(config, 0.5, lambda line: None)
+    cluster, profile = cluster_with(config, 1 << 40)
+    device, host = job.plan(cluster, profile).found.points
+    assert (device.choice.placement, host.choice.placement) == ("device", "host")
+    assert device.seconds == host.seconds and device.ledger.host_bytes == 0
+    # Input, query, attention's and MLP's outputs are as wide as the model; keys and values are kept before and after
+    # positions turn them; eight log-sum-exps; gate and up, whose 688 columns take the memory of 1024.
+    sent, pinned = (4 * 2048 * (5 * 256 + 4 * 32 + 8 + 2 * mlp) for mlp in (688, 1024))
+    assert host.ledger.host_bytes == 6 * pinned and job.memory.sent(host.choice) == 6 * sent
+    # The last of six blocks stays.
+    assert device.ledger.total("loss") - host.ledger.total("loss") == 5 * sent
+    assert host.ledger.peak < device.ledger.peak - 3 * sent
+
+    tight = replace(cluster, budget_bytes=device.ledger.peak - 1)
+    (plan,) = job.plan(tight, profile).plans
+    chosen = plan.to_json()
+    assert (chosen["retention"]["placement"], chosen["host_bytes"]) == ("host", 6 * pinned)
+    assert plan.overrides == {"retention.placement": "host"}
+    assert not job.plan(replace(tight, host_bytes=6 * pinned - 1), profile).plans
+
+    slow = replace(profile, host_to_device=1e6, device_to_host=1e6)
+    device, host = job.plan(cluster, slow).found.points
+    passes = job.time.step(device.choice, rates_of(config, cluster, slow))
+    link = (6 + 5) * sent / 1e6
+    waited = link - passes.forward - passes.backward - passes.recomputation
+    assert host.seconds - device.seconds == pytest.approx(waited)
 
 
 @pytest.mark.slow

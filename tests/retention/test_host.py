@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import framework
+from framework.errors import RunError
 from framework.retention import blocks_of, host
 from framework.retention.block import SelectiveBlock
 from framework.retention.host import HostStore
@@ -286,6 +287,16 @@ def test_layouts_and_dtypes_come_back_as_they_were():
         assert given.numel() == 0 or given.data_ptr() != fetched.data_ptr()
     with pytest.raises(AssertionError, match="fetched once"):
         first.fetch()
+
+
+def test_a_host_without_room_is_named(monkeypatch):
+    def full(*_, **options):
+        raise RuntimeError("CUDA error: out of memory")
+
+    values = torch.zeros(3, 1000)
+    monkeypatch.setattr(torch, "empty_like", full)
+    with pytest.raises(RunError, match=r'retention.placement: "host" wants 12,000 bytes more .* \(CUDA error: out of'):
+        HostStore().keep([values])
 
 
 @pytest.mark.gpu
