@@ -227,7 +227,8 @@ class _Tables:
         return self._nets @ values, np.maximum.reduceat(self._peaks @ values, self._first_peaks)
 
     def sent(self, sizes: Sizes) -> np.ndarray:
-        return self._sent @ self._of_monomials({**sizes, MIDDLES: 0})
+        sent: np.ndarray = self._sent @ self._of_monomials({**sizes, MIDDLES: 0})
+        return sent
 
     def _of_monomials(self, sizes: Sizes) -> np.ndarray:
         sizes = {**sizes, CHUNK: min(sizes.get("labels", 0), CHUNK_ROWS)}

@@ -171,7 +171,7 @@ def _retentions(config: Config, labelled_share: float, names: Sequence[str]) -> 
         linears = _linears(config, names if selective else None)
         formats = KV_FORMATS if selective and is_open(config, "retention.kv_format") else ()
         lowest, highest = _ratios(config, policy, labelled_share)
-        placements = (given.placement,)
+        placements: tuple[str, ...] = (given.placement,)
         if is_open(config, "retention.placement"):
             placements = PLACEMENTS if selective else PLACEMENTS[:1]
         # An open format has its default in the config.

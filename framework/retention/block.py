@@ -96,10 +96,15 @@ class BlockCall:
             mine.keys, mine.values = found.keys, found.values
 
     def put_away(self, given: Tensor, store: HostStore) -> Kept:
-        """Give a store what is kept: of the block's input `given`, and all that the record pass has retained."""
+        """Give a store what is kept: of the block's input `given`, and all that the record pass has retained.
+
+        What is on another device, such as a draw on the CPU, stays there.
+        """
         tensors = [given]
 
         def taken(tensor: Tensor) -> Tensor:
+            if tensor.device != given.device:
+                return tensor
             tensors.append(tensor)
             return _ELSEWHERE
 
@@ -110,7 +115,7 @@ class BlockCall:
         """What was kept of the block's input; the rest is in its place again."""
         given, *retained = kept.fetch()
         following = iter(retained)
-        self.current.replace(lambda _: next(following))
+        self.current.replace(lambda tensor: next(following) if tensor is _ELSEWHERE else tensor)
         return given
 
     def replay(self, rows: Tensor) -> Tensor:

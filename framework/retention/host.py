@@ -84,6 +84,11 @@ def _(copies: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     return [torch.empty_like(copy) for copy in copies]
 
 
+TO_HOST = torch.ops.selectrain.to_host.default
+TO_DEVICE = torch.ops.selectrain.to_device.default
+"""The two as dispatch modes see them."""
+
+
 class HostStore:
     """Keeps tensors of one forward pass on the host, to be fetched in the opposite order.
 

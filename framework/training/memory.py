@@ -11,10 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import framework.retention.host  # noqa: F401  # it defines the operators below
-
-_TO_HOST = torch.ops.selectrain.to_host.default
-_TO_DEVICE = torch.ops.selectrain.to_device.default
+from framework.retention.host import TO_DEVICE, TO_HOST
 
 
 class DevicePeak(NamedTuple):
@@ -99,7 +96,7 @@ class CpuMemoryTracker(TorchDispatchMode):
         self._settle()
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func is _TO_HOST:
+        if func is TO_HOST:
             self._sent(args[0], result)
             return result
         if func is torch.ops.aten.add.Tensor and _is_sum_of_gradients(sys._getframe(1), args):
@@ -121,7 +118,7 @@ class CpuMemoryTracker(TorchDispatchMode):
                 if storage._cdata in arguments:
                     continue
             self._count(storage)
-        if func is _TO_DEVICE:
+        if func is TO_DEVICE:
             self._fetched(args[0], result)
         return result
 

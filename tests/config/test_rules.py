@@ -365,12 +365,9 @@ def test_a_masked_lm_hides_fifteen_percent_unless_told(small: Path) -> None:
     ],
 )
 def test_auto_leaves_a_key_to_the_planner(small: Path, key: str) -> None:
-    others = {
-        "selection.ratio": ["selection.strategy=uniform", "retention.policy=selective"],
-        "retention.retain_linears": ["retention.policy=selective"],
-        "retention.placement": ["retention.policy=selective"],
-        "sharding.zero_stage": ["sharding.engine=deepspeed"],
-    }
+    others = dict.fromkeys(("retention.retain_linears", "retention.placement"), ["retention.policy=selective"])
+    others["selection.ratio"] = ["selection.strategy=uniform", "retention.policy=selective"]
+    others["sharding.zero_stage"] = ["sharding.engine=deepspeed"]
     config = load_config(small, [*others.get(key, ()), f"{key}=auto"])
     assert config.open_keys == (key,)
     assert Config.model_validate_json(json.dumps(config.to_json())) == config

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -134,3 +136,19 @@ def test_peaks_that_are_never_the_highest_are_left_out():
 
 def test_it_survives_json():
     assert StepLaw.of_json(law().to_json()) == law()
+
+
+@pytest.mark.parametrize(("blocks", "senders"), [(4, 0), (5, 1), (9, 5)])
+def test_what_goes_to_the_host_is_counted_by_blocks(blocks, senders):
+    plain = law()
+    assert not plain.sends and "sent" not in str(plain.to_json())
+    first, middle = ((Polynomial.parse("2 tokens"), Polynomial.parse("3 hidden")), (Polynomial.parse("5 tokens"),))
+    sent = {"forward first": first, "forward middle": middle}
+    passes = {
+        name: {key: replace(part, sent=sent.get(key, ())) for key, part in parts.items()}
+        for name, parts in plain.passes.items()
+    }
+    sending = StepLaw.of_json(json.loads(json.dumps(StepLaw(passes, plain.step).to_json())))
+    assert sending.passes == passes and sending.sends
+    # Those of the first micro-batch: one after the other they take the same memory.
+    assert sending.sent({"tokens": 10, "labels": 1, "hidden": 7}, blocks) == [(20, 1), (21, 1), (50, senders)]

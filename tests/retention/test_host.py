@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from peft import LoraConfig, get_peft_model
 import framework
 from framework.errors import RunError
 from framework.retention import blocks_of, host
-from framework.retention.block import SelectiveBlock
+from framework.retention.block import SelectiveBlock, selective_call
 from framework.retention.host import HostStore
+from framework.retention.rows import SelectedRows
 from framework.selection import Selection
 from framework.training.memory import CpuMemoryTracker
 
@@ -287,6 +289,18 @@ def test_layouts_and_dtypes_come_back_as_they_were():
         assert given.numel() == 0 or given.data_ptr() != fetched.data_ptr()
     with pytest.raises(AssertionError, match="fetched once"):
         first.fetch()
+
+
+def test_what_is_on_another_device_stays_there():
+    selection = SelectedRows(Selection.of_positions(torch.tensor([[0, 2]])), 4, torch.device("cpu"))
+    options = {"name": "block", "retain_linears": True, "kv_format": "model", "random": True}
+    call = selective_call(partial(torch.relu), torch.zeros(1, 4, 8), (), selection, **options)
+    elsewhere, mask, rows = torch.empty(2, device="meta"), torch.tensor([True, False]), torch.ones(1, 2, 8)
+    call.current.random.extend([elsewhere, mask])
+    kept = call.put_away(rows, HostStore())
+    assert call.current.random[0] is elsewhere and call.current.random[1] is not mask
+    assert torch.equal(call.fetch(kept), rows)
+    assert call.current.random[0] is elsewhere and torch.equal(call.current.random[1], mask)
 
 
 def test_a_host_without_room_is_named(monkeypatch):
