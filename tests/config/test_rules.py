@@ -365,7 +365,7 @@ def test_a_masked_lm_hides_fifteen_percent_unless_told(small: Path) -> None:
     ],
 )
 def test_auto_leaves_a_key_to_the_planner(small: Path, key: str) -> None:
-    others = dict.fromkeys(("retention.retain_linears", "retention.placement"), ["retention.policy=selective"])
+    others = {f"retention.{name}": ["retention.policy=selective"] for name in ("retain_linears", "placement")}
     others["selection.ratio"] = ["selection.strategy=uniform", "retention.policy=selective"]
     others["sharding.zero_stage"] = ["sharding.engine=deepspeed"]
     config = load_config(small, [*others.get(key, ()), f"{key}=auto"])
