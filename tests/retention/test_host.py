@@ -291,6 +291,27 @@ def test_layouts_and_dtypes_come_back_as_they_were():
         first.fetch()
 
 
+def test_the_computation_waits_for_a_copy_where_its_memory_is_freed_and_where_it_is_used(monkeypatch):
+    journal, events = [], iter("abcdefg")
+
+    def now(kept):
+        journal.append(f"copy {(event := next(events))}")
+        return event
+
+    monkeypatch.setattr(host.Kept, "_now", now)
+    monkeypatch.setattr(host.Kept, "_wait_for", lambda kept, event: event and journal.append(f"wait {event}"))
+    store = HostStore()
+    kept = [store.keep([torch.full((2,), float(number))]) for number in range(3)]
+    assert journal == ["copy a", "wait a", "copy b", "wait b", "copy c"]
+    journal.clear()
+    # The newest was not away, and is not waited for.
+    assert kept.pop().fetch()[0].tolist() == [2, 2] and journal == ["copy d"]
+    assert kept.pop().fetch()[0].tolist() == [1, 1] and journal == ["copy d", "wait d", "copy e"]
+    # Nobody fetches the first, whose memory may still be written to.
+    kept.clear()
+    assert journal == ["copy d", "wait d", "copy e", "wait e"]
+
+
 def test_what_is_on_another_device_stays_there():
     selection = SelectedRows(Selection.of_positions(torch.tensor([[0, 2]])), 4, torch.device("cpu"))
     options = {"name": "block", "retain_linears": True, "kv_format": "model", "random": True}
