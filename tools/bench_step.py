@@ -145,12 +145,12 @@ def measure(
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
-    """Measured ratios beside ideal ones; the baseline of each is 1."""
+    """Measured ratios beside ideal ones: of the blocks' matrices, and counted with attention and head."""
     result = Table(title=title)
     result.add_column("blocks", justify="right")
     result.add_column("arm", no_wrap=True)
     for column in (
-        "step s", "time / all", "ideal", "peak MiB", "peak / all", "kept MiB", "kept / checkpoint",
+        "step s", "time / all", "ideal", "counted", "peak MiB", "peak / all", "kept MiB", "kept / checkpoint",
         "kept a block MiB", "/ checkpoint", "kept outside MiB",
     ):  # fmt: skip
         result.add_column(column, justify="right")
@@ -165,6 +165,7 @@ def table(rows: Sequence[Row], title: str) -> Table:
             f"{row.seconds:.3f}",
             f"{row.time_ratio:.3f}",
             f"{row.ideal_time_ratio:.3f}",
+            f"{row.counted_time_ratio:.3f}",
             f"{row.peak_bytes / 2**20:.1f}",
             f"{row.peak_ratio:.3f}",
             f"{row.kept_bytes / 2**20:.2f}",
@@ -229,6 +230,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         choices=["uniform", "suffix"],
         help="of the selective arms: whether the selection is known to be contiguous, which --answers makes it",
     )
+    parser.add_argument("--compile", action="store_true", help="measure every arm with compiled blocks, too")
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds over all arms")
     parser.add_argument("--adapter", type=int, default=0, metavar="RANK", help="LoRA of this rank on all linears")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
@@ -269,7 +271,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = measure(
         **options,
         depths=sorted(args.depths),
-        arms=default_arms(args.ratios, args.kv_formats, args.strategies),
+        arms=default_arms(args.ratios, args.kv_formats, args.strategies, compile=args.compile),
         repeats=args.repeats,
         device=args.device,
         answers=args.answers,
@@ -277,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokens = f"{options['batch']} x {options['sequence']} tokens"
     kind = f"LoRA rank {options['adapter_rank']}" if options["adapter_rank"] else "full fine-tuning"
     title = f"{options['config']['model_type']}, {tokens}, {kind}, {options['dtype']}, {args.device}"
-    Console(width=180).print(table(rows, title))
+    Console(width=190).print(table(rows, title))
     if args.json:
         args.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n")
 

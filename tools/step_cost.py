@@ -19,8 +19,11 @@ from best_exact import apply_best_checkpointing
 from torch import Tensor, nn
 
 from framework import enable_token_selection, fixed_selection
-from framework.retention import apply_checkpointing
-from framework.selection import Selection
+from framework.data import Batch
+from framework.models.products import matrix_products
+from framework.retention import apply_checkpointing, blocks_of, compile_blocks
+from framework.selection import Selection, supervised_positions
+from framework.training.flops import FlopTally
 from framework.training.loss import exact_loss, unwrapped
 from framework.training.memory import CpuMemoryTracker, reset_device_peak
 
@@ -35,15 +38,18 @@ class Arm:
     kv_format: str = "model"
     strategy: str = "uniform"
     placement: str = "device"
+    compile: bool = False
 
     @property
     def name(self) -> str:
         """As printed."""
+        compiled = " compiled" if self.compile else ""
         if self.policy != "selective":
-            return self.policy
+            return self.policy + compiled
         strategy = "" if self.strategy == "uniform" else f" {self.strategy}"
         kept = f"{' +linears' if self.retain_linears else ''} kv={self.kv_format}"
-        return f"selective{strategy} r={self.ratio:g}{kept}{' on host' if self.placement == 'host' else ''}"
+        host = " on host" if self.placement == "host" else ""
+        return f"selective{strategy} r={self.ratio:g}{kept}{host}{compiled}"
 
     def ideal_units(self, *, adapter: bool) -> float:
         """Matrix work in units of one forward pass; an adapter's frozen weights need no gradient of their own."""
@@ -59,9 +65,13 @@ ALL, CHECKPOINT = Arm("all"), Arm("checkpoint")
 
 
 def default_arms(
-    ratios: Sequence[float], kv_formats: Sequence[str] = ("model", "int8"), strategies: Sequence[str] = ("uniform",)
+    ratios: Sequence[float],
+    kv_formats: Sequence[str] = ("model", "int8"),
+    strategies: Sequence[str] = ("uniform",),
+    *,
+    compile: bool = False,
 ) -> list[Arm]:
-    """`all`, `checkpoint`, and `selective` with every combination of its options."""
+    """`all`, `checkpoint`, and `selective` with every combination of its options; then, if asked, all compiled."""
     selective = [
         Arm("selective", ratio, retain_linears, kv_format, strategy)
         for strategy in strategies
@@ -69,7 +79,8 @@ def default_arms(
         for retain_linears in (False, True)
         for kv_format in kv_formats
     ]
-    return [ALL, CHECKPOINT, *selective]
+    arms = [ALL, CHECKPOINT, *selective]
+    return [*arms, *(dataclasses.replace(arm, compile=True) for arm in arms)] if compile else arms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +94,7 @@ class Row:
         seconds: median step time.
         time_ratio: step time over that of `all` (the first arm if there is no `all`), median over rounds.
         ideal_time_ratio: the same of the blocks' matrix work.
+        counted_time_ratio: the same of all operations that run: matrices, attention and head (see `FlopTally`).
         peak_bytes: largest sum of live tensors in forward and backward, gradients included.
         peak_ratio: over that of the same baseline as `time_ratio`.
         kept_bytes: live after the forward, before the backward.
@@ -98,6 +110,7 @@ class Row:
     seconds: float
     time_ratio: float
     ideal_time_ratio: float
+    counted_time_ratio: float
     peak_bytes: int
     peak_ratio: float
     kept_bytes: int
@@ -112,12 +125,15 @@ def arm_model(model: nn.Module, arm: Arm) -> nn.Module:
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     result = copy.deepcopy(model, shared)
     if arm.policy == "checkpoint":
-        apply_checkpointing(unwrapped(result))
+        apply_checkpointing(unwrapped(result), compile=arm.compile)
     elif arm.policy == "best_exact":
         apply_best_checkpointing(unwrapped(result))
     elif arm.policy == "selective":
         options = {"retain_linears": arm.retain_linears, "kv_format": arm.kv_format, "placement": arm.placement}
-        enable_token_selection(result, strategy=arm.strategy, ratio=arm.ratio, fused_loss=True, **options)
+        options |= {"compile": arm.compile, "fused_loss": True}
+        enable_token_selection(result, strategy=arm.strategy, ratio=arm.ratio, **options)
+    elif arm.compile:
+        compile_blocks(unwrapped(result))
     return result
 
 
@@ -134,6 +150,8 @@ class Case:
     def __init__(
         self, model: nn.Module, inputs: dict[str, Tensor], selections: dict[float, Selection], arms: Sequence[Arm]
     ) -> None:
+        plain = unwrapped(model)
+        self.products = matrix_products(plain, blocks_of(plain))
         self.models = {arm: arm_model(model, arm) for arm in arms}
         self.inputs, self.selections = inputs, selections
         self.device = inputs["labels"].device
@@ -147,6 +165,18 @@ class Case:
             return exact_loss(self.models[arm], self.inputs, self.count)
         with fixed_selection(self.models[arm], self.selections[arm.ratio]):
             return self.models[arm](**self.inputs, num_items_in_batch=self.count).loss
+
+    def operations(self, arm: Arm) -> int:
+        """Floating-point operations of the arm's forward and backward pass."""
+        policy = "checkpoint" if arm.policy == "best_exact" else arm.policy
+        tally = FlopTally(self.products, policy=policy, retain_linears=arm.retain_linears, kernel="sdpa")
+        labels = self.inputs["labels"].cpu()
+        documents = torch.arange(len(labels))[:, None].expand_as(labels)
+        supervised = supervised_positions(labels, causal=True)
+        selection = self.selections[arm.ratio] if arm.policy == "selective" else None
+        whole = {"attention_mask": torch.ones_like(labels)}
+        tally.add(Batch(whole, documents, supervised, int(supervised.sum())), selection)
+        return tally.flops().hardware
 
     def step(self, arm: Arm) -> float:
         """Take a whole step; its seconds."""
@@ -210,6 +240,7 @@ def measure_cases(cases: dict[int, Case], arms: Sequence[Arm], *, repeats: int, 
             seconds=statistics.median(seconds[depth, arm]),
             time_ratio=statistics.median(mine / baseline for mine, baseline in pairs),
             ideal_time_ratio=arm.ideal_units(adapter=adapter) / slow.ideal_units(adapter=adapter),
+            counted_time_ratio=cases[depth].operations(arm) / cases[depth].operations(slow),
             peak_bytes=memory[depth, arm][0],
             peak_ratio=memory[depth, arm][0] / memory[depth, slow][0],
             kept_bytes=memory[depth, arm][1],

@@ -146,6 +146,15 @@ def test_rules_hold_for_configs_made_in_python(settings: dict[str, Any]) -> None
             'retention.kv_format: "int8" needs retention.policy "selective", which is "checkpoint"',
         ),
         (
+            ["training.compile=true", "sharding.engine=deepspeed"],
+            "training.compile: sharding.zero_stage 3 gathers weights by hooks inside of blocks, which cannot be "
+            'compiled: set it to false, or sharding.engine to "fsdp", which shards as much',
+        ),
+        (
+            ["training.compile=true", "logging.track_cpu_memory=true"],
+            "logging.track_cpu_memory: cannot see into operators that training.compile fuses: set it to false",
+        ),
+        (
             ["retention.placement=host", "retention.policy=checkpoint"],
             'retention.placement: "host" needs retention.policy "selective", which is "checkpoint"',
         ),

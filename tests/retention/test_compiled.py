@@ -101,10 +101,11 @@ def test_evaluation_is_not_compiled(families):
     assert counters["frames"]["ok"] == 0
 
 
+# GPT-2 computes nothing in float32, whose rounding generated code changes.
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=COMPILER)])
 def test_compiled_backward_passes_have_the_same_gradients(families, steps, monkeypatch, backend):
     monkeypatch.setattr(compiled, "BACKEND", backend)
-    model = families.build("llama")
+    model = families.build("gpt2")
     inputs, chosen = next(iter(batches(families, model)))
     _, want, _ = steps.selective(model, inputs, chosen, retain_linears=False)
     _, got, _ = steps.selective(model, inputs, chosen, retain_linears=False, compile=True)

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import framework
 from framework.extras import shards_bytes
 from framework.models.wrapping import unwrapped
-from framework.retention import apply_checkpointing
+from framework.retention import apply_checkpointing, compiled
 from framework.selection import select, supervised_positions
 from framework.sharding.fsdp import FsdpEngine
 from framework.training.loss import exact_loss
@@ -36,6 +36,7 @@ class Case:
     kv_format: str = "model"
     retain_linears: bool = True
     placement: str = "device"
+    compile: bool = False
     tied: bool = False
     rank: int = 0
     bytes: bool = False
@@ -55,6 +56,7 @@ CASES = {
     "recomputed": Case("selective", retain_linears=False, tied=True, reshard_after_forward=False),
     "int8": Case("selective", kv_format="int8"),
     "on the host": Case("selective", placement="host"),
+    "compiled": Case("selective", retain_linears=False, compile=True),
     "lora": Case(rank=1),
     "lora selective": Case("selective", rank=3, tied=True),
     "bytes": Case("checkpoint", rank=1, tied=True, bytes=True),
@@ -146,7 +148,9 @@ def retain(model: nn.Module, case: Case) -> None:
         apply_checkpointing(unwrapped(model))
     elif case.policy == "selective":
         options = {"retain_linears": case.retain_linears, "kv_format": case.kv_format, "placement": case.placement}
-        framework.enable_token_selection(model, **options, fused_loss=True)
+        # Without generated code: hooks are what sharding adds.
+        compiled.BACKEND = "eager"
+        framework.enable_token_selection(model, **options, fused_loss=True, compile=case.compile)
 
 
 def windows(first: int = 0, last: int = STEPS, size: int = MICRO_BATCHES):

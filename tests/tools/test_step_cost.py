@@ -148,3 +148,28 @@ def test_command_with_an_adapter_writes_its_rows(tmp_path, capsys):
     ]
     assert [row["ideal_time_ratio"] for row in written[:4]] == [1, 1.5, 1, 0.75]
     assert "LoRA rank 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sequence", [32, 64])
+def test_counted_operations_are_those_of_matrices_attention_and_head(sequence):
+    """Multiply-adds: matrices by rows, attention by pairs of a query and a key that it sees, the head by labels."""
+    arms = [ALL, CHECKPOINT, Arm("selective", RATIO), Arm("selective", RATIO, True)]
+    model = build_model(CONFIG, depth=2, dtype=torch.float32, device=CPU)
+    drawn = draw_batch(batch=BATCH, sequence=sequence, vocabulary=64, ratios=[RATIO], answers=False, device=CPU)
+    case = Case(model, *drawn, arms)
+    tokens, pairs = BATCH * sequence, BATCH * sequence * (sequence + 1) // 2
+    chosen = drawn[1][RATIO].mask(sequence)
+    selected, labels = int(chosen.sum()), int(chosen[:, :-1].sum())
+    place = torch.arange(sequence)
+    sees = (place[:, None] >= place)[None] & chosen[:, :, None]
+    queries, both = int(sees.sum()), int((sees & chosen[:, None]).sum())
+    block, pair, score, head = HIDDEN * (2 * HIDDEN + 2 * KEYS + 3 * WIDTH), 2 * HIDDEN, HIDDEN, HIDDEN * 64
+    counted = {
+        ALL: 3 * block * tokens + (3 * pair + score) * pairs,
+        CHECKPOINT: 4 * block * tokens + (4 * pair + score) * pairs,
+        arms[2]: block * (tokens + 3 * selected) + pair * (pairs + 2 * queries + both) + score * queries,
+        arms[3]: block * (tokens + 2 * selected) + pair * (pairs + queries + both) + score * queries,
+    }
+    for arm, blocks in counted.items():
+        rows = labels if arm.policy == "selective" else BATCH * (sequence - 1)
+        assert case.operations(arm) == 2 * (2 * blocks + 3 * head * rows), arm.name
