@@ -14,9 +14,12 @@ PYTHON ?= $(shell for p in $(CANDIDATES); do \
 # The oldest Python that we support, or the next one: the lowest versions have no wheels for newer ones.
 LOWEST_PYTHON ?= $(shell for p in python3.11 python3.12; do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
+# Of this machine's, those that are used.
+CORES := $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+
 # Workers and further arguments of pytest: make test PYTEST_ARGS="tests/config -k hash"
 # One more than cores: tests of jobs wait for SLURM as much as they compute.
-TEST_WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n + 1 : 5)))
+TEST_WORKERS ?= $(shell echo $$(($(CORES) + 1)))
 PYTEST_ARGS ?=
 # Files go whole to a worker, since their tests share what takes long to set up, and in order: slow ones come first.
 DISTRIBUTION := --dist loadfile --no-loadscope-reorder
@@ -47,13 +50,14 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python tools/slurm_lab.py install --if-possible
 	$(call PYTEST,$(VENV))
 
+test-lowest: TEST_WORKERS := $(CORES)
 test-lowest: $(LOWEST_VENV)/.installed
 	$(call PYTEST,$(LOWEST_VENV)) -m "not slow and not multiprocess" $(LOWEST_TESTS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(CORES)
 
 # $(call create,DIRECTORY,PYTHON,WHAT PYTHON,VARIABLE): an environment, where there is none.
 define create
