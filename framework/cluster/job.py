@@ -202,7 +202,7 @@ def end(
     verdict = judge(marker, record, asked=asked, began=began, code=code)
     if verdict.requeue:
         state = state_of(place.job)
-        if state is not None and state.state == "RUNNING":
+        if state is not None and state.state in ("RUNNING", "SIGNALING"):
             print(f"{verdict.why}; requeueing the job", flush=True)
             requeue(place.job)
             return 0

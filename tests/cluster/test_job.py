@@ -145,7 +145,8 @@ def test_ranks_that_vanish_in_training_go_on(directory: RunDirectory) -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "requeued", "code"), [("RUNNING", ["12"], 0), ("CANCELLED", [], 1), ("COMPLETING", [], 1), (None, [], 1)]
+    ("state", "requeued", "code"),
+    [("RUNNING", ["12"], 0), ("SIGNALING", ["12"], 0), ("CANCELLED", [], 1), ("COMPLETING", [], 1), (None, [], 1)],
 )
 def test_a_job_that_was_cancelled_is_not_requeued(
     directory: RunDirectory, state: str | None, requeued: list[str], code: int

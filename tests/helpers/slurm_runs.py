@@ -16,6 +16,7 @@ from slurm_cluster import Lab
 from small_run import small_run
 
 from framework.cluster.files import JobFiles, Start
+from framework.cluster.slurm import RUNNING, WAITING
 from framework.training.run_directory import RunDirectory
 
 SUBMIT = forked.ROOT / "launchers" / "submit.py"
@@ -94,7 +95,7 @@ class Runs:
 
     def wait_for_end(self, run: RunDirectory, state: str) -> None:
         """Until the job is gone; it must have left in this state."""
-        self.wait(run, lambda: self.state(run) not in ("PENDING", "RUNNING", "COMPLETING"), state)
+        self.wait(run, lambda: self.state(run) not in WAITING | RUNNING, state)
         assert self.state(run) == state, self.log(run)
 
     def wait(self, run: RunDirectory, condition: Callable[[], bool], what: str) -> None:
