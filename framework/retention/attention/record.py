@@ -1,13 +1,18 @@
 """Attention of the record pass: kernels that say the log-sum-exp of the scores besides the output.
 
-A plain causal or unmasked attention has a choice of kernels. On CUDA the first one of a shape is timed with each, and
-the fastest is taken from then on; with torch's deterministic algorithms it is always the first of them.
+A plain causal or unmasked attention has a choice of kernels: those of torch, and of the package flash-attn where that
+is installed. On CUDA the first one of a shape is timed with each, and the fastest is taken from then on; with torch's
+deterministic algorithms it is always the first of them.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import logging
 from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +29,8 @@ _HALVES = (torch.float16, torch.bfloat16)
 _LARGEST_HEAD = 256
 _LARGEST_CUDNN_HEAD = 128
 _CAPABILITY = (8, 0)
-"""Compute capability from which on both kernels run."""
+"""Compute capability from which on the kernels run."""
+_HOPPER = (9, 0)
 
 _chosen: dict[tuple[object, ...], str] = {}
 
@@ -41,8 +47,37 @@ def _cudnn(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
     return output, lse[..., 0]
 
 
+def _packaged(
+    attend: Callable[..., Any], query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> Attended:
+    """`attend` is a `flash_attn_func`; it wants the heads behind the tokens."""
+    tensors = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    output, lse, *_ = attend(*tensors, softmax_scale=scale, causal=causal, return_attn_probs=True)
+    return output.transpose(1, 2), lse
+
+
 KERNELS: dict[str, Kernel] = {"FlashAttention-2": _flash, "cuDNN": _cudnn}
-"""Of CUDA devices, for 16-bit types."""
+"""Torch's own on CUDA devices, for 16-bit types."""
+
+PACKAGES = {"flash-attn 2": "flash_attn", "flash-attn 3": "flash_attn_interface"}
+"""Modules of Dao-AILab's packages that have a `flash_attn_func`; the second is for Hopper alone."""
+
+
+@cache
+def packaged_kernels() -> dict[str, Kernel]:
+    """Kernels of the packages that are installed; one that cannot be imported is left out with a warning."""
+    found: dict[str, Kernel] = {}
+    for name, module in PACKAGES.items():
+        if importlib.util.find_spec(module) is None:
+            continue
+        try:
+            attend = importlib.import_module(module).flash_attn_func
+        except (ImportError, OSError, AttributeError) as error:
+            # Builds for another torch fail in the loader.
+            logger.warning("%s is installed but cannot be used: %s", name, error)
+            continue
+        found[name] = partial(_packaged, attend)
+    return found
 
 
 def attend_all(query: Tensor, key: Tensor, value: Tensor, ranges: KeyRanges, scale: float) -> Attended:
@@ -74,26 +109,34 @@ def attend_all(query: Tensor, key: Tensor, value: Tensor, ranges: KeyRanges, sca
     return output, lse
 
 
-def _candidates(query: Tensor) -> list[str]:
-    if query.shape[-1] > _LARGEST_HEAD or torch.cuda.get_device_capability(query.device) < _CAPABILITY:
-        return []
-    cudnn = query.shape[-1] <= _LARGEST_CUDNN_HEAD and torch.backends.cudnn.is_available()
-    return [*KERNELS] if cudnn else ["FlashAttention-2"]
+def _candidates(query: Tensor) -> dict[str, Kernel]:
+    capability = torch.cuda.get_device_capability(query.device)
+    if query.shape[-1] > _LARGEST_HEAD or capability < _CAPABILITY:
+        return {}
+    found = KERNELS | packaged_kernels()
+    if query.shape[-1] > _LARGEST_CUDNN_HEAD or not torch.backends.cudnn.is_available():
+        del found["cuDNN"]
+    if capability != _HOPPER:
+        found.pop("flash-attn 3", None)
+    return found
 
 
-def _fastest(candidates: list[str], query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> Attended:
+def _fastest(
+    candidates: dict[str, Kernel], query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
+) -> Attended:
     """The output of the kernel that is fastest for this shape."""
     if len(candidates) == 1 or torch.are_deterministic_algorithms_enabled():
-        return KERNELS[candidates[0]](query, key, value, causal, scale)
+        first = next(iter(candidates.values()))
+        return first(query, key, value, causal, scale)
     heads, tokens, size = query.shape[1:]
     # Lengths that differ by less than a factor of two share a choice.
     shape = (query.device, query.dtype, heads, key.shape[1], size, tokens.bit_length(), causal)
     if shape not in _chosen:
-        times = {name: _milliseconds(KERNELS[name], query, key, value, causal, scale) for name in candidates}
+        times = {name: _milliseconds(kernel, query, key, value, causal, scale) for name, kernel in candidates.items()}
         _chosen[shape] = min(times, key=times.__getitem__)
         told = ", ".join(f"{name} {time:.2f} ms" for name, time in times.items())
         logger.info("record pass attends by %s (%s for %s)", _chosen[shape], told, [*query.shape])
-    return KERNELS[_chosen[shape]](query, key, value, causal, scale)
+    return candidates[_chosen[shape]](query, key, value, causal, scale)
 
 
 def _milliseconds(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> float:
