@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from framework.retention.replay_kernels import (
+from framework.retention.attention.replay_kernels import (
     TILES,
     Tile,
     attend,

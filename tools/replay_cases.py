@@ -14,7 +14,15 @@ import torch
 from replay_problems import Inputs, Problem, by_kernels, causal, dense, packed, padded, scattered, window
 from torch import Tensor
 
-from framework.retention.replay_kernels import TILES, Tile, attend, key_gradients, prepare, query_gradient, tile_of
+from framework.retention.attention.replay_kernels import (
+    TILES,
+    Tile,
+    attend,
+    key_gradients,
+    prepare,
+    query_gradient,
+    tile_of,
+)
 
 DEVICE = "cuda"
 HEADS, KV_HEADS = 32, 8

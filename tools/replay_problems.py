@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from framework.retention.replay_kernels import attend, attend_backward
+from framework.retention.attention.replay_kernels import attend, attend_backward
 
 Interval = Callable[[int, int], tuple[int, int]]
 

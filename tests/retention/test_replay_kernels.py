@@ -5,8 +5,8 @@ import torch
 from interpreted_triton import INTERPRETED, mend
 from replay_problems import KINDS, Inputs, Problem, by_kernels, causal, dense, scattered
 
-from framework.retention import replay_kernels, replay_key_programs
-from framework.retention.replay_kernels import Tile, attend
+from framework.retention.attention import replay_kernels, replay_key_programs
+from framework.retention.attention.replay_kernels import Tile, attend
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # Largest error over largest magnitude. Weights, their gradients and the results are rounded to 16 bits.

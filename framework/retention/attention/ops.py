@@ -28,7 +28,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """See `tiled.attend`."""
     if query.is_cuda:
-        from framework.retention import replay_kernels
+        from framework.retention.attention import replay_kernels
 
         scales = {"key_scale": key_scale, "value_scale": value_scale}
         return replay_kernels.attend(query, key, value, first, last, scale=scale, softcap=softcap, **scales)
@@ -62,7 +62,7 @@ def attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `tiled.attend_backward`; `selected_key` and `selected_value` are the keys and values at `positions`."""
     if query.is_cuda:
-        from framework.retention import replay_kernels
+        from framework.retention.attention import replay_kernels
 
         selected = selected_key, selected_value, positions
         scales = {"key_scale": key_scale, "value_scale": value_scale}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from framework.retention.replay_tiles import (
+from framework.retention.attention.replay_tiles import (
     LN_2,
     key_tiles,
     load_intervals,

@@ -19,8 +19,8 @@ import torch
 import triton
 from torch import Tensor
 
-from framework.retention.replay_key_programs import key_gradient_program, prepare_program
-from framework.retention.replay_query_programs import attend_program, query_gradient_program
+from framework.retention.attention.replay_key_programs import key_gradient_program, prepare_program
+from framework.retention.attention.replay_query_programs import attend_program, query_gradient_program
 
 LARGEST_SIZE = 256
 # Rows of other sizes are not aligned, so that loads of them are slow.
