@@ -20,6 +20,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,16 @@ ROUND = 1024
 """Tokens that lengths of sequences are multiples of."""
 
 
-def arms_of(ratios: Sequence[float]) -> list[Arm]:
-    """The exact ones, selective ones with retained linears, and for the middle ratio without, and on the host."""
+def arms_of(ratios: Sequence[float], *, compile: bool = False) -> list[Arm]:
+    """The exact ones, selective ones with retained linears, and for the middle ratio without, and on the host.
+
+    Then, if asked, those without `best_exact` and the host with compiled blocks.
+    """
     middle = sorted(ratios)[len(ratios) // 2]
     others = [Arm("selective", middle), Arm("selective", middle, True, placement="host")]
-    return [*EXACT, *(Arm("selective", ratio, True) for ratio in ratios), *others]
+    retained = [Arm("selective", ratio, True) for ratio in ratios]
+    plain = [*EXACT[:2], *retained, others[0]] if compile else []
+    return [*EXACT, *retained, *others, *(replace(arm, compile=True) for arm in plain)]
 
 
 class Bench:
@@ -119,10 +125,9 @@ class Bench:
 
 
 def speeds(
-    model: nn.Module, batch: int, sequence: int, ratios: Sequence[float], steps: int, *, profile: bool
+    model: nn.Module, batch: int, sequence: int, arms: Sequence[Arm], steps: int, *, profile: bool
 ) -> tuple[list[dict[str, Any]], float]:
     """A row for each arm, and the optimiser's seconds."""
-    arms = arms_of(ratios)
     bench = Bench(model, batch, sequence, arms)
     rows = []
     for arm in arms:
@@ -177,6 +182,7 @@ def main() -> None:
     parser.add_argument("--sequences", nargs="+", type=int, default=[4096, 32768], help="tokens of a sequence")
     parser.add_argument("--tokens", type=int, default=0, help="of a micro-batch, at least a sequence (default: one)")
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.1, 0.25, 0.5])
+    parser.add_argument("--compile", action="store_true", help="measure most arms with compiled blocks, too")
     parser.add_argument("--steps", type=int, default=3, help="timed steps, after one that is not")
     parser.add_argument("--blocks", type=int, help="of the model, instead of its own")
     parser.add_argument("--cap", type=float, help="GiB that the process may take: find the longest sequences")
@@ -204,8 +210,9 @@ def main() -> None:
             result["rows"] += [{"tuning": tuning, "cap_gib": args.cap, **row} for row in rows]
         else:
             for sequence in args.sequences:
+                arms = arms_of(args.ratios, compile=args.compile)
                 rows, result["optimizer_seconds"][tuning] = speeds(
-                    model, max(1, args.tokens // sequence), sequence, args.ratios, args.steps, profile=args.profile
+                    model, max(1, args.tokens // sequence), sequence, arms, args.steps, profile=args.profile
                 )
                 result["rows"] += [{"tuning": tuning, **row} for row in rows]
         args.output.write_text(json.dumps(result, indent=1) + "\n")

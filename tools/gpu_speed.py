@@ -20,15 +20,12 @@ import torch
 from bench_gpu import GIB, LABELLED, LORA_RANK, arms_of
 from bench_step import build_model, draw_batch
 from gpu_cases import MODELS
-from step_cost import Arm
+from step_cost import Arm, counted
 from torch import nn
 
-from framework.data import Batch
 from framework.models.products import matrix_products
 from framework.models.wrapping import unwrapped
 from framework.retention import blocks_of
-from framework.selection import supervised_positions
-from framework.training.flops import FlopTally
 
 RATIOS = (0.1, 0.25, 0.5)
 
@@ -40,24 +37,14 @@ def operations(model: nn.Module, arm: Arm, batch: int, sequence: int) -> int:
     inputs, selections = draw_batch(
         batch=batch, sequence=sequence, vocabulary=1000, ratios=ratios, answers=True, device=torch.device("cpu")
     )
-    policy = "checkpoint" if arm.policy == "best_exact" else arm.policy
-    tally = FlopTally(
-        matrix_products(inner, blocks_of(inner)), policy=policy, retain_linears=arm.retain_linears, kernel="sdpa"
-    )
-    supervised = supervised_positions(inputs["labels"], causal=True)
-    documents = torch.arange(batch)[:, None].expand(batch, sequence).contiguous()
-    inputs["attention_mask"] = torch.ones_like(documents)
-    tally.add(
-        Batch(inputs, documents, supervised, int(supervised.sum())),
-        selections[arm.ratio] if arm.policy == "selective" else None,
-    )
-    flops = tally.flops()
-    return flops.hardware if policy == "checkpoint" else flops.model
+    selection = selections[arm.ratio] if arm.policy == "selective" else None
+    flops = counted(matrix_products(inner, blocks_of(inner)), arm, inputs["labels"], selection)
+    return flops.hardware if arm.policy in ("checkpoint", "best_exact") else flops.model
 
 
 def document(result: dict[str, Any], command: str) -> str:
     """Markdown."""
-    arms = {arm.name: arm for arm in arms_of(RATIOS)}
+    arms = {arm.name: arm for arm in arms_of(RATIOS, compile=True)}
     lines = [
         "# Speed and memory on one GPU",
         "",

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from framework import enable_token_selection, fixed_selection
 from framework.data import Batch
-from framework.models.products import matrix_products
+from framework.models.products import ModelProducts, matrix_products
 from framework.retention import apply_checkpointing, blocks_of, compile_blocks
 from framework.selection import Selection, supervised_positions
-from framework.training.flops import FlopTally
+from framework.training.flops import Flops, FlopTally
 from framework.training.loss import exact_loss, unwrapped
 from framework.training.memory import CpuMemoryTracker, reset_device_peak
 
@@ -137,6 +137,25 @@ def arm_model(model: nn.Module, arm: Arm) -> nn.Module:
     return result
 
 
+def counted(products: ModelProducts, arm: Arm, labels: Tensor, selection: Selection | None) -> Flops:
+    """Floating-point operations of an arm's forward and backward pass.
+
+    Args:
+        products: of the plain model.
+        arm: whose `best_exact` counts as `checkpoint`, although it keeps attention.
+        labels: int64 `[batch, sequence]`, without padding.
+        selection: None for all tokens.
+    """
+    policy = "checkpoint" if arm.policy == "best_exact" else arm.policy
+    tally = FlopTally(products, policy=policy, retain_linears=arm.retain_linears, kernel="sdpa")
+    labels = labels.cpu()
+    documents = torch.arange(len(labels))[:, None].expand_as(labels)
+    supervised = supervised_positions(labels, causal=True)
+    whole = {"attention_mask": torch.ones_like(labels)}
+    tally.add(Batch(whole, documents, supervised, int(supervised.sum())), selection)
+    return tally.flops()
+
+
 class Case:
     """One model's weights with their optimiser, a batch, and what every arm makes of them.
 
@@ -167,16 +186,9 @@ class Case:
             return self.models[arm](**self.inputs, num_items_in_batch=self.count).loss
 
     def operations(self, arm: Arm) -> int:
-        """Floating-point operations of the arm's forward and backward pass."""
-        policy = "checkpoint" if arm.policy == "best_exact" else arm.policy
-        tally = FlopTally(self.products, policy=policy, retain_linears=arm.retain_linears, kernel="sdpa")
-        labels = self.inputs["labels"].cpu()
-        documents = torch.arange(len(labels))[:, None].expand_as(labels)
-        supervised = supervised_positions(labels, causal=True)
+        """Floating-point operations of the arm's forward and backward pass, as they run."""
         selection = self.selections[arm.ratio] if arm.policy == "selective" else None
-        whole = {"attention_mask": torch.ones_like(labels)}
-        tally.add(Batch(whole, documents, supervised, int(supervised.sum())), selection)
-        return tally.flops().hardware
+        return counted(self.products, arm, self.inputs["labels"], selection).hardware
 
     def step(self, arm: Arm) -> float:
         """Take a whole step; its seconds."""
