@@ -30,6 +30,7 @@ class Arm:
         strategy: of the selection.
         ratio: of the selection.
         sequences: share of the batch's sequences in each step.
+        correction: of the selection.
     """
 
     name: str
@@ -37,16 +38,16 @@ class Arm:
     strategy: str = "none"
     ratio: float | str | None = None
     sequences: float = 1.0
+    correction: float = 0.0
 
 
-ARMS = (
-    Arm("ordinary"),
-    Arm("checkpointed", policy="checkpoint"),
-    Arm("half the sequences", sequences=0.5),
-    Arm("uniform, r = .25", policy="selective", strategy="uniform", ratio=0.25),
-    Arm("supervised", policy="selective", strategy="supervised", ratio="labelled"),
-    Arm("supervised + context, r = .4", policy="selective", strategy="supervised", ratio=0.4),
-)
+def selective(name: str, strategy: str, ratio: float | str, correction: float = 0.0) -> Arm:
+    """An arm that selects tokens; arguments as for `Arm`."""
+    return Arm(name, "selective", strategy, ratio, correction=correction)
+
+
+ORDINARY = Arm("ordinary")
+LABELLED = selective("supervised, labelled", "supervised", "labelled")
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ class Sizes:
     sequence: int
     pad_token_id: int
 
-    def model(self, seed: int) -> nn.Module:
-        """A random model in train mode."""
+    def config(self) -> dict[str, object]:
+        """The Hugging Face config of the model, without its depth."""
         heads = self.hidden // 32
-        config = {
+        return {
             "model_type": "llama",
             "hidden_size": self.hidden,
             "num_attention_heads": heads,
@@ -82,8 +83,11 @@ class Sizes:
             "max_position_embeddings": self.sequence,
             "tie_word_embeddings": True,
         }
+
+    def model(self, seed: int) -> nn.Module:
+        """A random model in train mode."""
         device = torch.device("cpu")
-        return build_model(config, depth=self.depth, dtype=torch.float32, device=device, seed=seed)
+        return build_model(self.config(), depth=self.depth, dtype=torch.float32, device=device, seed=seed)
 
 
 class Training:
@@ -95,6 +99,11 @@ class Training:
         sizes: of the batch.
         data: packed, drawn anew in every epoch.
         seed: of the order and the selection.
+
+    Attributes:
+        tokens: of the steps taken, padding left out.
+        selected_tokens: of these, with gradient.
+        labels: that entered the loss.
     """
 
     def __init__(self, model: nn.Module, arm: Arm, sizes: Sizes, data: TokenizedDataset, seed: int) -> None:
@@ -112,14 +121,15 @@ class Training:
             seed=seed,
             pad_token_id=sizes.pad_token_id,
         )
-        self.supervised_tokens = self.selected_tokens = self.tokens = 0
+        self.labels = self.selected_tokens = self.tokens = 0
 
     def step(self, rate: float) -> float:
         """Take a step at this learning rate; its seconds."""
         start = time.perf_counter()
         (batch,) = self.loader.next_window()
         selection = self.objective.select(batch)
-        self.objective.loss(self.model, batch, selection, batch.supervised_tokens).backward()
+        count = max(1, self.objective.denominator(batch, selection))
+        self.objective.loss(self.model, batch, selection, count).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -127,17 +137,26 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - start
         self.tokens += batch.tokens
-        self.supervised_tokens += batch.supervised_tokens
-        self.selected_tokens += batch.tokens if selection is None else selection.selected_tokens
+        if selection is None:
+            self.selected_tokens += batch.tokens
+            self.labels += batch.supervised_tokens
+        else:
+            self.selected_tokens += selection.selected_tokens
+            self.labels += int((batch.supervised & selection.mask(batch.supervised.shape[1])).sum())
         return seconds
 
-    def run(self, steps: int, peak: float) -> Iterator[int]:
-        """Take all steps of a cosine schedule with a tenth of warm-up, down to a hundredth; yields after each."""
+    def run(self, steps: int, peak: float, *, kind: str = "cosine", warmup: int | None = None) -> Iterator[int]:
+        """Take all steps of a schedule; yields the number of each after it.
+
+        Args:
+            steps: to take.
+            peak: learning rate.
+            kind: `cosine`, down to a hundredth of the peak, or `constant`, whose course does not depend on `steps`.
+            warmup: steps of the rise; None for a tenth of all.
+        """
+        rise = steps // 10 if warmup is None else warmup
         for step in range(1, steps + 1):
-            rate = learning_rate(
-                step, peak=peak, kind="cosine", warmup_steps=steps // 10, max_steps=steps, final_ratio=0.01
-            )
-            self.step(rate)
+            self.step(learning_rate(step, peak=peak, kind=kind, warmup_steps=rise, max_steps=steps, final_ratio=0.01))
             yield step
 
 
@@ -147,7 +166,7 @@ def _config(arm: Arm, sizes: Sizes, batch: int, seed: int) -> Config:
         "run": {"output_dir": "unused", "seed": seed},
         "model": {"from_config": {"model_type": "llama"}},
         "data": {"train": "unused", "sequence_length": sizes.sequence, "packing": True},
-        "selection": {"strategy": arm.strategy, "ratio": arm.ratio},
+        "selection": {"strategy": arm.strategy, "ratio": arm.ratio, "correction": arm.correction},
         "retention": {"policy": arm.policy, "retain_linears": arm.policy == "selective"},
         "optimizer": {"learning_rate": 1.0},
         "training": {"max_steps": 1, "global_batch_size": batch, "micro_batch_size": batch},

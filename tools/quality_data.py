@@ -17,7 +17,7 @@ import numpy as np
 from framework.data import DataReport, TokenizedDataset, load_dataset, load_tokenizer
 
 ANSWER_SHARES = (0.15, 0.4)  # answer tokens over all tokens of a pair; the pairs within have .25 on average
-HELD_OUT = 800  # training pairs on which learning rates are compared
+HELD_OUT = 200  # training pairs on which learning rates are compared
 
 
 @dataclass(frozen=True)
