@@ -65,6 +65,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=Path("data/default"), help="from tools/make_default_data.py")
     parser.add_argument("--report", action="store_true", help="print the table of what is done, train nothing")
     parser.add_argument("--plot", type=Path, help="draw what is done of all tasks into this file, train nothing")
+    parser.add_argument("--arms", nargs="+", help="names of those to train besides `ordinary`; all by default")
     parser.add_argument("--hidden", type=int, help="width of the model, a multiple of 32")
     parser.add_argument("--depth", type=int, help="blocks of the model")
     parser.add_argument("--batch", type=int, help="sequences of a whole step")

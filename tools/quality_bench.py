@@ -45,7 +45,10 @@ class Bench(ABC):
         train: TokenizedDataset,
         settings: dict[str, Any],
     ) -> None:
-        self.args, self.task, self.sizes, self.arms, self.train = args, task, sizes, arms, train
+        if unknown := set(args.arms or ()) - {arm.name for arm in arms}:
+            raise SystemExit(f"error: --arms: no {unknown} among {[arm.name for arm in arms]}")
+        self.arms = [arm for arm in arms if args.arms is None or arm is ORDINARY or arm.name in args.arms]
+        self.args, self.task, self.sizes, self.train = args, task, sizes, train
         self.path: Path = args.output / f"{task}.json"
         settings = {
             "sizes": asdict(sizes),

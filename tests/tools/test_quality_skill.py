@@ -142,3 +142,13 @@ def test_the_transfer_starts_with_other_keys_than_it_goes_on_with(tmp_path):
     assert set(KEYS["other"]) <= trained and not set(KEYS["first"]) & trained
     old = bench.reported["start's, gap 8"].ids
     assert set(KEYS["first"]) <= set(np.unique(old)) and old.shape[1] == length(8)
+
+
+def test_arms_are_chosen_by_name(tmp_path):
+    line = f"--task retrieval --output {tmp_path} {SIZE} --arms".split()
+    assert [arm.name for arm in SkillBench(parse([*line, ARMS[1].name]), "retrieval").arms] == [
+        "ordinary",
+        ARMS[1].name,
+    ]
+    with pytest.raises(SystemExit, match=r"--arms: no \{'all'\} among"):
+        SkillBench(parse([*line, "all"]), "retrieval")
