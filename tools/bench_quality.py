@@ -9,7 +9,7 @@
 `text`: a small model is trained on one kind of text, once per seed; from there every arm trains on another kind,
 instruction pairs with labels on the answers, and the loss of held-out pairs is reported. `retrieval`: pairs of keys and
 values, filler of several lengths, then keys whose values are asked; labels on the values alone, random weights at the
-start. `transfer`: the same with longer gaps and other keys than those of the start, which retrieves over a short gap.
+start. `transfer`: the same from a start that retrieves over a short gap, with longer gaps and, of four, two new keys.
 
 Every arm trains for the same time: its number of steps is the budget divided by its median step time, measured before,
 all arms in turn. So noise of the machine during the training changes nothing. Every arm has its own learning rate, the
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from quality_bench import Bench
 from quality_plots import draw
+from quality_retrieval import KEYS
 from quality_skill import SkillBench
 from quality_text import TextBench
 
@@ -52,8 +53,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "rates": [1e-3, 2e-3, 4e-3],
         "most_rates": 4,
     },
-    "retrieval": RETRIEVAL | {"start_steps": 0, "ordinary_steps": 240, "gaps": [8, 32, 128]},
-    "transfer": RETRIEVAL | {"start_steps": 200, "ordinary_steps": 100, "gaps": [32, 128]},
+    "retrieval": RETRIEVAL | {"start_steps": 0, "ordinary_steps": 400, "gaps": [8, 32, 128]},
+    "transfer": RETRIEVAL | {"start_steps": 200, "ordinary_steps": 120, "rates": [1e-3, 2e-3], "gaps": [32, 128]},
 }
 
 
@@ -72,6 +73,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sequence", type=int, help="tokens of a packed sequence")
     parser.add_argument("--gaps", type=int, nargs="+", help="tokens of filler, of the retrieval tasks")
     parser.add_argument("--start-gap", type=int, default=8, help="tokens of filler of the start of `transfer`")
+    parser.add_argument("--keys", choices=list(KEYS), default="half", help="of `transfer`, beside its start's")
     parser.add_argument("--documents", type=int, default=10_000, help="training documents of each gap")
     parser.add_argument("--start-steps", type=int, help="steps to the starting point")
     parser.add_argument("--start-rate", type=float, help="learning rate of the starting point")

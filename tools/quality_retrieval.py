@@ -21,7 +21,8 @@ from torch.nn.functional import cross_entropy
 from framework.data import DataReport, TokenizedDataset
 
 PAD, BEGIN = 0, 1
-KEYS = {"first": range(2, 6), "other": range(6, 10)}
+KEYS = {"same": range(2, 6), "half": range(4, 8), "new": range(6, 10)}
+"""The starting point's keys, two of them and two new ones, new ones alone."""
 VALUES = range(10, 18)
 FILLER = range(18, 26)
 VOCABULARY = 26
@@ -48,7 +49,7 @@ def length(gap: int) -> int:
     return 1 + 2 * PAIRS + gap + 2 * QUESTIONS
 
 
-def draw(gap: int, count: int, *, seed: int, keys: str = "first") -> Documents:
+def draw(gap: int, count: int, *, seed: int, keys: str = "same") -> Documents:
     """Documents with this many tokens of filler between the last pair and the first question.
 
     Args:

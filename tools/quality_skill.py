@@ -1,7 +1,7 @@
 """The tasks `retrieval` and `transfer`: whether a skill that lives in the context's keys is learnt, and kept.
 
 `retrieval` starts from random weights. `transfer` starts from a model that retrieves over a short gap, trained exactly
-on one set of keys, and goes on with longer gaps and keys that it has never seen.
+on one set of keys, and goes on with longer gaps and, as `--keys` says, with keys that it has never seen.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class SkillBench(Bench):
 
     def __init__(self, args: argparse.Namespace, task: str) -> None:
         self.transfer = task == "transfer"
-        keys = "other" if self.transfer else "first"
+        keys = args.keys if self.transfer else "same"
         gaps: Sequence[int] = args.gaps
         train = joined([draw(gap, args.documents, seed=0, keys=keys) for gap in gaps])
         self.tuning = [draw(gap, EVALUATED, seed=1, keys=keys) for gap in gaps]
@@ -57,7 +57,7 @@ class SkillBench(Bench):
             "documents": args.documents,
             "pairs": PAIRS,
             "questions": QUESTIONS,
-        }
+        } | ({"keys": keys} if self.transfer else {})
         super().__init__(args, task, sizes, ARMS, train, settings)
 
     def train_start(self, model: nn.Module, seed: int) -> None:

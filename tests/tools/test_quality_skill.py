@@ -36,7 +36,7 @@ class Oracle(nn.Module):
         logits = torch.zeros(*ids.shape, VOCABULARY)
         for row, tokens in enumerate(ids.tolist()):
             for place, token in enumerate(tokens):
-                logits[row, place, tokens[tokens.index(token) + 1] if token in KEYS["first"] else PAD] = 20.0
+                logits[row, place, tokens[tokens.index(token) + 1] if token in KEYS["same"] else PAD] = 20.0
         return type("Output", (), {"logits": logits})
 
 
@@ -136,12 +136,13 @@ def test_every_arm_is_scored_after_equal_time_and_equal_steps(tmp_path, capsys, 
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_transfer_starts_with_other_keys_than_it_goes_on_with(tmp_path):
-    bench = SkillBench(parse(f"--task transfer --output {tmp_path} {SIZE}".split()), "transfer")
+@pytest.mark.parametrize(("keys", "known"), [("same", 4), ("half", 2), ("new", 0)])
+def test_the_transfer_goes_on_with_other_keys_than_its_start(tmp_path, keys, known):
+    bench = SkillBench(parse(f"--task transfer --output {tmp_path} --keys {keys} {SIZE}".split()), "transfer")
     trained = set(np.unique(bench.train.input_ids))
-    assert set(KEYS["other"]) <= trained and not set(KEYS["first"]) & trained
+    assert set(KEYS[keys]) <= trained and len(set(KEYS["same"]) & trained) == known
     old = bench.reported["start's, gap 8"].ids
-    assert set(KEYS["first"]) <= set(np.unique(old)) and old.shape[1] == length(8)
+    assert set(KEYS["same"]) <= set(np.unique(old)) and old.shape[1] == length(8)
 
 
 def test_arms_are_chosen_by_name(tmp_path):
