@@ -13,6 +13,7 @@ from typing import Any
 
 from framework.config import Config
 from framework.planner.choice import Fidelity
+from framework.planner.context_warnings import context_warnings
 from framework.planner.overrides import overrides, with_overrides
 from framework.planner.search import Point
 from framework.training.plan import settings_plan
@@ -29,6 +30,7 @@ class Plan:
         fidelity: class of its gradient.
         engine_options: what the engine is told; DeepSpeed's JSON.
         reserved_bytes: at the peak, fragmentation included; None if that is not predicted.
+        warnings: of what its gradient leaves out.
     """
 
     point: Point
@@ -37,6 +39,7 @@ class Plan:
     fidelity: Fidelity
     engine_options: Mapping[str, Any]
     reserved_bytes: int | None
+    warnings: tuple[str, ...]
 
     @classmethod
     def of(
@@ -61,7 +64,8 @@ class Plan:
         resolved = with_overrides(config, values)
         assert resolved is not None, f"{point.choice} is not permitted"
         fidelity = point.choice.fidelity(labelled_share)
-        return cls(point, resolved, values, fidelity, engine_options(resolved), reserved_bytes(point))
+        warnings = context_warnings(resolved, point.choice, labelled_share)
+        return cls(point, resolved, values, fidelity, engine_options(resolved), reserved_bytes(point), warnings)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -77,6 +81,7 @@ class Plan:
         return chosen | {
             "selection": {"strategy": choice.strategy, "ratio": choice.ratio},
             "fidelity_class": self.fidelity,
+            "warnings": [*self.warnings],
             "peak_allocated_bytes": ledger.peak,
             "peak_reserved_bytes": self.reserved_bytes,
             "host_bytes": ledger.host_bytes,

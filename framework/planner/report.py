@@ -128,6 +128,7 @@ class Report:
         host = f", {gib(ledger.host_bytes)} of the host" if ledger.host_bytes else ""
         lines = [
             ("chosen", f"{fidelity_words(plan, self.labelled_share)}; {speed}"),
+            *(("warning", text) for text in plan.warnings),
             ("memory", f"{gib(ledger.peak)} allocated of {gib(self.budget.bytes)}{reserved}{host}"),
             ("peak in", f"{ledger.binding_phase}: {largest_words(ledger)}"),
         ]

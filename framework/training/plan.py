@@ -24,6 +24,7 @@ def settings_plan(config: Config, ranks: int, options: dict[str, Any]) -> dict[s
         "engine_options": options,
         "selection": {"strategy": config.selection.strategy, "ratio": config.resolved_ratio},
         "fidelity_class": fidelity_class(config),
+        "warnings": [],
         "retention": {
             "policy": config.retention.policy,
             "retain_linears": config.retention.retain_linears,

@@ -51,6 +51,7 @@ def test_the_json_has_the_keys_of_a_run_without_a_planner_and_every_prediction()
         "engine_options": {"of": choice.engine},
         "selection": {"strategy": "supervised", "ratio": choice.ratio},
         "fidelity_class": "context detached",
+        "warnings": [],
         "retention": {
             "policy": "selective",
             "retain_linears": choice.retain_linears,

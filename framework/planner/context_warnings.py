@@ -1,0 +1,89 @@
+"""What a plan that takes context for constant puts at risk, as the quality benchmark measured it.
+
+Must not import torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from framework.config import Config
+from framework.planner.choice import Choice
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was measured of one kind of starting point.
+
+    Attributes:
+        start: such models, for people.
+        shortest_gap: tokens between what was looked up and the question, the fewest of all; longer gaps gave the same.
+        learnt_share: smallest share of the context with gradient with which looking up was learnt with every seed; 1
+            if with none but all of it. `selection.correction` did not make it smaller.
+        figures: right answers after as many steps, for people.
+        command: that measured them; README.md has its tables.
+    """
+
+    start: str
+    shortest_gap: int
+    learnt_share: float
+    figures: str
+    command: str
+
+
+COMMAND = "tools/bench_quality.py --output runs/quality --most-rates 1 --threads 1"
+
+RANDOM_WEIGHTS = Finding(
+    start="a model with random weights",
+    shortest_gap=8,
+    learnt_share=1.0,
+    figures=(
+        "after 400 steps .4 of its answers were right with none of the context, as by guessing among the values there; "
+        "of three trainings none learnt it with a quarter, one with half and two with three quarters of the context, "
+        "and all three by exact training"
+    ),
+    command=f"{COMMAND} --task retrieval --rates 3e-3",
+)
+
+TRAINED_WEIGHTS = Finding(
+    start="a model that could look up some keys",
+    shortest_gap=32,
+    learnt_share=0.49,
+    figures=(
+        "after 120 steps .8 of the answers to two known keys and two new ones were right with none of the context; two "
+        "of three trainings learnt them with a quarter of it, all three with half of it and by exact training"
+    ),
+    command=f"{COMMAND} --task transfer --rates 1e-3",
+)
+
+
+def context_warnings(config: Config, choice: Choice, labelled_share: float) -> tuple[str, ...]:
+    """Warnings of a choice that detaches context in a way that was measured to fail; none where it was not.
+
+    Args:
+        config: of the run: whether it starts from random weights, how long its prompts can be.
+        choice: says what is selected.
+        labelled_share: labelled tokens / all tokens of the data.
+    """
+    finding = RANDOM_WEIGHTS if config.model.path is None else TRAINED_WEIGHTS
+    if choice.fidelity(labelled_share) != "context detached":
+        return ()
+    assert config.data.sequence_length is not None
+    if config.data.sequence_length * (1 - labelled_share) <= finding.shortest_gap:
+        return ()
+    share = (choice.ratio - labelled_share) / (1 - labelled_share)
+    if share >= finding.learnt_share:
+        return ()
+    ratio = labelled_share + finding.learnt_share * (1 - labelled_share)
+    remedy = (
+        f"set selection.ratio {math.ceil(100 * ratio) / 100:.2f} or more"
+        if ratio < 1
+        else "train exactly, with selection.strategy none, until it can"
+    )
+    bound = f"{finding.learnt_share:.0%}" if finding.learnt_share < 1 else "all"
+    return (
+        f"{share:.0%} of the context gets gradient. With less than {bound} of it, {finding.start} did not always learn "
+        f"to look up answers {finding.shortest_gap} or more tokens back in the prompt: {finding.figures} "
+        f"({finding.command}). If yours are to be looked up there, {remedy}",
+    )
