@@ -18,7 +18,7 @@ def settings_plan(config: Config, ranks: int, options: dict[str, Any]) -> dict[s
         ranks: number of processes.
         options: the engine's, from `engine_options`.
     """
-    chosen = {
+    chosen: dict[str, Any] = {
         "engine": config.sharding.engine,
         "zero_stage": config.zero_stage,
         "engine_options": options,
