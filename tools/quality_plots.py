@@ -45,14 +45,15 @@ def draw(output: Path, path: Path) -> None:
 
 
 def _losses(axes: Axes, rows: dict[str, list[Cell]]) -> None:
-    """Means and deviations over seeds, and each seed."""
-    losses = [[cell["loss"] for cell in row] for row in rows.values()]
+    """Differences to the first arm's with the same seed: means and deviations over seeds, and each seed."""
+    first = {cell["seed"]: cell["loss"] for cell in next(iter(rows.values()))}
+    losses = [[cell["loss"] - first[cell["seed"]] for cell in row] for row in rows.values()]
     deviations = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in losses]
     means, places = [statistics.mean(each) for each in losses], range(len(losses))
     axes.errorbar(means, places, xerr=deviations, fmt="o", markersize=6, color=COLOURS[0], elinewidth=1)
     for place, each in enumerate(losses):
         axes.plot(each, [place] * len(each), ".", color="black", markersize=4, zorder=3)
-    axes.set_xlabel("nats per answer token: mean, standard deviation, seeds")
+    axes.set_xlabel(f"nats above {next(iter(rows))}: mean, standard deviation, seeds")
 
 
 def _accuracies(axes: Axes, rows: dict[str, list[Cell]]) -> None:
