@@ -21,7 +21,7 @@ class Finding:
         shortest_gap: tokens between what was looked up and the question, the fewest of all; longer gaps gave the same.
         learnt_share: smallest share of the context with gradient with which looking up was learnt with every seed; 1
             if with none but all of it. `selection.correction` did not make it smaller.
-        figures: right answers after as many steps, for people.
+        figures: who learnt it after as many steps as exact training took, for people.
         command: that measured them; README.md has its tables.
     """
 
@@ -38,11 +38,7 @@ RANDOM_WEIGHTS = Finding(
     start="a model with random weights",
     shortest_gap=8,
     learnt_share=1.0,
-    figures=(
-        "after 400 steps .4 of its answers were right with none of the context, as by guessing among the values there; "
-        "of three trainings none learnt it with a quarter, one with half and two with three quarters of the context, "
-        "and all three by exact training"
-    ),
+    figures="of three trainings one learnt it with half of the context, two with three quarters, all by exact training",
     command=f"{COMMAND} --task retrieval --rates 3e-3",
 )
 
@@ -50,10 +46,7 @@ TRAINED_WEIGHTS = Finding(
     start="a model that could look up some keys",
     shortest_gap=32,
     learnt_share=0.49,
-    figures=(
-        "after 120 steps .8 of the answers to two known keys and two new ones were right with none of the context; two "
-        "of three trainings learnt them with a quarter of it, all three with half of it and by exact training"
-    ),
+    figures="of three trainings two learnt it with a quarter of the context, all with half of it",
     command=f"{COMMAND} --task transfer --rates 1e-3",
 )
 
@@ -85,5 +78,5 @@ def context_warnings(config: Config, choice: Choice, labelled_share: float) -> t
     return (
         f"{share:.0%} of the context gets gradient. With less than {bound} of it, {finding.start} did not always learn "
         f"to look up answers {finding.shortest_gap} or more tokens back in the prompt: {finding.figures} "
-        f"({finding.command}). If yours are to be looked up there, {remedy}",
+        f"({finding.command}). If answers are to be looked up there, {remedy}",
     )
