@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from framework.config import Config
@@ -260,8 +261,9 @@ def largest_tensors(device: torch.device) -> str:
         # Without `isinstance`, which asks lazy objects of libraries for their class.
         if not issubclass(type(candidate), Tensor) or candidate.device.type != device.type:
             continue
-        # What wraps tensors, such as FSDP2's, has no storage of its own; those inside are found, too.
-        if is_traceable_wrapper_subclass(candidate):
+        # What wraps tensors, such as FSDP2's, has no storage of its own; those inside are found, too. What the compiler
+        # has of tensors has none at all.
+        if is_traceable_wrapper_subclass(candidate) or isinstance(candidate, FakeTensor):
             continue
         storage = candidate.untyped_storage()
         if storage.data_ptr() not in storages:

@@ -191,7 +191,7 @@ def test_selecting_everything_equals_exact_training(make_config, settings):
 
 
 def test_retaining_on_the_host_changes_no_loss_and_takes_less(make_config, settings):
-    settings["model"]["from_config"] |= {"num_hidden_layers": 6}
+    settings["model"]["from_config"] = settings["model"]["from_config"] | {"num_hidden_layers": 6}
     results = []
     for placement in ("device", "host"):
         settings["run"]["output_dir"] += f"-{placement}"

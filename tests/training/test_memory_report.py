@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import framework
 from framework.errors import RunError, UserError
@@ -202,6 +203,12 @@ def test_advice_names_what_this_config_can_still_change(make_config, changes, ex
     advice = "\n".join(options_to_change(make_config(**changes)))
     assert all(key in advice for key in expected)
     assert not any(key in advice for key in unexpected)
+
+
+def test_what_the_compiler_has_of_tensors_is_left_out():
+    with FakeTensorMode():
+        fake = torch.empty(3, 2**20)
+    assert isinstance(fake, FakeTensor) and "[3, 1048576]" not in largest_tensors(torch.device("cpu"))
 
 
 def test_the_largest_tensors_come_first_and_views_once():
