@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch._dynamo.utils import counters
+from task_runs import losses, records
 
 import framework
 from framework.data import Loader, load_dataset, load_tokenizer
 from framework.errors import UserError
 from framework.models import configured_model
-from framework.retention import compiled
 from framework.selection import supervised_positions
 from framework.sharding.ranks import Ranks
 from framework.sharding.single import SingleEngine
@@ -23,15 +22,6 @@ from framework.training import evaluation, loop
 from framework.training.objective import Objective, draw_selection
 from framework.training.optimizer import optimizer_factory
 from framework.training.setup import warm_up
-
-
-def records(run_dir: Path, kind: str) -> list[dict]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def losses(result) -> list[float]:
-    return [record["loss"] for record in records(result.run_dir, "train")]
 
 
 def parts(config):
@@ -188,34 +178,6 @@ def test_selecting_everything_equals_exact_training(make_config, settings):
     checkpoint = losses(framework.train(make_config(**EXACT | {"retention__policy": "checkpoint"})))
     assert selective == pytest.approx(exact, rel=1e-5)
     assert checkpoint == pytest.approx(exact, rel=1e-5)
-
-
-def test_retaining_on_the_host_changes_no_loss_and_takes_less(make_config, settings):
-    settings["model"]["from_config"] = settings["model"]["from_config"] | {"num_hidden_layers": 6}
-    results = []
-    for placement in ("device", "host"):
-        settings["run"]["output_dir"] += f"-{placement}"
-        config = make_config(retention__placement=placement, logging__track_cpu_memory=True, training__max_steps=3)
-        results.append(framework.train(config))
-    assert losses(results[0]) == losses(results[1])
-    plain, less = (records(result.run_dir, "train")[-1]["peak_memory_bytes"] for result in results)
-    assert less < plain
-    assert json.loads((results[1].run_dir / "plan.json").read_text())["chosen"]["retention"]["placement"] == "host"
-
-
-@pytest.mark.parametrize("policy", ["all", "checkpoint", "selective"])
-def test_compiled_blocks_give_the_same_losses(make_config, settings, monkeypatch, policy):
-    monkeypatch.setattr(compiled, "BACKEND", "eager")
-    torch._dynamo.reset()
-    counters.clear()
-    results = []
-    for compile in (False, True):
-        settings["run"]["output_dir"] += f"-{compile}"
-        strategy = "supervised" if policy == "selective" else "none"
-        given = {"retention__policy": policy, "retention__retain_linears": False, "selection__strategy": strategy}
-        results.append(losses(framework.train(make_config(training__compile=compile, training__max_steps=3, **given))))
-        assert (counters["frames"]["ok"] > 0) == compile
-    assert results[1] == pytest.approx(results[0], rel=1e-6)
 
 
 # Largest difference of a step's loss to fp32 over 6 steps; the loss starts at 4.7 and falls to some 3.9.
