@@ -18,6 +18,9 @@ from framework.planner.overrides import overrides, with_overrides
 from framework.planner.search import Point
 from framework.training.plan import settings_plan
 
+COMPILED = "bytes and seconds are predicted for blocks that run operator by operator; with training.compile they differ"
+"""A warning of plans with compiled blocks."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -30,7 +33,7 @@ class Plan:
         fidelity: class of its gradient.
         engine_options: what the engine is told; DeepSpeed's JSON.
         reserved_bytes: at the peak, fragmentation included; None if that is not predicted.
-        warnings: of what its gradient leaves out.
+        warnings: of what its gradient or the prediction leaves out.
     """
 
     point: Point
@@ -65,6 +68,8 @@ class Plan:
         assert resolved is not None, f"{point.choice} is not permitted"
         fidelity = point.choice.fidelity(labelled_share)
         warnings = context_warnings(resolved, point.choice, labelled_share)
+        if resolved.training.compile:
+            warnings = (*warnings, COMPILED)
         return cls(point, resolved, values, fidelity, engine_options(resolved), reserved_bytes(point), warnings)
 
     @property

@@ -17,7 +17,7 @@ from toy_laws import TOY, MiB
 from framework.config import Config, load_config
 from framework.config.sections import PlannerConfig
 from framework.planner.choice import Choice
-from framework.planner.plan import Plan, launch_line, plan_json
+from framework.planner.plan import COMPILED, Plan, launch_line, plan_json
 from framework.planner.search import Budget, search
 from framework.planner.space import candidates
 from framework.training.plan import settings_plan
@@ -74,6 +74,12 @@ def test_the_json_has_the_keys_of_a_run_without_a_planner_and_every_prediction()
         term["bytes"] for term in found["chosen"]["ledger"] if found["chosen"]["binding_phase"] in term["phases"]
     )
     assert peak == found["chosen"]["peak_allocated_bytes"]
+
+
+def test_a_plan_of_compiled_blocks_says_that_it_predicts_others() -> None:
+    listed = plans(open_job(training__compile=True), 8_000 * MiB)
+    assert listed
+    assert all(plan.warnings == (COMPILED,) for plan in listed)
 
 
 def test_nothing_fits() -> None:

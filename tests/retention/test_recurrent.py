@@ -363,4 +363,5 @@ def test_what_a_block_is_replayed_from_is_said(families, steps, caplog):
     with caplog.at_level(logging.INFO, logger="framework"):
         selective_step(steps, model, sample(families, model), selection_of(RUNS))
     names = [f"block {name} is replayed from the state of mamba" for name in blocks_of(model)]
-    assert [record.getMessage() for record in caplog.records] == names
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("framework")]
+    assert told == names

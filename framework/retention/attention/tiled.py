@@ -1,19 +1,19 @@
 """Attention of some queries to all keys in plain torch, tile by tile of those scores that a query can see.
 
 The backward pass multiplies three matrices for all keys (scores, the probabilities' gradient, the queries' gradient)
-and two for those keys alone that want a gradient.
+and two for those keys alone that want a gradient. Those keys and the others are two sets of tiles: of either set a
+query sees one interval, and no column of a tile is picked out.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-QUERIES, KEYS = 128, 512
+QUERIES, KEYS = 64, 512
 """Rows of a tile of scores, which a core's cache holds for a few heads."""
 
 
@@ -27,10 +27,10 @@ class _Tile:
     """bool `[queries, keys]`; None if all see all."""
 
 
-def _tiles(first: Tensor, last: Tensor, most_keys: int) -> Iterator[list[_Tile]]:
-    """The tiles of one sequence, whose queries see the keys `first … last` `[slots]`, by tile of queries.
+def _tiles(first: Tensor, last: Tensor) -> Iterator[list[_Tile]]:
+    """The tiles of one sequence, whose queries see the keys `first … last` `[slots]`, by queries.
 
-    Queries that see no key are left out; tiles have at most `most_keys` keys.
+    Queries that see no key are left out.
     """
     firsts, lasts = first.tolist(), last.tolist()
     for start in range(0, len(firsts), QUERIES):
@@ -41,8 +41,8 @@ def _tiles(first: Tensor, last: Tensor, most_keys: int) -> Iterator[list[_Tile]]
         low, high = min(firsts[slot] for slot in seeing), max(lasts[slot] for slot in seeing) + 1
         seen_by_all = max(firsts[queries]), min(lasts[queries]) + 1
         tiles = []
-        for begin in range(low, high, most_keys):
-            keys, mask = slice(begin, min(begin + most_keys, high)), None
+        for begin in range(low, high, KEYS):
+            keys, mask = slice(begin, min(begin + KEYS, high)), None
             if keys.start < seen_by_all[0] or keys.stop > seen_by_all[1]:
                 key = torch.arange(keys.start, keys.stop, device=first.device)
                 mask = (key >= first[queries, None]) & (key <= last[queries, None])
@@ -80,19 +80,26 @@ def attend(
     """
     batch, heads, slots, _ = query.shape
     output = query.new_zeros(batch, slots, heads, value.shape[-1]).transpose(1, 2)
-    keys_of, values_of = _reader(key, key_scale, query.dtype), _reader(value, value_scale, query.dtype)
     precise = torch.promote_types(query.dtype, torch.float32)
     lse = query.new_full((batch, heads, slots), -torch.inf, dtype=precise)
     for row in range(batch):
-        for (tile,) in _tiles(first[row], last[row], key.shape[2]):
-            rows = query[row, :, tile.queries]
-            scores, _ = _scores(rows, keys_of(row, tile.keys), tile.mask, scale, softcap)
-            total = scores.logsumexp(-1, keepdim=True)
-            # Queries between others may see no key; their scores are all minus infinity.
-            shares = scores.sub_(total).exp_().nan_to_num_(0.0).to(query.dtype)
-            found = _grouped(shares, value.shape[1]) @ values_of(row, tile.keys)
-            output[row, :, tile.queries] = _ungrouped(found, heads)
-            lse[row, :, tile.queries] = total[..., 0]
+        keys, values = _read(key, key_scale, row, precise), _read(value, value_scale, row, precise)
+        for tiles in _tiles(first[row], last[row]):
+            queries = tiles[0].queries
+            rows = _grouped(query[row, :, queries].to(precise), keys.shape[0])
+            # Lowest, not infinite: queries between others may see no key, and infinities have no difference.
+            top = rows.new_full((*rows.shape[:2], 1), torch.finfo(precise).min)
+            total = torch.zeros_like(top)
+            found = rows.new_zeros(*rows.shape[:2], values.shape[-1])
+            for tile in tiles:
+                scores, _ = _scores(total.new_zeros(()), rows, keys[:, tile.keys], tile.mask, scale, softcap)
+                raised = torch.maximum(top, scores.amax(-1, keepdim=True))
+                shares, shrunk = scores.sub_(raised).exp_(), (top - raised).exp_()
+                total.mul_(shrunk).add_(shares.sum(-1, keepdim=True))
+                found.mul_(shrunk).baddbmm_(shares, values[:, tile.keys])
+                top = raised
+            output[row, :, queries] = _ungrouped(found / total.where(total > 0, 1), heads).to(query.dtype)
+            lse[row, :, queries] = _ungrouped(top + total.log(), heads)[..., 0]
     return output, lse
 
 
@@ -134,57 +141,68 @@ def attend_backward(
     batch, heads, slots, _ = query.shape
     groups = key.shape[1]
     precise = lse.dtype
-    grad_query = query.new_zeros(query.shape)
+    grad_query = query.new_zeros(query.shape, dtype=precise)
     grad_key = query.new_zeros(batch, groups, slots, key.shape[-1], dtype=precise)
     grad_value = query.new_zeros(batch, groups, slots, value.shape[-1], dtype=precise)
-    keys_of, values_of = _reader(key, key_scale, query.dtype), _reader(value, value_scale, query.dtype)
-    # Of queries that see nothing, whose shares are then zero.
-    shift = lse.masked_fill(lse == -torch.inf, torch.inf)
-    delta = (grad.to(precise) * output.to(precise)).sum(-1, keepdim=True)
+    # Queries that see nothing have shares of zero.
+    shift = lse.masked_fill(lse == -torch.inf, torch.inf).neg_()[..., None]
+    delta = (grad.to(precise) * output.to(precise)).sum(-1, keepdim=True).neg_()
     for row in range(batch):
-        places = positions[row][positions[row] >= 0]
-        for tile in itertools.chain.from_iterable(_tiles(first[row], last[row], KEYS)):
-            queries, keys = tile.queries, tile.keys
-            seen = keys_of(row, keys)
-            scores, slope = _scores(query[row, :, queries], seen, tile.mask, scale, softcap)
-            shares = scores.sub_(shift[row, :, queries, None]).exp_()
-            grad_rows = _grouped(grad[row, :, queries], groups)
-            through = _ungrouped(grad_rows @ values_of(row, keys).transpose(-1, -2), heads).to(precise)
-            through = through.sub_(delta[row, :, queries]).mul_(shares)
-            through = (through if slope is None else through.mul_(slope)).mul_(scale).to(query.dtype)
-            grad_query[row, :, queries] += _ungrouped(_grouped(through, groups) @ seen, heads)
-            begin, end = torch.searchsorted(places, torch.tensor([keys.start, keys.stop], dtype=places.dtype)).tolist()
-            if begin == end:
-                continue
-            columns = places[begin:end] - keys.start
-            dense = end - begin == int(columns[-1] - columns[0]) + 1
-            which: slice | Tensor = slice(int(columns[0]), int(columns[-1]) + 1) if dense else columns
-            wanted = _grouped(through[..., which], groups), _grouped(shares[..., which].to(grad.dtype), groups)
-            grad_key[row, :, begin:end] += wanted[0].transpose(-1, -2) @ _grouped(query[row, :, queries], groups)
-            grad_value[row, :, begin:end] += wanted[1].transpose(-1, -2) @ grad_rows
-    return grad_query, grad_key.to(query.dtype), grad_value.to(query.dtype)
+        keys, values = _read(key, key_scale, row, precise), _read(value, value_scale, row, precise)
+        wanted = positions[row][positions[row] >= 0].long()
+        constant = torch.ones(keys.shape[1], dtype=torch.bool).index_fill_(0, wanted, False).nonzero()[:, 0]
+        for places in (wanted, constant):
+            some_keys, some_values = keys[:, places], values[:, places]
+            seen = torch.searchsorted(places, first[row]), torch.searchsorted(places, last[row], right=True) - 1
+            for tiles in _tiles(*seen):
+                queries = tiles[0].queries
+                rows, grad_rows = (_grouped(tensor[row, :, queries].to(precise), groups) for tensor in (query, grad))
+                less, through_output = (_grouped(tensor[row, :, queries], groups) for tensor in (shift, delta))
+                found = torch.zeros_like(rows)
+                for tile in tiles:
+                    tile_keys, tile_values = some_keys[:, tile.keys], some_values[:, tile.keys]
+                    scores, slope = _scores(less, rows, tile_keys, tile.mask, scale, softcap)
+                    shares = scores.exp_()
+                    through = torch.baddbmm(through_output, grad_rows, tile_values.mT).mul_(shares)
+                    through = through if slope is None else through.mul_(slope)
+                    found.baddbmm_(through, tile_keys, alpha=scale)
+                    if places is wanted:
+                        grad_key[row, :, tile.keys].baddbmm_(through.mT, rows, alpha=scale)
+                        grad_value[row, :, tile.keys].baddbmm_(shares.mT, grad_rows)
+                grad_query[row, :, queries] += _ungrouped(found, heads)
+    return grad_query.to(query.dtype), grad_key.to(query.dtype), grad_value.to(query.dtype)
 
 
-def _reader(tensor: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Callable[[int, slice], Tensor]:
-    """Reads keys or values of one sequence, `[kv_heads, keys, size]`."""
-    if scale is None:
-        return lambda row, keys: tensor[row, :, keys]
-    return lambda row, keys: (tensor[row, :, keys] * scale[row, :, keys]).to(dtype)
+def _read(tensor: Tensor, scale: Tensor | None, row: int, dtype: torch.dtype) -> Tensor:
+    """Keys or values of one sequence, `[kv_heads, tokens, size]`."""
+    return tensor[row].to(dtype) if scale is None else (tensor[row] * scale[row]).to(dtype)
 
 
 def _scores(
-    query: Tensor, key: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    bias: Tensor, query: Tensor, key: Tensor, mask: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores `[heads, queries, keys]` in float32 or better, and with a soft cap its derivative."""
-    scores = _ungrouped(_grouped(query, key.shape[0]) @ key.transpose(-1, -2), query.shape[0])
-    scores = scores.to(torch.promote_types(query.dtype, torch.float32)).mul_(scale)
-    slope = None
-    if softcap is not None:
-        capped = scores.div_(softcap).tanh_()
+    """Scores plus a bias, and with a soft cap its derivative.
+
+    Args:
+        bias: that broadcasts.
+        query: of heads that share keys as one, see `_grouped`.
+        key: `[groups, keys, size]`.
+        mask: bool `[queries, keys]`, or None.
+        scale: of the scores.
+        softcap: see `attend`.
+
+    Returns:
+        `[groups, heads / groups * queries, keys]`, minus infinity where masked, and the same or None.
+    """
+    if softcap is None:
+        scores, slope = torch.baddbmm(bias, query, key.mT, alpha=scale), None
+    else:
+        capped = (query @ key.mT).mul_(scale / softcap).tanh_()
         slope = 1 - capped.square()
-        scores = capped.mul_(softcap)
+        scores = capped.mul_(softcap).add_(bias)
     if mask is not None:
-        scores.masked_fill_(~mask, -torch.inf)
+        # Heads of a group follow one another.
+        scores.unflatten(1, (-1, mask.shape[0])).masked_fill_(~mask, -torch.inf)
     return scores, slope
 
 
