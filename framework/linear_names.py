@@ -11,14 +11,24 @@ from collections.abc import Collection, Iterable
 from framework.errors import UserError
 
 Retained = bool | tuple[str, ...]
-"""All linear layers or none of them, or those that have one of these names."""
+"""All linear layers that are worth it (see `retains`) or none, or those that have one of these names."""
+
+EVERY = "*"
+"""In a list, the name of every layer."""
+
+UP_PROJECTION = "lora_B"
+"""The name of a layer of LoRA from few features to as many as the layer has that the adapter is put on."""
 
 
 def retains(chosen: bool | Collection[str], path: str) -> bool:
-    """Whether a layer is among the chosen ones."""
+    """Whether a layer is among the chosen ones.
+
+    True stands for all but an adapter's `UP_PROJECTION`: what it computes is as large as the adapted layer's output,
+    in the adapter's own and often wider type, and takes no longer to compute than to read.
+    """
     if isinstance(chosen, bool):
-        return chosen
-    return any(path == name or path.endswith(f".{name}") for name in chosen)
+        return chosen and path.rpartition(".")[2] != UP_PROJECTION
+    return any(name == EVERY or path == name or path.endswith(f".{name}") for name in chosen)
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:

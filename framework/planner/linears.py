@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from framework.linear_names import short_names
+from framework.linear_names import retains, short_names
 
 if TYPE_CHECKING:
     from framework.models.products import LinearLayer, ModelProducts
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 def retention_order(products: ModelProducts) -> tuple[str, ...]:
     """Names for `retention.retain_linears`, the best first; of equally good ones the smallest, then the first.
 
-    The layers of one name are retained together: those of all blocks, and an adapter's matrices of one kind.
+    The layers of one name are retained together: those of all blocks, and an adapter's matrices of one kind. All names
+    together are what True stands for.
     """
     layers: dict[str, list[LinearLayer]] = {}
     names = short_names(_own(products))
     for block in products.blocks:
-        for layer in block.linears:
+        for layer in filter(lambda layer: retains(True, layer.path), block.linears):
             name = names.get(layer.path, layer.path.rpartition(".")[2])
             layers.setdefault(name, []).append(layer)
 

@@ -15,6 +15,7 @@ from framework.data import Batch
 from framework.data.batch import NO_DOCUMENT
 from framework.data.dataset import IGNORED
 from framework.errors import UserError
+from framework.linear_names import EVERY
 from framework.planner.law import BLOCKS, ENDS
 from framework.selection import supervised_positions
 
@@ -207,6 +208,9 @@ def probe_config(config: Config, values: dict[str, Any], widths: Widths) -> Conf
     if json["model"]["adapter"] is not None and json["model"]["adapter"]["rank"] is not None:
         json["model"]["adapter"]["rank"] = widths.rank
     json["data"] |= {"sequence_length": widths.tokens}
+    if config.retained_linears is True:
+        # Which of them a plan retains is for the law's symbols to say.
+        json["retention"]["retain_linears"] = [EVERY]
     if config.resolved_ratio not in ("labelled", 1.0):
         json["selection"]["ratio"] = PROBED_RATIOS[config.selection.strategy]
     ranks = 1 if config.sharding.engine == "single" else widths.ranks * config.sharding.replicas

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -17,15 +18,25 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: it has none.
     """
-    blocks: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer) and not any(name.startswith(f"{b}.") for b in [*blocks][-1:]):
-            blocks[name] = module
+    blocks = {name: module for name, module in outside_blocks(model) if isinstance(module, GradientCheckpointingLayer)}
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no blocks (GradientCheckpointingLayer): nothing to make selective"
         )
     return blocks
+
+
+def outside_blocks(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules as in `named_modules`, but for those inside of blocks, which are most of them.
+
+    Args:
+        model: or a module of it.
+        name: of that module.
+    """
+    yield name, model
+    if not isinstance(model, GradientCheckpointingLayer):
+        for child_name, child in model.named_children():
+            yield from outside_blocks(child, f"{name}.{child_name}" if name else child_name)
 
 
 @dataclass(frozen=True)

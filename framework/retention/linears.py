@@ -1,4 +1,4 @@
-"""Retained linears: a replay that recomputes no matrix product.
+"""Retained linears: a replay that recomputes no large matrix product.
 
 In the record pass each linear inside a block keeps its output's selected rows. In the replay it returns them through
 a function whose backward is the linear's own, so that a replay costs norms, activations and attention only.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from framework.retention.blocks import backbone_of
+from framework.retention.blocks import backbone_of, outside_blocks
 
 
 class OutputLayer:
@@ -115,7 +115,7 @@ def output_layer_of(model: PreTrainedModel) -> OutputLayer | None:
     # Whatever has a forward of its own does something else than the product.
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         return None
-    name = next(name for name, module in model.named_modules() if module is top)
+    name = next(name for name, module in outside_blocks(model) if module is top)
     layer = OutputLayer(model, linear, name)
     return layer if layer.stands_alone() else None
 

@@ -56,8 +56,9 @@ def enable_token_selection(
         strategy: `supervised` (all labelled tokens, and context up to `ratio`), `uniform`, `bernoulli` or `suffix`
             (the end of every document, which is biased).
         ratio: selected tokens over non-padding tokens, or `"labelled"`: labelled tokens only.
-        retain_linears: keep linear outputs at selected rows, so that the backward pass recomputes no matrix product; a
-            list of names within a block, such as `["down_proj", "self_attn.o_proj"]`, keeps those alone.
+        retain_linears: keep linear outputs at selected rows, so that the backward pass recomputes no matrix product but
+            those of `lora_B`; a list of names within a block, such as `["down_proj", "self_attn.o_proj"]`, keeps those
+            alone, and `["*"]` all.
         kv_format: how keys and values of all tokens are kept, `model`, `int8` or `int4`; int4 changes the gradient
             by several hundredths. `recompute` keeps the blocks' inputs, and computes keys and values again.
         seed: seed of the draws.

@@ -14,6 +14,7 @@ from framework.models.wrapping import unwrapped
 from framework.retention import blocks_of
 from framework.retention.linears import KnownOutput, RetainedLinear, linear_paths
 from framework.selection import Selection
+from framework.training.memory import CpuMemoryTracker
 
 
 @pytest.mark.parametrize("transposed", [True, False])
@@ -103,6 +104,33 @@ def test_some_layers_are_retained_with_the_same_gradients(families, steps, names
     assert not any(isinstance(module, RetainedLinear) for module in model.modules())
     _, got, _ = steps.selective(model, inputs, chosen, retain_linears=names)
     assert steps.worst_error(got, want) < 1e-12
+
+
+def test_an_adapters_up_projections_are_computed_again(families, steps):
+    """Retaining them, too, takes their outputs' bytes, and changes no gradient."""
+    settings = {"kind": "lora", "rank": 4, "alpha": 8.0}
+    model = add_adapter(families.build("llama"), AdapterConfig(**settings), task="causal_lm").double().train()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    inputs = families.sample_inputs(unwrapped(model))
+    chosen = steps.positions(model, inputs)
+    kept, gradients = {}, {}
+    for names in (True, ["*"]):
+        model.zero_grad()
+        _, gradients[names is True], _ = steps.selective(model, inputs, chosen, retain_linears=names)
+        framework.enable_token_selection(model, retain_linears=names)
+        with framework.fixed_selection(model, chosen):
+            model(**inputs).loss.backward()  # blocks are tried on their first input
+            with CpuMemoryTracker() as tracker:
+                loss = model(**inputs).loss
+                kept[names is True] = tracker.current
+                loss.backward()
+        framework.disable_token_selection(model)
+    assert steps.worst_error(gradients[True], gradients[False]) < 1e-12
+    outputs = sum(module.out_features for name, module in model.named_modules() if name.endswith("lora_B.default"))
+    assert kept[False] - kept[True] == 8 * chosen.numel() * outputs > 0
 
 
 def test_layers_have_their_names_without_an_adapter(families):

@@ -45,9 +45,10 @@ class RetentionConfig(Section):
     with it whichever of the keys below is not given."""
 
     retain_linears: bool | Auto | Annotated[list[NonEmpty], Field(min_length=1)] = False
-    """With `selective`: also keep the linear layers' outputs at selected rows, so that no product is recomputed. A list
-    of names within a block, such as `["down_proj", "self_attn.o_proj"]`, keeps those alone: the wider a layer's input,
-    the more time its output saves for the memory that it takes. "auto": the planner chooses how many, in this order."""
+    """With `selective`: also keep the linear layers' outputs at selected rows, so that no product is recomputed, except
+    that of LoRA's small features with `lora_B`. A list of names within a block, such as `["down_proj",
+    "self_attn.o_proj"]`, keeps those alone, and `["*"]` all: the wider a layer's input, the more time its output saves
+    for the memory that it takes. "auto": the planner chooses how many, in this order."""
 
     kv_format: Literal["model", "int8", "int4", "recompute"] = "model"
     """With `selective`: format of the retained keys and values; "model" is the type that the model computes in. int8

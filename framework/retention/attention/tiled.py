@@ -144,6 +144,7 @@ def attend_backward(
     grad_query = query.new_zeros(query.shape, dtype=precise)
     grad_key = query.new_zeros(batch, groups, slots, key.shape[-1], dtype=precise)
     grad_value = query.new_zeros(batch, groups, slots, value.shape[-1], dtype=precise)
+    first, last = first.long(), last.long()
     # Queries that see nothing have shares of zero.
     shift = lse.masked_fill(lse == -torch.inf, torch.inf).neg_()[..., None]
     delta = (grad.to(precise) * output.to(precise)).sum(-1, keepdim=True).neg_()
