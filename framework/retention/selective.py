@@ -52,8 +52,8 @@ class SelectiveRetention:
 
     Args:
         model: the Hugging Face model; changed in place.
-        retain_linears: keep the linears' outputs at selected rows, so that the replay multiplies no large matrices; of all but
-            an adapter's up-projections, of none, or of those with these names (see `framework.linear_names`).
+        retain_linears: keep the linears' outputs at selected rows, so that the replay multiplies no large matrices; of
+            all but an adapter's up-projections, of none, or of those with these names (see `framework.linear_names`).
         kv_format: how keys and values of all tokens are kept: `model` (as they are), `int8`, `int4` or
             `recompute` (not: the block's input is).
         placement: where blocks keep all that their replay needs: `device`, or `host`, from where a block's tensors come
