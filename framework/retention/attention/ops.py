@@ -6,12 +6,16 @@ torch's builds for GPUs only.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from framework.retention.attention import tiled
+
+_AS_GIVEN = partial(torch.autocast, "cpu", enabled=False)
+"""Tiles multiply in float32 or better, whatever the block around computes in."""
 
 
 @torch.library.custom_op("selectrain::attend", mutates_args=())
@@ -32,7 +36,8 @@ def attend(
 
         scales = {"key_scale": key_scale, "value_scale": value_scale}
         return replay_kernels.attend(query, key, value, first, last, scale=scale, softcap=softcap, **scales)
-    return tiled.attend(query, key, value, key_scale, value_scale, first, last, scale, softcap)
+    with _AS_GIVEN():
+        return tiled.attend(query, key, value, key_scale, value_scale, first, last, scale, softcap)
 
 
 @attend.register_fake
@@ -69,9 +74,10 @@ def attend_backward(
         return replay_kernels.attend_backward(
             grad, query, key, value, output, lse, first, last, *selected, scale=scale, softcap=softcap, **scales
         )
-    gradients = tiled.attend_backward(
-        grad, query, key, value, key_scale, value_scale, output, lse, first, last, positions, scale, softcap
-    )
+    with _AS_GIVEN():
+        gradients = tiled.attend_backward(
+            grad, query, key, value, key_scale, value_scale, output, lse, first, last, positions, scale, softcap
+        )
     # Stored as what they are gradients of, as the kernels on CUDA do.
     like = query, selected_key, selected_value
     grad_query, grad_key, grad_value = (torch.empty_like(of).copy_(g) for of, g in zip(like, gradients, strict=True))
