@@ -23,9 +23,10 @@ def retention_order(products: ModelProducts) -> tuple[str, ...]:
     layers: dict[str, list[LinearLayer]] = {}
     names = short_names(_own(products))
     for block in products.blocks:
-        for layer in filter(lambda layer: retains(True, layer.path), block.linears):
-            name = names.get(layer.path, layer.path.rpartition(".")[2])
-            layers.setdefault(name, []).append(layer)
+        for layer in block.linears:
+            if retains(True, layer.path):
+                name = names.get(layer.path, layer.path.rpartition(".")[2])
+                layers.setdefault(name, []).append(layer)
 
     def worth(name: str) -> tuple[float, int]:
         outputs = sum(layer.outputs for layer in layers[name])

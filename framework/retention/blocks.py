@@ -18,7 +18,9 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: it has none.
     """
-    blocks = {name: module for name, module in outside_blocks(model) if isinstance(module, GradientCheckpointingLayer)}
+    blocks: dict[str, nn.Module] = {
+        name: module for name, module in outside_blocks(model) if isinstance(module, GradientCheckpointingLayer)
+    }
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no blocks (GradientCheckpointingLayer): nothing to make selective"
@@ -26,17 +28,19 @@ def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
     return blocks
 
 
-def outside_blocks(model: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules as in `named_modules`, but for those inside of blocks, which are most of them.
-
-    Args:
-        model: or a module of it.
-        name: of that module.
-    """
-    yield name, model
-    if not isinstance(model, GradientCheckpointingLayer):
-        for child_name, child in model.named_children():
-            yield from outside_blocks(child, f"{name}.{child_name}" if name else child_name)
+def outside_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules as in `named_modules`, each once, but for those inside of blocks, which are most of them."""
+    seen: set[nn.Module] = set()
+    left: list[tuple[str, nn.Module]] = [("", model)]
+    while left:
+        name, module = left.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield name, module
+        if not isinstance(module, GradientCheckpointingLayer):
+            children = [(f"{name}.{child}" if name else child, inner) for child, inner in module.named_children()]
+            left += reversed(children)
 
 
 @dataclass(frozen=True)
