@@ -65,9 +65,25 @@ def test_random_weights_are_to_be_trained_exactly() -> None:
     assert warned(0.99) == warned(1.0, **RANDOM) == ()
 
 
+def test_a_suffix_is_warned_of_by_what_it_leaves_out() -> None:
+    (text,) = warned(0.75, strategy="suffix")
+    assert text.startswith("the first 25% of every document get no gradient. A model that could look up some keys did not")
+    assert f"{TRAINED_WEIGHTS.shortest_gap} or more tokens back: {TRAINED_WEIGHTS.suffix_figures}" in text
+    assert TRAINED_WEIGHTS.command in text
+    remedy = re.search(r"set selection\.strategy supervised and selection\.ratio ([\d.]+) or more$", text)
+    assert remedy is not None
+    assert warned(float(remedy[1])) == ()
+    (text,) = warned(SHARE / 2, strategy="suffix", **RANDOM)
+    assert text.startswith("the first 90% of every document get no gradient. A model with random weights did not")
+    assert RANDOM_WEIGHTS.suffix_figures in text
+    assert text.endswith("train exactly, with selection.strategy none, until it can")
+
+
 def test_what_was_not_measured_is_not_warned_of() -> None:
     assert warned(1.0) == ()
     assert warned(0.1, strategy="uniform") == ()
+    assert warned(1.0, strategy="suffix") == ()
+    assert warned(0.5, strategy="suffix", share=1.0) == ()  # the default without data: no token is context alone
     assert warned(0.995, share=0.99) == ()  # at most 10 tokens of 1024 are context
     short = TRAINED_WEIGHTS.shortest_gap / (1 - SHARE)
     assert warned(SHARE, data__sequence_length=int(short)) == ()
