@@ -20,7 +20,7 @@ from framework.planner.law import BLOCKS, CHUNK, MIDDLES, PARTS, PASSES, STEP, P
 from framework.planner.polynomials import Polynomial
 from framework.planner.recorder import Change, RecordedPart, Sent
 from framework.planner.recording import Recording, record_step
-from framework.planner.small_models import PROBES, Family, Widths, probe_batch, probe_config
+from framework.planner.small_models import PROBES, Family, Widths, gathers_nothing, probe_batch, probe_config
 from framework.planner.symbols import batch_symbols
 from framework.planner.uncomputed import Uncomputed
 from framework.training.objective import draw_selection
@@ -45,10 +45,12 @@ def law_settings(config: Config, family: Family) -> dict[str, Any]:
     """
     model, adapter = config.model, config.model.adapter
     hybrid = {"hybrid": True} if config.sharding.replicas > 1 else {}
+    alone = {"alone": True} if gathers_nothing(config) else {}
     corrected = {"corrected": True} if config.selection.correction else {}
     placed = {"placement": "host"} if config.retention.placement == "host" else {}
     return (
         hybrid
+        | alone
         | corrected
         | placed
         | {
@@ -101,8 +103,8 @@ def extract_law(config: Config, family: Family) -> StepLaw:
 def _recorded(config: Config, family: Family, widths: Widths) -> tuple[dict[str, float], Recording]:
     """A small model's step, and the sizes of its symbols."""
     small, batch = probe_config(config, family.small(widths), widths), probe_batch(widths, packed=config.data.packing)
-    ranks = small.described_ranks
-    with torch.random.fork_rng(devices=()), Uncomputed(COMPUTED), first_of(ranks) as connected:
+    ranks, engines = small.described_ranks, small.sharding.engine != "single"
+    with torch.random.fork_rng(devices=()), Uncomputed(COMPUTED), first_of(ranks, connected=engines) as connected:
         torch.manual_seed(0)
         recording = record_step(small, batch, connected)
     sizes = recording.symbols | batch_symbols(batch) | selection_sizes(small, batch)
@@ -115,7 +117,7 @@ def job_symbols(config: Config, ranks: int) -> dict[str, float]:
     sizes: dict[str, float] = {}
     if config.model.adapter is not None and config.model.adapter.rank is not None:
         sizes["rank"] = config.model.adapter.rank
-    if config.sharding.engine != "single":
+    if config.sharding.engine != "single" and not gathers_nothing(config):
         sizes["share"] = config.sharding.replicas / ranks
     return sizes
 

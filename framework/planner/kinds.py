@@ -22,6 +22,10 @@ def kind_of(choice: Choice) -> Choice:
     # Which linear layers are retained, one law says for all choices that retain any: it has all of them retained. With
     # none, the output of attention is not retained either.
     linears = choice.policy == "selective" and bool(choice.retain_linears)
+    # Copies exchange gradients beside; how many there are is no matter. How many ranks share one is a size in the law,
+    # but that FSDP2 gathers nothing where a rank has a copy to itself.
+    replicas = min(choice.replicas, 2)
+    ranks = replicas * min(choice.shard_ranks, 2) if engine == "fsdp" else 1
     return replace(
         choice,
         retain_linears=linears,
@@ -32,9 +36,8 @@ def kind_of(choice: Choice) -> Choice:
         ratio=ratio,
         micro_batch_size=1,
         accumulation=1,
-        ranks=1,
-        # Copies exchange gradients beside; how many there are is no matter.
-        replicas=min(choice.replicas, 2),
+        ranks=ranks,
+        replicas=replicas,
     )
 
 
@@ -55,6 +58,10 @@ def config_of_law(config: Config, kind: Choice) -> Config:
         "sharding.offload_optimizer": kind.offload_optimizer,
         "sharding.offload_parameters": kind.offload_parameters,
         "training.micro_batch_size": 1,
+        "training.global_batch_size": kind.ranks,
+        "hardware.nodes": 1,
+        "hardware.gpus_per_node": kind.ranks,
+        "cluster.min_nodes": None,
     }
     found = with_overrides(config, values)
     assert found is not None

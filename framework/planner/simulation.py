@@ -129,6 +129,8 @@ def _batch(config: Config, vocabulary: int, labelled_share: float) -> Batch:
     if config.data.packing:
         documents[:, length // 2 :] += shape[0]
         labels[:, length // 2] = IGNORED
+        # As in almost every batch: where rows have as many selected tokens each, none is padded.
+        labels[1:2, -1] = IGNORED
         further = {"position_ids": positions_of(documents)}
     else:
         # As in almost every batch: without padding there would be no mask.

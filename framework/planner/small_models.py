@@ -201,6 +201,11 @@ def _without_numbers(values: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def gathers_nothing(config: Config) -> bool:
+    """Whether a run's ranks have all weights each under FSDP2, which then allocates nothing to gather them into."""
+    return config.sharding.engine == "fsdp" and config.described_ranks == config.sharding.replicas
+
+
 def probe_config(config: Config, values: dict[str, Any], widths: Widths) -> Config:
     """A run of the small model `values` with the settings of a run that decide what a step allocates."""
     json = config.to_json()
@@ -214,6 +219,8 @@ def probe_config(config: Config, values: dict[str, Any], widths: Widths) -> Conf
     if config.resolved_ratio not in ("labelled", 1.0):
         json["selection"]["ratio"] = PROBED_RATIOS[config.selection.strategy]
     ranks = 1 if config.sharding.engine == "single" else widths.ranks * config.sharding.replicas
+    if gathers_nothing(config):
+        ranks = config.sharding.replicas
     json["hardware"], json["cluster"] = {"gpus_per_node": ranks}, {}
     json["training"] |= {
         "global_batch_size": 2 * widths.batch * ranks,

@@ -61,6 +61,7 @@ def config_of(model: dict, **sections: dict) -> Config:
             "model": {"from_config": model, "tokenizer": "unused", "adapter": adapter, "quantization": quantization},
             "data": {"train": "unused", "sequence_length": 96},
             "optimizer": {"learning_rate": 1e-3} | sections.pop("optimizer", {}),
+            "hardware": {"gpus_per_node": 4},
             "training": {"max_steps": 2, "global_batch_size": 24, "micro_batch_size": 3},
         }
         | sections
@@ -71,7 +72,7 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
     """A run of the model itself, a step of it, and the sizes of its symbols."""
     run = probe_config(config, config.model.from_config, WIDTHS)
     batch, ranks = probe_batch(WIDTHS, packed=config.data.packing), run.described_ranks
-    with first_of(ranks) as connected:
+    with first_of(ranks, connected=run.sharding.engine != "single") as connected:
         recording = record_step(run, batch, connected)
     sizes = recording.symbols | batch_symbols(batch) | selection_sizes(run, batch)
     return run, recording, sizes | job_symbols(run, ranks)
@@ -111,6 +112,17 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
             {
                 "sharding": {"engine": "fsdp", "offload_optimizer": True, "offload_parameters": True},
                 "optimizer": {"precision": "fp32_master"},
+                "retention": {"policy": "checkpoint"},
+            },
+        ),
+        # Nothing is gathered by one rank.
+        (
+            LLAMA,
+            {
+                "sharding": {"engine": "fsdp", "offload_optimizer": True, "offload_parameters": True},
+                "optimizer": {"precision": "pure_bf16"},
+                "hardware": {"gpus_per_node": 1},
+                "adapter": LORA,
                 "retention": {"policy": "checkpoint"},
             },
         ),
@@ -222,6 +234,7 @@ def measured(config: Config) -> tuple[Config, Recording, dict[str, float]]:
         "bf16 packed",
         "fsdp",
         "offloaded",
+        "offloaded, one rank",
         "hybrid",
         "NF4 autocast",
         "ZeRO 3",
