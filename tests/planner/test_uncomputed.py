@@ -48,6 +48,7 @@ def recorded(model: dict, sections: dict, mode: AbstractContextManager[object]) 
             "model": {"from_config": model, "tokenizer": "x", "adapter": adapter, "quantization": quantization},
             "data": {"train": "unused", "sequence_length": 24},
             "optimizer": {"learning_rate": 1e-3},
+            "hardware": {"gpus_per_node": 2},
             "training": {"max_steps": 2, "global_batch_size": 8, "micro_batch_size": 2},
         }
         | settings
