@@ -31,7 +31,8 @@ class MemoryModel:
     """Gives the ledger of a choice.
 
     Args:
-        law_of: the law of a choice's step; choices that differ in ratio, batch or ranks have the same.
+        law_of: the law of a choice's step; choices that differ in ratio, batch or number of ranks have the same, but
+            for FSDP2's on one.
         symbols: sizes of the model, from `model_symbols`.
         weights: of the model.
         holders: of the run.
