@@ -103,8 +103,8 @@ def extract_law(config: Config, family: Family) -> StepLaw:
 def _recorded(config: Config, family: Family, widths: Widths) -> tuple[dict[str, float], Recording]:
     """A small model's step, and the sizes of its symbols."""
     small, batch = probe_config(config, family.small(widths), widths), probe_batch(widths, packed=config.data.packing)
-    ranks, engines = small.described_ranks, small.sharding.engine != "single"
-    with torch.random.fork_rng(devices=()), Uncomputed(COMPUTED), first_of(ranks, connected=engines) as connected:
+    ranks, alone = small.described_ranks, small.sharding.engine == "single"
+    with torch.random.fork_rng(devices=()), Uncomputed(COMPUTED), first_of(ranks, connected=not alone) as connected:
         torch.manual_seed(0)
         recording = record_step(small, batch, connected)
     sizes = recording.symbols | batch_symbols(batch) | selection_sizes(small, batch)
@@ -117,7 +117,7 @@ def job_symbols(config: Config, ranks: int) -> dict[str, float]:
     sizes: dict[str, float] = {}
     if config.model.adapter is not None and config.model.adapter.rank is not None:
         sizes["rank"] = config.model.adapter.rank
-    if config.sharding.engine != "single" and not gathers_nothing(config):
+    if ranks > config.sharding.replicas:
         sizes["share"] = config.sharding.replicas / ranks
     return sizes
 

@@ -218,9 +218,8 @@ def probe_config(config: Config, values: dict[str, Any], widths: Widths) -> Conf
         json["retention"]["retain_linears"] = [EVERY]
     if config.resolved_ratio not in ("labelled", 1.0):
         json["selection"]["ratio"] = PROBED_RATIOS[config.selection.strategy]
-    ranks = 1 if config.sharding.engine == "single" else widths.ranks * config.sharding.replicas
-    if gathers_nothing(config):
-        ranks = config.sharding.replicas
+    per_copy = 1 if config.sharding.engine == "single" or gathers_nothing(config) else widths.ranks
+    ranks = per_copy * config.sharding.replicas
     json["hardware"], json["cluster"] = {"gpus_per_node": ranks}, {}
     json["training"] |= {
         "global_batch_size": 2 * widths.batch * ranks,
